@@ -1,0 +1,5 @@
+//! Calibration and evaluation text to windows of token numbers.
+
+pub mod builtin;
+pub mod corpus;
+pub mod tokens;

@@ -1,0 +1,316 @@
+//! Calibration data: documents from the built-in text or from files, packed into windows of tokens. Nothing is
+//! dropped silently; the counts go into the report.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::calibrate::builtin;
+use crate::calibrate::tokens::Tokenizer;
+use crate::checkpoint::read_file;
+use crate::error::{Error, Result};
+
+/// Largest text file that is read, in bytes.
+const TEXT_BYTES: u64 = 4 << 30;
+/// Fewest tokens that make a window.
+const SHORTEST: usize = 8;
+
+/// Where documents come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// The built-in text.
+    Builtin,
+    /// A .txt or .jsonl file.
+    File(PathBuf),
+}
+
+impl std::str::FromStr for Source {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "builtin" | "builtin:mix" | builtin::VERSION => Ok(Self::Builtin),
+            _ if text.starts_with("builtin") => Err(format!("unknown built-in text `{text}`; this version carries {}", builtin::VERSION)),
+            _ if text.ends_with(".txt") || text.ends_with(".jsonl") => Ok(Self::File(text.into())),
+            _ => Err(format!("`{text}` is neither `builtin:mix` nor a .txt or .jsonl file")),
+        }
+    }
+}
+
+/// One document.
+enum Document {
+    Text(String),
+    Chat(Value),
+    Tokens(Vec<u32>),
+}
+
+/// What to make of the documents.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Options {
+    /// Where they come from.
+    pub sources: Vec<Source>,
+    /// Windows at most.
+    pub samples: usize,
+    /// Tokens per window.
+    pub seq: usize,
+    /// Seed of the choice of windows when there are more than `samples`.
+    pub seed: u64,
+}
+
+/// What became of the documents.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Counts {
+    /// Sources, as the recipe names them.
+    pub sources: Vec<String>,
+    /// blake3 over the text.
+    pub blake3: String,
+    /// Documents read.
+    pub documents: usize,
+    /// Of them chats, rendered by the model's template.
+    pub chats_by_template: usize,
+    /// Of them chats, written as plain lines because the model has no template.
+    pub chats_as_plain_text: usize,
+    /// Of them windows given as token numbers and taken as they are.
+    pub token_windows: usize,
+    /// Documents that hold no token.
+    pub empty: usize,
+    /// Tokens of all documents, end-of-text between documents included.
+    pub tokens: usize,
+    /// Windows used.
+    pub windows: usize,
+    /// Windows shorter than asked for.
+    pub short_windows: usize,
+    /// Tokens in the windows used.
+    pub tokens_used: usize,
+    /// Tokens that were not needed for the number of windows asked for.
+    pub tokens_unused: usize,
+}
+
+/// Windows of tokens with their history.
+#[derive(Debug, Clone)]
+pub struct Packed {
+    /// Token numbers, one list per window.
+    pub windows: Vec<Vec<u32>>,
+    /// What became of the documents.
+    pub counts: Counts,
+}
+
+/// Reads, tokenizes and packs. Documents are joined with the end-of-text token between them and cut into windows of
+/// `seq` tokens; the rest makes a shorter window. Windows given as token numbers stay as they are.
+///
+/// # Errors
+/// When a file is unreadable, not UTF-8, not what its name says, or too short; or when a token is beyond `vocabulary`.
+pub fn pack(options: &Options, tokenizer: impl Fn() -> Result<Tokenizer>, eos: Option<u32>, vocabulary: usize) -> Result<Packed> {
+    let mut counts = Counts::default();
+    let mut hasher = blake3::Hasher::new();
+    let mut documents = Vec::new();
+    for source in &options.sources {
+        counts.sources.push(match source {
+            Source::Builtin => builtin::VERSION.to_string(),
+            Source::File(path) => path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+        });
+        documents.extend(read(source, &mut hasher)?);
+    }
+    counts.blake3 = hasher.finalize().to_hex().to_string();
+    counts.documents = documents.len();
+    let mut windows = Vec::new();
+    let mut stream = Vec::new();
+    let needs_text = documents.iter().any(|document| !matches!(document, Document::Tokens(_)));
+    let tokenizer = if needs_text { Some(tokenizer()?) } else { None };
+    for document in documents {
+        let tokens = match (document, &tokenizer) {
+            (Document::Tokens(tokens), _) => {
+                counts.token_windows += 1;
+                counts.tokens += tokens.len();
+                windows.push(tokens);
+                continue;
+            }
+            (Document::Text(text), Some(tokenizer)) => tokenizer.encode(&text, true)?,
+            (Document::Chat(messages), Some(tokenizer)) => match tokenizer.render(&messages)? {
+                Some(text) => {
+                    counts.chats_by_template += 1;
+                    tokenizer.encode(&text, false)?
+                }
+                None => {
+                    counts.chats_as_plain_text += 1;
+                    tokenizer.encode(&plain_chat(&messages), true)?
+                }
+            },
+            (_, None) => Vec::new(),
+        };
+        if tokens.is_empty() {
+            counts.empty += 1;
+            continue;
+        }
+        if let Some(eos) = eos.filter(|_| !stream.is_empty()) {
+            stream.push(eos);
+        }
+        stream.extend(tokens);
+    }
+    counts.tokens += stream.len();
+    windows.extend(stream.chunks(options.seq).filter(|window| window.len() >= SHORTEST.min(options.seq)).map(<[u32]>::to_vec));
+    check_tokens(&windows, vocabulary)?;
+    let windows = choose(windows, options);
+    if windows.is_empty() {
+        return Err(Error::input(format!(
+            "the calibration text gives {} tokens, at least {SHORTEST} are needed; give more text with --calibration",
+            counts.tokens
+        )));
+    }
+    counts.windows = windows.len();
+    counts.short_windows = windows.iter().filter(|window| window.len() < options.seq).count();
+    counts.tokens_used = windows.iter().map(Vec::len).sum();
+    counts.tokens_unused = counts.tokens - counts.tokens_used;
+    Ok(Packed { windows, counts })
+}
+
+/// Refuses a token beyond the rows of the embedding.
+///
+/// # Errors
+/// Naming the token and the vocabulary.
+pub fn check_tokens(windows: &[Vec<u32>], vocabulary: usize) -> Result<()> {
+    match windows.iter().flatten().max() {
+        Some(&highest) if highest as usize >= vocabulary => Err(Error::input(format!(
+            "token {highest} is beyond the {vocabulary} rows of the embedding; the tokens belong to another model"
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// At most `samples` windows: a choice by the seed, in their order. Windows given as token numbers come first.
+fn choose(mut windows: Vec<Vec<u32>>, options: &Options) -> Vec<Vec<u32>> {
+    let (count, samples) = (windows.len(), options.samples);
+    if count <= samples {
+        return windows;
+    }
+    let ranks = (0..count as u64).map(|index| blake3::hash(&[options.seed.to_le_bytes(), index.to_le_bytes()].concat()));
+    let mut order: Vec<(bool, [u8; 32], usize)> =
+        ranks.enumerate().map(|(index, rank)| (windows[index].len() < options.seq, *rank.as_bytes(), index)).collect();
+    order.sort_unstable();
+    let mut chosen: Vec<usize> = order[..samples].iter().map(|&(_, _, index)| index).collect();
+    chosen.sort_unstable();
+    chosen.into_iter().map(|index| std::mem::take(&mut windows[index])).collect()
+}
+
+fn read(source: &Source, hasher: &mut blake3::Hasher) -> Result<Vec<Document>> {
+    match source {
+        Source::Builtin => {
+            hasher.update(builtin::hash(builtin::CALIBRATION).as_bytes());
+            let mut documents = Vec::new();
+            for (name, text) in builtin::CALIBRATION {
+                if name.ends_with(".jsonl") {
+                    documents.extend(lines(text).map_err(|error| error.file(Path::new(name)))?);
+                } else {
+                    documents.extend(builtin::documents(text).map(|text| Document::Text(text.to_string())));
+                }
+            }
+            Ok(documents)
+        }
+        Source::File(path) => {
+            let text = read_text(path)?;
+            hasher.update(text.as_bytes());
+            if path.extension().is_some_and(|extension| extension == "jsonl") {
+                lines(&text).map_err(|error| error.file(path))
+            } else {
+                Ok(vec![Document::Text(text)])
+            }
+        }
+    }
+}
+
+/// A UTF-8 text file that is not blank.
+///
+/// # Errors
+/// When it is unreadable, blank, or not UTF-8 (naming the byte).
+pub fn read_text(path: &Path) -> Result<String> {
+    let bytes = read_file(path, TEXT_BYTES)?;
+    let text = String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        Error::input(format!("not UTF-8 at byte {at}; convert it first")).file(path)
+    })?;
+    if text.trim().is_empty() {
+        return Err(Error::input("holds no text").file(path));
+    }
+    Ok(text)
+}
+
+fn lines(text: &str) -> Result<Vec<Document>> {
+    let numbered = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
+    numbered.map(|(number, line)| document(line).map_err(|what| Error::input(format!("line {}: {what}", number + 1)))).collect()
+}
+
+fn document(line: &str) -> Result<Document, String> {
+    let value: Value = serde_json::from_str(line).map_err(|error| format!("not JSON: {error}"))?;
+    if let Some(tokens) = value.get("input_ids") {
+        let tokens = tokens.as_array().ok_or("`input_ids` is not a list")?;
+        let one =
+            |token: &Value| token.as_u64().and_then(|token| u32::try_from(token).ok()).ok_or_else(|| format!("`input_ids` holds {token}"));
+        let tokens: Vec<u32> = tokens.iter().map(one).collect::<Result<_, _>>()?;
+        return if tokens.is_empty() { Err("`input_ids` is empty".into()) } else { Ok(Document::Tokens(tokens)) };
+    }
+    if let Some(messages) = value.get("messages") {
+        let sound = messages.as_array().is_some_and(|list| !list.is_empty() && list.iter().all(|one| one["role"].is_string()));
+        return if sound {
+            Ok(Document::Chat(messages.clone()))
+        } else {
+            Err("`messages` is not a list of objects with `role` and `content`".into())
+        };
+    }
+    match value.get("text").and_then(Value::as_str) {
+        Some(text) => Ok(Document::Text(text.to_string())),
+        None => Err("has none of the fields `text`, `messages`, `input_ids`".into()),
+    }
+}
+
+/// Messages as lines `role: content`, for models without a chat template.
+pub fn plain_chat(messages: &Value) -> String {
+    let line = |message: &Value| format!("{}: {}\n", message["role"].as_str().unwrap_or("?"), message["content"].as_str().unwrap_or(""));
+    messages.as_array().into_iter().flatten().map(line).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(file: &Path, samples: usize, seq: usize) -> Options {
+        Options { sources: vec![Source::File(file.into())], samples, seq, seed: 7 }
+    }
+
+    fn none() -> Result<Tokenizer> {
+        Err(Error::input("no tokenizer"))
+    }
+
+    #[test]
+    fn windows_given_as_tokens_are_taken_as_they_are_and_all_counted() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("w.jsonl");
+        std::fs::write(&path, "{\"input_ids\":[1,2,3]}\n\n{\"input_ids\":[4,5]}\n").unwrap();
+        let packed = pack(&options(&path, 9, 3), none, None, 6).unwrap();
+        assert_eq!(packed.windows, [vec![1, 2, 3], vec![4, 5]]);
+        assert_eq!(
+            (packed.counts.token_windows, packed.counts.tokens_used, packed.counts.tokens_unused, packed.counts.short_windows),
+            (2, 5, 0, 1)
+        );
+        assert!(pack(&options(&path, 9, 3), none, None, 5).unwrap_err().to_string().contains("token 5 is beyond the 5 rows"));
+        let one = pack(&options(&path, 1, 3), none, None, 6).unwrap();
+        assert_eq!((one.windows.len(), one.counts.tokens_unused), (1, 2));
+    }
+
+    #[test]
+    fn broken_lines_are_named_by_their_number() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("w.jsonl");
+        for (line, reason) in [
+            ("{", "not JSON"),
+            ("{\"input_ids\":[-1]}", "holds -1"),
+            ("{\"input_ids\":[]}", "empty"),
+            ("{\"messages\":3}", "not a list"),
+            ("{\"texts\":\"a\"}", "none of the fields"),
+        ] {
+            std::fs::write(&path, format!("{{\"input_ids\":[1]}}\n{line}\n")).unwrap();
+            let error = pack(&options(&path, 9, 3), none, None, 9).unwrap_err().to_string();
+            assert!(error.contains("line 2") && error.contains(reason), "{error}");
+        }
+        std::fs::write(&path, [0x61, 0xff]).unwrap();
+        assert!(pack(&options(&path, 9, 3), none, None, 9).unwrap_err().to_string().contains("not UTF-8 at byte 1"));
+    }
+}

@@ -1,0 +1,116 @@
+//! Text to token numbers, through the model's own tokenizer.json, and chats to text, through its own template.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::checkpoint::{read_file, read_json};
+use crate::error::{Error, Result};
+
+/// Largest tokenizer.json that is read, in bytes.
+const TOKENIZER_BYTES: u64 = 256 << 20;
+
+/// A model's tokenizer.
+pub struct Tokenizer {
+    path: PathBuf,
+    inner: tokenizers::Tokenizer,
+    config: Value,
+    template: Option<String>,
+}
+
+impl std::fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Tokenizer of {}", self.path.display())
+    }
+}
+
+impl Tokenizer {
+    /// Opens the tokenizer of a model folder.
+    ///
+    /// # Errors
+    /// When tokenizer.json is missing or malformed.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let path = folder.join("tokenizer.json");
+        if !path.exists() {
+            return Err(Error::input("missing; text needs the model's tokenizer. Give windows of `input_ids` in a .jsonl instead, or copy tokenizer.json into the folder").file(&path));
+        }
+        let bytes = read_file(&path, TOKENIZER_BYTES)?;
+        let parsed = catch_unwind(|| tokenizers::Tokenizer::from_bytes(&bytes));
+        let mut inner = match parsed {
+            Ok(Ok(inner)) => inner,
+            Ok(Err(error)) => return Err(Error::input(format!("not a tokenizer: {error}")).file(&path)),
+            Err(_) => return Err(Error::input("not a tokenizer: it makes the tokenizer library fail").file(&path)),
+        };
+        inner.with_truncation(None).map_err(|error| Error::input(error.to_string()).file(&path))?;
+        inner.with_padding(None);
+        let config_path = folder.join("tokenizer_config.json");
+        let config = if config_path.exists() { read_json(&config_path)? } else { Value::Null };
+        let template_path = folder.join("chat_template.jinja");
+        let template = if template_path.exists() {
+            Some(String::from_utf8_lossy(&read_file(&template_path, 1 << 20)?).into_owned())
+        } else {
+            template(&config["chat_template"])
+        };
+        Ok(Self { path, inner, config, template })
+    }
+
+    /// Token numbers of a text, with the tokenizer's own special tokens around it when `special`.
+    ///
+    /// # Errors
+    /// When the tokenizer fails on the text.
+    pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
+        match catch_unwind(AssertUnwindSafe(|| self.inner.encode_fast(text, special))) {
+            Ok(Ok(encoding)) => Ok(encoding.get_ids().to_vec()),
+            Ok(Err(error)) => Err(Error::input(format!("cannot encode the text: {error}")).file(&self.path)),
+            Err(_) => Err(Error::input("cannot encode the text: a pattern in it does not come to an end").file(&self.path)),
+        }
+    }
+
+    /// The number of the token that tokenizer_config.json names under `key`, such as `bos_token`.
+    pub fn named_token(&self, key: &str) -> Option<u32> {
+        self.inner.token_to_id(&self.named_text(key)?)
+    }
+
+    fn named_text(&self, key: &str) -> Option<String> {
+        let value = &self.config[key];
+        value.as_str().or_else(|| value["content"].as_str()).map(str::to_string)
+    }
+
+    /// Whether the model brings a chat template.
+    pub fn has_template(&self) -> bool {
+        self.template.is_some()
+    }
+
+    /// Messages as the model's chat template writes them; `None` when it has none.
+    ///
+    /// # Errors
+    /// When the template fails.
+    pub fn render(&self, messages: &Value) -> Result<Option<String>> {
+        let Some(template) = &self.template else { return Ok(None) };
+        let mut environment = minijinja::Environment::new();
+        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.set_trim_blocks(true);
+        environment.set_lstrip_blocks(true);
+        environment.set_fuel(Some(10_000_000));
+        environment.add_function("raise_exception", |message: String| -> Result<String, minijinja::Error> {
+            Err(minijinja::Error::new(minijinja::ErrorKind::InvalidOperation, message))
+        });
+        // A fixed date keeps the calibration of a model the same every day.
+        environment.add_function("strftime_now", |_: String| "01 Jan 2025".to_string());
+        let context = minijinja::context! {
+            messages => minijinja::Value::from_serialize(messages),
+            add_generation_prompt => false,
+            bos_token => self.named_text("bos_token").unwrap_or_default(),
+            eos_token => self.named_text("eos_token").unwrap_or_default(),
+        };
+        let rendered = environment.render_str(template, context);
+        rendered.map(Some).map_err(|error| Error::input(format!("chat template: {error}")).file(&self.path))
+    }
+}
+
+/// The template in tokenizer_config.json: a string, or a list of named ones of which the default counts.
+fn template(value: &Value) -> Option<String> {
+    let named = || value.as_array()?.iter().find(|entry| entry["name"] == "default")?["template"].as_str();
+    value.as_str().or_else(named).map(str::to_string)
+}

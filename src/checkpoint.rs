@@ -1,0 +1,348 @@
+//! A Hugging Face model folder: shards or one file, index, config.json, tokenizer.json and whatever else lies
+//! beside them. Everything in it is untrusted; it is checked completely before any weight is read.
+
+pub mod decode;
+pub mod header;
+pub mod shard;
+pub mod source;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::path::{Component, Path, PathBuf};
+
+pub use header::TensorInfo;
+use safetensors::Dtype;
+use serde::de::DeserializeSeed;
+use serde_json::Value;
+pub use shard::{Bytes, Shard};
+
+use crate::error::{Error, Result, shown};
+use crate::matrix::Matrix;
+use crate::weight::Float;
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+/// Longest JSON side file that is parsed, in bytes.
+const JSON_BYTES: u64 = 256 << 20;
+
+/// An opened and checked model folder.
+#[derive(Debug)]
+pub struct Checkpoint {
+    /// The folder.
+    pub folder: PathBuf,
+    /// config.json as it stands.
+    pub config: Value,
+    /// The safetensors files in order of name.
+    pub shards: Vec<Shard>,
+    tensors: BTreeMap<String, usize>,
+}
+
+impl Checkpoint {
+    /// Opens a folder and checks the headers of all its files against their sizes and against the index.
+    ///
+    /// # Errors
+    /// One line naming the file and the tensor that are wrong.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let metadata = std::fs::metadata(folder).map_err(|error| Error::unreadable(folder, &error))?;
+        if !metadata.is_dir() {
+            return Err(Error::input("not a folder; give the folder that holds config.json and the safetensors files").file(folder));
+        }
+        let config = read_json(&folder.join("config.json"))?;
+        if !config.is_object() {
+            return Err(Error::input("not a JSON object").file(&folder.join("config.json")));
+        }
+        let (names, index) = shard_names(folder)?;
+        let shards = names.iter().map(|name| Shard::open(&folder.join(name))).collect::<Result<Vec<_>>>()?;
+        let mut tensors = BTreeMap::new();
+        for (number, shard) in shards.iter().enumerate() {
+            for name in shard.header.tensors.keys() {
+                if let Some(other) = tensors.insert(name.clone(), number) {
+                    let other = &names[other];
+                    return Err(Error::input(format!("stands in {other} too; remove one of the two files")).tensor(name).file(&shard.path));
+                }
+            }
+        }
+        if let Some(index) = index {
+            agrees(&index, &names, &tensors).map_err(|error| error.file(&folder.join(INDEX)))?;
+        }
+        Ok(Self { folder: folder.to_path_buf(), config, shards, tensors })
+    }
+
+    /// Names of all tensors in order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// Whether a tensor is there.
+    pub fn has(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// What the header says of a tensor.
+    pub fn info(&self, name: &str) -> Option<&TensorInfo> {
+        self.shard(name)?.header.tensors.get(name)
+    }
+
+    fn shard(&self, name: &str) -> Option<&Shard> {
+        self.tensors.get(name).map(|&number| &self.shards[number])
+    }
+
+    fn located(&self, name: &str) -> Result<(&Shard, &TensorInfo)> {
+        let shard = self.shard(name).ok_or_else(|| {
+            Error::input("missing; the checkpoint is incomplete, or its config.json belongs to another model")
+                .tensor(name)
+                .file(&self.folder)
+        })?;
+        Ok((shard, &shard.header.tensors[name]))
+    }
+
+    /// The stored bytes of a tensor.
+    ///
+    /// # Errors
+    /// When the tensor is missing or cannot be read.
+    pub fn bytes(&self, name: &str) -> Result<Bytes> {
+        let (shard, info) = self.located(name)?;
+        shard.bytes(info, 0..info.bytes())
+    }
+
+    /// Reads single rows of a matrix in f32, without mapping the whole of it: the embedding of some tokens.
+    ///
+    /// # Errors
+    /// As [`Self::matrix`], or when a row is beyond the end.
+    pub fn gather(&self, name: &str, shape: [usize; 2], rows: &[u32]) -> Result<Matrix> {
+        let float = self.float(name)?;
+        let (shard, info) = self.located(name)?;
+        let width = (shape[1] * float.bytes()) as u64;
+        let mut bytes = vec![0; shape[1] * float.bytes()];
+        let mut data = vec![0.0; rows.len() * shape[1]];
+        for (&row, out) in rows.iter().zip(data.chunks_exact_mut(shape[1])) {
+            if row as usize >= shape[0] {
+                return Err(Error::input(format!(
+                    "token {row} is beyond the {} rows of the embedding; tokenizer.json belongs to another model",
+                    shape[0]
+                ))
+                .tensor(name)
+                .file(&shard.path));
+            }
+            shard.read(info, u64::from(row) * width, &mut bytes)?;
+            decode::decode_chunk(float, &bytes, out);
+        }
+        match decode::nonfinite(&data) {
+            Some((_, count)) => {
+                Err(Error::input(format!("{count} values are NaN or infinite; the model is damaged")).tensor(name).file(&shard.path))
+            }
+            None => Ok(Matrix::new(rows.len(), shape[1], data)),
+        }
+    }
+
+    /// The number format of a tensor of floats.
+    ///
+    /// # Errors
+    /// When the tensor is missing or does not hold BF16, F16 or F32.
+    pub fn float(&self, name: &str) -> Result<Float> {
+        let (shard, info) = self.located(name)?;
+        float_of(info.dtype).ok_or_else(|| {
+            Error::input(format!("holds {:?}, this reads BF16, F16 and F32; convert the checkpoint first", info.dtype))
+                .tensor(name)
+                .file(&shard.path)
+        })
+    }
+
+    /// A matrix in f32, checked for its shape and for NaN and infinity.
+    ///
+    /// # Errors
+    /// When it is missing, of another type or shape, or not finite.
+    pub fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<Matrix> {
+        self.rows(name, shape, 0..shape[0])
+    }
+
+    /// Some rows of a matrix in f32, checked as in [`Self::matrix`].
+    ///
+    /// # Errors
+    /// As [`Self::matrix`].
+    pub fn rows(&self, name: &str, shape: [usize; 2], rows: Range<usize>) -> Result<Matrix> {
+        let data = self.floats(name, &shape, rows.start * shape[1]..rows.end * shape[1])?;
+        Ok(Matrix::new(rows.len(), shape[1], data))
+    }
+
+    /// A vector in f32, checked as in [`Self::matrix`].
+    ///
+    /// # Errors
+    /// As [`Self::matrix`].
+    pub fn vector(&self, name: &str, length: usize) -> Result<Vec<f32>> {
+        self.floats(name, &[length], 0..length)
+    }
+
+    fn floats(&self, name: &str, shape: &[usize], entries: Range<usize>) -> Result<Vec<f32>> {
+        let float = self.float(name)?;
+        let (shard, info) = self.located(name)?;
+        if info.shape != shape {
+            return Err(Error::input(format!("has shape {:?}, config.json asks for {shape:?}", info.shape)).tensor(name).file(&shard.path));
+        }
+        let width = float.bytes() as u64;
+        let bytes = shard.bytes(info, entries.start as u64 * width..entries.end as u64 * width)?;
+        let mut out = vec![0.0; entries.len()];
+        decode::decode(float, &bytes, &mut out);
+        if let Some((first, count)) = decode::nonfinite(&out) {
+            let first = entries.start + first;
+            return Err(Error::input(format!("{count} values are NaN or infinite, the first at index {first}; the model is damaged"))
+                .tensor(name)
+                .file(&shard.path));
+        }
+        Ok(out)
+    }
+
+    /// Side files: everything in the folder that is neither a weight file nor its index, in order of name.
+    ///
+    /// # Errors
+    /// When the folder cannot be listed.
+    pub fn side_files(&self) -> Result<Vec<PathBuf>> {
+        let entries = std::fs::read_dir(&self.folder).map_err(|error| Error::unreadable(&self.folder, &error))?;
+        let mut files = Vec::new();
+        for entry in entries {
+            let path = entry.map_err(|error| Error::unreadable(&self.folder, &error))?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let weights =
+                [".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"].iter().any(|end| name.ends_with(end));
+            let index = name.ends_with(".safetensors.index.json") || name.ends_with(".bin.index.json");
+            if path.is_file() && !weights && !index && !name.starts_with('.') && name != "config.json" {
+                files.push(path);
+            }
+        }
+        files.sort();
+        Ok(files)
+    }
+}
+
+/// The float format of a safetensors type, where it is one that we compute with.
+pub fn float_of(dtype: Dtype) -> Option<Float> {
+    match dtype {
+        Dtype::BF16 => Some(Float::BF16),
+        Dtype::F16 => Some(Float::F16),
+        Dtype::F32 => Some(Float::F32),
+        _ => None,
+    }
+}
+
+/// The safetensors type of a float format.
+pub fn dtype_of(float: Float) -> Dtype {
+    match float {
+        Float::BF16 => Dtype::BF16,
+        Float::F16 => Dtype::F16,
+        Float::F32 => Dtype::F32,
+    }
+}
+
+/// Reads a regular file that is not absurdly large.
+///
+/// # Errors
+/// When it is missing, not a regular file, or longer than `limit` bytes.
+pub fn read_file(path: &Path, limit: u64) -> Result<Vec<u8>> {
+    let metadata = std::fs::metadata(path).map_err(|error| Error::unreadable(path, &error))?;
+    if !metadata.is_file() {
+        return Err(Error::input("not a regular file").file(path));
+    }
+    if metadata.len() > limit {
+        return Err(Error::input(format!("has {} bytes, the limit is {limit}", metadata.len())).file(path));
+    }
+    std::fs::read(path).map_err(|error| Error::unreadable(path, &error))
+}
+
+/// Reads a JSON file.
+///
+/// # Errors
+/// When it is missing or not JSON.
+pub fn read_json(path: &Path) -> Result<Value> {
+    let bytes = read_file(path, JSON_BYTES)?;
+    serde_json::from_slice(&bytes).map_err(|error| Error::input(format!("not valid JSON: {error}")).file(path))
+}
+
+/// The names of the weight files and, where there is one, the index's map from tensors to files.
+fn shard_names(folder: &Path) -> Result<(Vec<String>, Option<BTreeMap<String, String>>)> {
+    let index_path = folder.join(INDEX);
+    if index_path.exists() {
+        let index = read_index(&index_path)?;
+        let names: BTreeSet<String> = index.values().cloned().collect();
+        for name in &names {
+            plain_file_name(name).map_err(|error| error.file(&index_path))?;
+            if !folder.join(name).exists() {
+                return Err(Error::input(format!("names {}, which is not in the folder; download it again", shown(name))).file(&index_path));
+            }
+        }
+        return Ok((names.into_iter().collect(), Some(index)));
+    }
+    if std::fs::symlink_metadata(folder.join(SINGLE)).is_ok() {
+        return Ok((vec![SINGLE.into()], None));
+    }
+    let entries = std::fs::read_dir(folder).map_err(|error| Error::unreadable(folder, &error))?;
+    let mut names: Vec<String> = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    names.sort();
+    let with_end = |end: &str| names.iter().find(|name| name.ends_with(end)).cloned();
+    let safetensors: Vec<String> = names.iter().filter(|name| name.ends_with(".safetensors")).cloned().collect();
+    if let [only] = safetensors.as_slice() {
+        return Ok((vec![only.clone()], None));
+    }
+    if safetensors.len() > 1 {
+        return Err(Error::input(format!("{} safetensors files but no {INDEX}; download the index", safetensors.len())).file(folder));
+    }
+    if let Some(pickle) = with_end(".bin").or_else(|| with_end(".pt")).or_else(|| with_end(".pth")) {
+        return Err(Error::input(format!(
+            "holds only the pickle {}; convert it with save_pretrained(safe_serialization=True)",
+            shown(&pickle)
+        ))
+        .file(folder));
+    }
+    if let Some(gguf) = with_end(".gguf") {
+        return Err(Error::input(format!("holds only {}; give the original Hugging Face folder", shown(&gguf))).file(folder));
+    }
+    Err(Error::input(format!("no {SINGLE} and no {INDEX}; give a Hugging Face model folder")).file(folder))
+}
+
+fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
+    struct Map(BTreeMap<String, String>);
+    impl<'de> serde::Deserialize<'de> for Map {
+        fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+            header::UniqueStrings.deserialize(deserializer).map(Self)
+        }
+    }
+    #[derive(serde::Deserialize)]
+    struct Index {
+        weight_map: Map,
+    }
+    let bytes = read_file(path, JSON_BYTES)?;
+    let index: Index = serde_json::from_slice(&bytes).map_err(|error| Error::input(format!("{error}")).file(path))?;
+    if index.weight_map.0.is_empty() {
+        return Err(Error::input("weight_map is empty").file(path));
+    }
+    Ok(index.weight_map.0)
+}
+
+/// A name from the index may only be one plain file name.
+fn plain_file_name(name: &str) -> Result<()> {
+    let mut components = Path::new(name).components();
+    let plain = matches!((components.next(), components.next()), (Some(Component::Normal(part)), None) if part.to_str() == Some(name));
+    if plain && name.ends_with(".safetensors") && !name.contains('\0') {
+        return Ok(());
+    }
+    Err(Error::input(format!("names the file {:?}, which is not a plain *.safetensors name", shown(name))))
+}
+
+fn agrees(index: &BTreeMap<String, String>, files: &[String], tensors: &BTreeMap<String, usize>) -> Result<()> {
+    for (name, file) in index {
+        match tensors.get(name) {
+            None => {
+                return Err(Error::input(format!("said to be in {}, which does not hold it; download both again", shown(file))).tensor(name));
+            }
+            Some(&number) if files[number] != *file => {
+                return Err(Error::input(format!("said to be in {}, but it is in {}", shown(file), files[number])).tensor(name));
+            }
+            Some(_) => {}
+        }
+    }
+    match tensors.keys().find(|name| !index.contains_key(*name)) {
+        Some(name) => {
+            Err(Error::input(format!("stands in {} but not in the index; download the index again", files[tensors[name]])).tensor(name))
+        }
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,63 @@
+//! Where the weights of linear layers come from: plain tensors, or whatever a format makes of several tensors.
+
+use std::fmt::Debug;
+
+use crate::checkpoint::Checkpoint;
+use crate::error::{Error, Result};
+use crate::weight::Weight;
+
+/// Reads the weights of linear layers from a checkpoint.
+pub trait Source: Debug + Send + Sync {
+    /// `[outputs, inputs]` of the linear layer `name` (without `.weight`), from headers alone; `None` when absent.
+    fn shape(&self, checkpoint: &Checkpoint, name: &str) -> Option<[usize; 2]>;
+
+    /// The weight of the linear layer `name`, checked to be finite and of this shape.
+    ///
+    /// # Errors
+    /// When it is missing or wrong, naming the tensor.
+    fn weight(&self, checkpoint: &Checkpoint, name: &str, shape: [usize; 2]) -> Result<Weight>;
+
+    /// The tensors that hold the linear layer `name`.
+    fn tensors(&self, checkpoint: &Checkpoint, name: &str) -> Vec<String>;
+}
+
+/// Plain `name.weight` tensors.
+#[derive(Debug)]
+pub struct Plain;
+
+impl Source for Plain {
+    fn shape(&self, checkpoint: &Checkpoint, name: &str) -> Option<[usize; 2]> {
+        checkpoint.info(&format!("{name}.weight"))?.shape.as_slice().try_into().ok()
+    }
+
+    fn weight(&self, checkpoint: &Checkpoint, name: &str, shape: [usize; 2]) -> Result<Weight> {
+        checkpoint.matrix(&format!("{name}.weight"), shape).map(Weight::Dense)
+    }
+
+    fn tensors(&self, _: &Checkpoint, name: &str) -> Vec<String> {
+        vec![format!("{name}.weight")]
+    }
+}
+
+/// Refuses a tensor whose shape is not the one that the configuration asks for.
+///
+/// # Errors
+/// Naming the tensor and both shapes.
+pub fn expect_shape(checkpoint: &Checkpoint, name: &str, found: Option<[usize; 2]>, needed: [usize; 2]) -> Result<()> {
+    match found {
+        Some(found) if found == needed => Ok(()),
+        Some(found) => {
+            Err(Error::input(format!("has shape {found:?}, config.json asks for {needed:?}")).tensor(name).file(&checkpoint.folder))
+        }
+        None => match checkpoint.info(name) {
+            Some(info) => Err(Error::input(format!("has shape {:?}, config.json asks for {needed:?}", info.shape))
+                .tensor(name)
+                .file(&checkpoint.folder)),
+            None => Err(Error::input(format!(
+                "missing (shape {needed:?} expected); the checkpoint is incomplete, or its config.json belongs to another model"
+            ))
+            .tensor(name)
+            .file(&checkpoint.folder)),
+        },
+    }
+}

@@ -1,0 +1,121 @@
+//! One error type. A message is one line: file, tensor, what is wrong with both numbers, and the way out.
+//! Whose fault it is decides the exit code.
+
+use std::path::Path;
+
+/// Whose fault an error is; decides the exit code of the program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// Input, output, memory or device failed while running: exit 1.
+    Run,
+    /// The command line or an input file is wrong or unsupported: exit 2.
+    Input,
+    /// A quality gate was measured and is not met: exit 3.
+    Gate,
+    /// A quality gate cannot be decided with the tokens measured: exit 4.
+    Inconclusive,
+    /// The output that was written does not read back as intended: exit 5.
+    Verification,
+    /// A signal asked to stop; holds the signal number: exit 128 + number.
+    Interrupted(u8),
+}
+
+/// An error: a fault and one line that names the place, the numbers and the way out.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct Error {
+    /// Whose fault it is.
+    pub fault: Fault,
+    message: String,
+}
+
+/// The result of everything in this crate that can fail.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// A wrong or unsupported input, or wrong usage.
+    pub fn input(message: impl Into<String>) -> Self {
+        Self::new(Fault::Input, message)
+    }
+
+    /// A failure while running.
+    pub fn run(message: impl Into<String>) -> Self {
+        Self::new(Fault::Run, message)
+    }
+
+    /// Any fault with its message.
+    pub fn new(fault: Fault, message: impl Into<String>) -> Self {
+        Self { fault, message: one_line(&message.into()) }
+    }
+
+    /// A failed operating-system call on a file while running.
+    pub fn io(path: &Path, source: &std::io::Error) -> Self {
+        Self::run(format!("{}: {source}", shown_path(path)))
+    }
+
+    /// An input file that cannot be read.
+    pub fn unreadable(path: &Path, source: &std::io::Error) -> Self {
+        Self::input(format!("{}: {source}", shown_path(path)))
+    }
+
+    /// Puts the tensor's name in front.
+    #[must_use]
+    pub fn tensor(self, name: &str) -> Self {
+        Self { fault: self.fault, message: format!("tensor {}: {}", shown(name), self.message) }
+    }
+
+    /// Puts the file's path in front.
+    #[must_use]
+    pub fn file(self, path: &Path) -> Self {
+        Self { fault: self.fault, message: format!("{}: {}", shown_path(path), self.message) }
+    }
+
+    /// The exit code of the program for this error.
+    pub fn exit_code(&self) -> u8 {
+        match self.fault {
+            Fault::Run => 1,
+            Fault::Input => 2,
+            Fault::Gate => 3,
+            Fault::Inconclusive => 4,
+            Fault::Verification => 5,
+            Fault::Interrupted(signal) => 128 + signal,
+        }
+    }
+}
+
+/// A name from an untrusted file, escaped and cut so that it can neither flood nor control a terminal.
+pub fn shown(name: &str) -> String {
+    const LONGEST: usize = 200;
+    let mut out: String = name.chars().take(LONGEST).flat_map(char::escape_debug).collect();
+    if name.chars().nth(LONGEST).is_some() {
+        out.push('…');
+    }
+    out
+}
+
+/// A path as it may be shown on a terminal.
+pub fn shown_path(path: &Path) -> String {
+    path.to_string_lossy().chars().flat_map(|c| if c.is_control() { c.escape_debug().collect::<Vec<_>>() } else { vec![c] }).collect()
+}
+
+fn one_line(message: &str) -> String {
+    message.split(['\n', '\r']).map(str::trim).filter(|part| !part.is_empty()).collect::<Vec<_>>().join("; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_is_one_line_that_names_file_and_tensor() {
+        let error = Error::input("found 3\nneeded 4").tensor("a\u{1b}[31m").file(Path::new("x/y.safetensors"));
+        assert_eq!(error.to_string(), "x/y.safetensors: tensor a\\u{1b}[31m: found 3; needed 4");
+        assert_eq!(error.exit_code(), 2);
+        assert_eq!(Error::new(Fault::Interrupted(15), "").exit_code(), 143);
+    }
+
+    #[test]
+    fn long_names_are_cut() {
+        assert_eq!(shown(&"n".repeat(5000)).chars().count(), 201);
+    }
+}

@@ -1,0 +1,83 @@
+//! Operations on matrices that deserve more than a line of tensor algebra. A kernel knows matrices, not layers.
+//!
+//! An operation of the forward has two faces: tensor algebra that runs on every device and under autodiff (the
+//! reference), and a CPU path over slices that is used when the tensors lie on the processor outside autodiff.
+//! Tests compare the two. CPU paths go parallel over rows only and reduce in a fixed order, so their results depend
+//! neither on the number of threads nor on the width of the vector instructions.
+
+pub mod attention;
+pub mod exponential;
+pub mod gated;
+pub mod gemm;
+pub mod gram;
+pub mod likelihood;
+pub mod quantize;
+pub mod rms_norm;
+pub mod rope;
+pub mod select;
+
+use burn::tensor::{Device, Tensor, TensorData};
+use burn_flex::{Flex, FlexTensor};
+
+/// The floats of a tensor that lies on the processor.
+#[derive(Debug)]
+pub struct Floats(FlexTensor);
+
+impl Floats {
+    /// The floats of a contiguous copy-free view of the tensor, or nothing when it lies elsewhere or is being
+    /// differentiated.
+    pub fn of<const D: usize>(tensor: &Tensor<D>) -> Option<Self> {
+        let storage = tensor.clone().try_into_primitive::<Flex>().ok()?;
+        Some(Self(storage.to_contiguous()))
+    }
+
+    /// The values, row-major.
+    pub fn slice(&self) -> &[f32] {
+        let (start, end) = self.0.layout().contiguous_offsets().unwrap_or((0, 0));
+        &self.0.storage::<f32>()[start..end]
+    }
+}
+
+/// A tensor that takes over the values.
+pub fn tensor<const D: usize>(values: Vec<f32>, shape: [usize; D], device: &Device) -> Tensor<D> {
+    Tensor::from_data(TensorData::new(values, shape), device)
+}
+
+/// The values of a tensor, row-major; without a copy when nobody else holds it.
+pub fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+    tensor.into_data().try_into_vec().expect("a tensor of f32 read from its device")
+}
+
+/// Runs a closure compiled for the widest vector instructions of the processor. The closure must be `inline(always)`
+/// code; its arithmetic is the same at every width.
+#[inline(always)]
+pub fn vectorized<R>(work: impl FnOnce() -> R) -> R {
+    pulp::Arch::new().dispatch(work)
+}
+
+/// Sum in sixteen fixed lanes: the same value at every vector width.
+#[inline(always)]
+pub fn sum_lanes(count: usize, mut term: impl FnMut(usize) -> f32) -> f32 {
+    let mut lanes = [0.0f32; 16];
+    let whole = count / 16 * 16;
+    let mut at = 0;
+    while at < whole {
+        for (lane, total) in lanes.iter_mut().enumerate() {
+            *total += term(at + lane);
+        }
+        at += 16;
+    }
+    let mut rest = 0.0;
+    while at < count {
+        rest += term(at);
+        at += 1;
+    }
+    let mut width = 8;
+    while width > 0 {
+        for lane in 0..width {
+            lanes[lane] += lanes[lane + width];
+        }
+        width /= 2;
+    }
+    lanes[0] + rest
+}

@@ -1,0 +1,147 @@
+//! Causal attention over packed windows, with grouped key-value heads, an optional sliding window and soft cap.
+//!
+//! Legend: q (tokens × heads · d), k and v (tokens × kv_heads · d), token = window · seq + position. Position i sees
+//! the positions j with j ≤ i and, under a sliding window W, j > i − W.
+
+use burn::tensor::activation::softmax;
+use burn::tensor::{Int, Tensor};
+use rayon::prelude::*;
+
+use crate::kernels::exponential::{exp, tanh};
+use crate::kernels::gemm::{Sizes, View, product};
+use crate::kernels::{Floats, sum_lanes, tensor, vectorized};
+
+/// The shape and the switches of an attention.
+#[derive(Debug, Clone, Copy)]
+pub struct Attention {
+    /// Tokens per window.
+    pub seq: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key-value heads; query head a reads kv head a / (heads / kv_heads).
+    pub kv_heads: usize,
+    /// Columns per head.
+    pub head_dim: usize,
+    /// Factor of the scores.
+    pub scale: f32,
+    /// c in c · tanh(score / c).
+    pub softcap: Option<f32>,
+    /// How many positions a token sees, itself included.
+    pub window: Option<usize>,
+}
+
+/// Query rows that share one pass over the keys.
+const BLOCK: usize = 64;
+
+impl Attention {
+    /// Attention output (tokens × heads · d).
+    pub fn run(&self, q: Tensor<2>, k: Tensor<2>, v: Tensor<2>) -> Tensor<2> {
+        match (Floats::of(&q), Floats::of(&k), Floats::of(&v)) {
+            (Some(fq), Some(fk), Some(fv)) => {
+                let mut out = vec![0.0; fq.slice().len()];
+                self.run_cpu(fq.slice(), fk.slice(), fv.slice(), &mut out);
+                tensor(out, q.dims(), &q.device())
+            }
+            _ => self.run_reference(q, k, v),
+        }
+    }
+
+    /// The definition in tensor algebra.
+    pub fn run_reference(&self, q: Tensor<2>, k: Tensor<2>, v: Tensor<2>) -> Tensor<2> {
+        let ([tokens, width], device) = (q.dims(), q.device());
+        let (windows, seq, d) = (tokens / self.seq, self.seq, self.head_dim);
+        let split = |x: Tensor<2>, heads: usize| -> Tensor<4> { x.reshape([windows, seq, heads, d]).swap_dims(1, 2) };
+        let repeat = |x: Tensor<4>| {
+            let times = self.heads / self.kv_heads;
+            let shape = [windows, self.kv_heads, times, seq, d];
+            x.unsqueeze_dim::<5>(2).expand(shape).reshape([windows, self.heads, seq, d])
+        };
+        let (q, k, v) = (split(q, self.heads), repeat(split(k, self.kv_heads)), repeat(split(v, self.kv_heads)));
+        let mut scores = q.matmul(k.swap_dims(2, 3)) * self.scale;
+        if let Some(cap) = self.softcap {
+            scores = (scores / cap).tanh() * cap;
+        }
+        let i: Tensor<2, Int> = Tensor::arange(0..seq as i64, &device).reshape([seq, 1]);
+        let j: Tensor<2, Int> = Tensor::arange(0..seq as i64, &device).reshape([1, seq]);
+        let distance = i.expand([seq, seq]) - j.expand([seq, seq]);
+        let mut hidden = distance.clone().lower_elem(0);
+        if let Some(window) = self.window {
+            hidden = hidden.bool_or(distance.greater_equal_elem(window as i64));
+        }
+        let hidden = hidden.unsqueeze::<4>().expand([windows, self.heads, seq, seq]);
+        let weights = softmax(scores.mask_fill(hidden, -1e30), 3);
+        weights.matmul(v).swap_dims(1, 2).reshape([tokens, width])
+    }
+
+    /// The CPU path: blocks of query rows in parallel; keys that no row of a block sees are never touched.
+    pub fn run_cpu(&self, q: &[f32], k: &[f32], v: &[f32], out: &mut [f32]) {
+        let width = self.heads * self.head_dim;
+        let kv_width = self.kv_heads * self.head_dim;
+        out.par_chunks_mut(self.seq * width).enumerate().for_each(|(window, out)| {
+            let q = &q[window * self.seq * width..][..self.seq * width];
+            let k = &k[window * self.seq * kv_width..][..self.seq * kv_width];
+            let v = &v[window * self.seq * kv_width..][..self.seq * kv_width];
+            out.par_chunks_mut(BLOCK * width).enumerate().for_each_init(Vec::new, |scores, (block, out)| {
+                for head in 0..self.heads {
+                    self.block(block * BLOCK, head, [q, k, v], scores, out);
+                }
+            });
+        });
+    }
+
+    /// Output rows `first..` (as many as `out` holds) of one head.
+    fn block(&self, first: usize, head: usize, [q, k, v]: [&[f32]; 3], scores: &mut Vec<f32>, out: &mut [f32]) {
+        let d = self.head_dim;
+        let (width, kv_width) = (self.heads * d, self.kv_heads * d);
+        let rows = out.len() / width;
+        let kv_column = head / (self.heads / self.kv_heads) * d;
+        let low = self.window.map_or(0, |window| (first + 1).saturating_sub(window));
+        let keys = first + rows - low;
+        scores.clear();
+        scores.resize(rows * keys, 0.0);
+        let query = View::rows(&q[first * width + head * d..], width);
+        let key = View::transposed(&k[low * kv_width + kv_column..], kv_width);
+        product(Sizes { m: rows, n: keys, k: d }, scores, keys, false, self.scale, query, key, false);
+        vectorized(
+            #[inline(always)]
+            || {
+                for (row, scores) in scores.chunks_exact_mut(keys).enumerate() {
+                    let position = first + row;
+                    let start = self.window.map_or(0, |window| (position + 1).saturating_sub(window)) - low;
+                    let end = position + 1 - low;
+                    scores[..start].fill(0.0);
+                    scores[end..].fill(0.0);
+                    softmax_row(&mut scores[start..end], self.softcap);
+                }
+            },
+        );
+        let value = View::rows(&v[low * kv_width + kv_column..], kv_width);
+        let sizes = Sizes { m: rows, n: d, k: keys };
+        product(sizes, &mut out[head * d..], width, false, 1.0, View::rows(scores, keys), value, false);
+    }
+}
+
+#[inline(always)]
+fn softmax_row(scores: &mut [f32], softcap: Option<f32>) {
+    if let Some(cap) = softcap {
+        for score in scores.iter_mut() {
+            *score = cap * tanh(*score / cap);
+        }
+    }
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    let (chunks, rest) = scores.as_chunks::<16>();
+    for chunk in chunks {
+        for (lane, &score) in lanes.iter_mut().zip(chunk) {
+            *lane = if score > *lane { score } else { *lane };
+        }
+    }
+    let highest = lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max);
+    for score in scores.iter_mut() {
+        *score = exp(*score - highest);
+    }
+    let total = sum_lanes(scores.len(), |i| scores[i]);
+    let factor = 1.0 / total;
+    for score in scores.iter_mut() {
+        *score *= factor;
+    }
+}

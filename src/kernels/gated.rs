@@ -1,0 +1,65 @@
+//! act(gate) · up, the middle of a gated MLP.
+
+use burn::tensor::Tensor;
+use rayon::prelude::*;
+
+use crate::kernels::exponential::{sigmoid, tanh};
+use crate::kernels::{Floats, tensor, vectorized};
+
+/// The activation of a gated MLP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// x · sigmoid(x).
+    Silu,
+    /// ½x(1 + tanh(√(2/π)(x + 0.044715x³))).
+    GeluTanh,
+}
+
+const ROOT_2_OVER_PI: f32 = 0.797_884_6;
+const CUBIC: f32 = 0.044_715;
+
+/// act(gate) · up, entry by entry.
+pub fn gated(activation: Activation, gate: Tensor<2>, up: Tensor<2>) -> Tensor<2> {
+    match (Floats::of(&gate), Floats::of(&up)) {
+        (Some(g), Some(u)) => {
+            let mut out = vec![0.0; g.slice().len()];
+            gated_cpu(activation, g.slice(), u.slice(), &mut out);
+            tensor(out, gate.dims(), &gate.device())
+        }
+        _ => gated_reference(activation, gate, up),
+    }
+}
+
+/// The definition in tensor algebra.
+pub fn gated_reference(activation: Activation, gate: Tensor<2>, up: Tensor<2>) -> Tensor<2> {
+    let activated = match activation {
+        Activation::Silu => burn::tensor::activation::silu(gate),
+        Activation::GeluTanh => {
+            let inner = (gate.clone() + gate.clone().powi_scalar(3) * CUBIC) * ROOT_2_OVER_PI;
+            gate * 0.5 * (inner.tanh() + 1.0)
+        }
+    };
+    activated * up
+}
+
+/// The CPU path.
+pub fn gated_cpu(activation: Activation, gate: &[f32], up: &[f32], out: &mut [f32]) {
+    const CHUNK: usize = 1 << 14;
+    out.par_chunks_mut(CHUNK).zip(gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK))).for_each(|(out, (gate, up))| {
+        vectorized(
+            #[inline(always)]
+            || match activation {
+                Activation::Silu => {
+                    for ((out, &g), &u) in out.iter_mut().zip(gate).zip(up) {
+                        *out = g * sigmoid(g) * u;
+                    }
+                }
+                Activation::GeluTanh => {
+                    for ((out, &g), &u) in out.iter_mut().zip(gate).zip(up) {
+                        *out = 0.5 * g * (1.0 + tanh(ROOT_2_OVER_PI * (g + CUBIC * g * g * g))) * u;
+                    }
+                }
+            },
+        );
+    });
+}

@@ -1,0 +1,199 @@
+//! Round to nearest on a grid per group of columns.
+//!
+//! Symmetric grids are *signed full-range*: the scale takes the sign that lets the code 0 (the integer −2^(bits−1))
+//! serve the entry of largest magnitude, so no code is wasted. Asymmetric grids contain zero exactly. In both, a
+//! zero weight has the code of the zero point, so pruned weights stay zero.
+
+use rayon::prelude::*;
+
+use crate::kernels::vectorized;
+use crate::matrix::Matrix;
+use crate::weight::{Float, Ints};
+
+/// What grid to round to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Grid {
+    /// Bits per code, 2..=8.
+    pub bits: u8,
+    /// Columns that share a scale.
+    pub group: usize,
+    /// Whether the zero point is fixed in the middle.
+    pub symmetric: bool,
+    /// Number format of the stored scales; codes are chosen against the scale as stored.
+    pub scale_float: Float,
+}
+
+/// Rounds every weight to the nearest point of its group's grid. Gives the integers, and the sums of squares of the
+/// rounding error and of the weights.
+pub fn round_to_nearest(weight: &Matrix, grid: Grid) -> (Ints, [f64; 2]) {
+    let (rows, columns) = (weight.rows, weight.columns);
+    let groups = columns.div_ceil(grid.group);
+    let middle = 1u8 << (grid.bits - 1);
+    let mut codes = vec![0u8; rows * columns];
+    let mut scales = vec![0.0f32; rows * groups];
+    let mut zeros = vec![middle; rows * groups];
+    let mut sums = vec![[0.0f64; 2]; rows];
+    codes
+        .par_chunks_mut(columns)
+        .zip(weight.data.par_chunks(columns))
+        .zip(scales.par_chunks_mut(groups).zip(zeros.par_chunks_mut(groups)))
+        .zip(&mut sums)
+        .with_min_len(8)
+        .for_each(|(((codes, weights), (scales, zeros)), sums)| {
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (group, (codes, weights)) in codes.chunks_mut(grid.group).zip(weights.chunks(grid.group)).enumerate() {
+                        let (scale, zero) = fit(weights, grid);
+                        let [error, total] = round_group(weights, scale, zero, grid.bits, codes);
+                        (scales[group], zeros[group]) = (scale, zero);
+                        *sums = [sums[0] + f64::from(error), sums[1] + f64::from(total)];
+                    }
+                },
+            );
+        });
+    let sums = sums.iter().fold([0.0; 2], |total, row| [total[0] + row[0], total[1] + row[1]]);
+    let zeros = (!grid.symmetric).then_some(zeros);
+    (Ints { rows, columns, bits: grid.bits, group: grid.group, codes, scales, scale_float: grid.scale_float, zeros }, sums)
+}
+
+/// Scale (rounded to its stored format, never zero, always finite) and zero point of a group.
+#[inline(always)]
+pub fn fit(weights: &[f32], grid: Grid) -> (f32, u8) {
+    let (low, high) = range(weights);
+    let middle = 1u8 << (grid.bits - 1);
+    if low == 0.0 && high == 0.0 {
+        return (1.0, middle);
+    }
+    if grid.symmetric {
+        let extreme = if high > -low { high } else { low };
+        return (stored_scale(extreme / -f32::from(middle), grid.scale_float), middle);
+    }
+    let (low, high) = (low.min(0.0), high.max(0.0));
+    let top = ((1u32 << grid.bits) - 1) as f32;
+    let scale = stored_scale(high / top - low / top, grid.scale_float);
+    let zero = (-low / scale).round_ties_even().clamp(0.0, top);
+    (scale, zero as u8)
+}
+
+/// A scale as its format stores it: what would round to zero becomes the smallest normal number.
+#[inline(always)]
+fn stored_scale(scale: f32, float: Float) -> f32 {
+    let smallest = match float {
+        Float::F16 => 6.103_515_6e-5,
+        Float::BF16 | Float::F32 => f32::MIN_POSITIVE,
+    };
+    let rounded = float.round(scale);
+    if rounded.is_infinite() {
+        return f32::MAX.copysign(scale) * 0.99;
+    }
+    if rounded.abs() < smallest { smallest.copysign(scale) } else { rounded }
+}
+
+#[inline(always)]
+fn range(weights: &[f32]) -> (f32, f32) {
+    let (mut low, mut high) = ([f32::INFINITY; 16], [f32::NEG_INFINITY; 16]);
+    let (chunks, rest) = weights.as_chunks::<16>();
+    for chunk in chunks {
+        for lane in 0..16 {
+            low[lane] = if chunk[lane] < low[lane] { chunk[lane] } else { low[lane] };
+            high[lane] = if chunk[lane] > high[lane] { chunk[lane] } else { high[lane] };
+        }
+    }
+    let low = low.iter().chain(rest).copied().fold(f32::INFINITY, f32::min);
+    let high = high.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max);
+    (low, high)
+}
+
+/// Codes of a group, and the sums of squares of error and weight.
+#[inline(always)]
+fn round_group(weights: &[f32], scale: f32, zero: u8, bits: u8, codes: &mut [u8]) -> [f32; 2] {
+    let (zero, top) = (f32::from(zero), ((1u32 << bits) - 1) as f32);
+    let mut sums = [[0.0f32; 16]; 2];
+    let mut one = |weight: f32, lane: usize| {
+        let code = ((weight / scale).round_ties_even() + zero).clamp(0.0, top);
+        let error = weight - (code - zero) * scale;
+        sums[0][lane] += error * error;
+        sums[1][lane] += weight * weight;
+        // The value lies in 0..=255 by the clamp; the detour over i32 is a vector instruction, the direct cast is not.
+        code as i32 as u8
+    };
+    let (weight_chunks, weight_rest) = weights.as_chunks::<16>();
+    let (code_chunks, code_rest) = codes.as_chunks_mut::<16>();
+    for (codes, weights) in code_chunks.iter_mut().zip(weight_chunks) {
+        for lane in 0..16 {
+            codes[lane] = one(weights[lane], lane);
+        }
+    }
+    for (lane, (code, &weight)) in code_rest.iter_mut().zip(weight_rest).enumerate() {
+        *code = one(weight, lane);
+    }
+    sums.map(|lanes| lanes.iter().sum())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn grid(bits: u8, symmetric: bool) -> Grid {
+        Grid { bits, group: 4, symmetric, scale_float: Float::F32 }
+    }
+
+    #[test]
+    fn the_symmetric_grid_gives_the_extreme_code_to_the_largest_magnitude_by_hand() {
+        let (ints, _) = round_to_nearest(&Matrix::new(1, 4, vec![0.4, -0.1, 0.2, 0.0]), grid(3, true));
+        assert_eq!(ints.scales, [-0.1]);
+        assert_eq!(ints.codes, [0, 5, 2, 4]);
+        let back = ints.to_matrix().data;
+        for (a, b) in back.iter().zip([0.4, -0.1, 0.2, 0.0]) {
+            assert!((a - b).abs() < 1e-7);
+        }
+        let (ints, _) = round_to_nearest(&Matrix::new(1, 4, vec![-0.4, 0.4, 0.2, 0.0]), grid(3, true));
+        assert_eq!((ints.scales[0], &ints.codes[..2]), (0.1, &[0u8, 7][..]));
+    }
+
+    #[test]
+    fn the_asymmetric_grid_holds_its_ends_and_zero_by_hand() {
+        let (ints, _) = round_to_nearest(&Matrix::new(1, 4, vec![-1.0, 0.0, 0.5, 2.0]), grid(2, false));
+        assert_eq!((ints.scales[0], ints.zeros.as_deref(), &ints.codes[..]), (1.0, Some(&[1u8][..]), &[0u8, 1, 1, 3][..]));
+        let (ints, _) = round_to_nearest(&Matrix::new(1, 4, vec![1.0, 2.0, 3.0, 3.0]), grid(2, false));
+        assert_eq!(ints.zeros.as_deref(), Some(&[0u8][..]), "an all-positive group still holds zero");
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_weight_is_farther_than_half_a_step_unless_the_positive_end_is_clipped(
+            values in proptest::collection::vec(-4.0f32..4.0, 12), bits in 2u8..=8, symmetric in proptest::prelude::any::<bool>()
+        ) {
+            let weight = Matrix::new(3, 4, values);
+            let (ints, [error, total]) = round_to_nearest(&weight, grid(bits, symmetric));
+            let back = ints.to_matrix();
+            for (i, (&exact, &got)) in weight.data.iter().zip(&back.data).enumerate() {
+                let scale = ints.scales[i / 4].abs();
+                let limit = if symmetric { 1.0 } else { 1.01 } * scale;
+                proptest::prop_assert!((exact - got).abs() <= limit, "{exact} {got} {scale}");
+                let inside = ints.codes[i] != 0 && u32::from(ints.codes[i]) != (1 << bits) - 1;
+                proptest::prop_assert!(!inside || (exact - got).abs() <= 0.501 * scale);
+            }
+            let exact_error: f64 = weight.data.iter().zip(&back.data).map(|(a, b)| f64::from(a - b).powi(2)).sum();
+            let exact_total: f64 = weight.data.iter().map(|a| f64::from(*a).powi(2)).sum();
+            proptest::prop_assert!((error - exact_error).abs() <= 1e-5 * exact_total + 1e-9 && (total - exact_total).abs() <= 1e-5 * exact_total + 1e-9);
+        }
+    }
+
+    #[test]
+    fn pruned_weights_stay_exactly_zero_and_extreme_values_stay_finite() {
+        let values = vec![0.0, 3.0e38, -3.0e38, 0.0, 0.0, 1e-45, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 65504.0, -1e-8, 0.0];
+        let weight = Matrix::new(4, 4, values);
+        for float in [Float::BF16, Float::F16, Float::F32] {
+            for (bits, symmetric) in (2..=8).flat_map(|bits| [(bits, true), (bits, false)]) {
+                let (ints, _) = round_to_nearest(&weight, Grid { scale_float: float, ..grid(bits, symmetric) });
+                assert!(ints.scales.iter().all(|scale| scale.is_finite() && *scale != 0.0));
+                let back = ints.to_matrix();
+                for (exact, got) in weight.data.iter().zip(&back.data) {
+                    assert!(got.is_finite() && (*exact != 0.0 || *got == 0.0), "{float:?} {bits} {symmetric}");
+                }
+            }
+        }
+    }
+}

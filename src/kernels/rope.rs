@@ -1,0 +1,80 @@
+//! Rotary position embedding: pairs of columns of every head turn by an angle that grows with the position.
+
+use burn::tensor::Tensor;
+use rayon::prelude::*;
+
+use crate::kernels::{Floats, tensor, values, vectorized};
+
+/// Cosines and sines for the positions 0 .. seq of a window, row-major `seq × half`.
+#[derive(Debug, Clone)]
+pub struct Table {
+    /// Positions.
+    pub seq: usize,
+    /// Pairs that rotate; the first `2 · half` columns of a head take part.
+    pub half: usize,
+    /// Cosines times the attention factor.
+    pub cosines: Vec<f32>,
+    /// Sines times the attention factor.
+    pub sines: Vec<f32>,
+}
+
+impl Table {
+    /// The table for inverse frequencies `frequencies` and an attention factor.
+    pub fn new(frequencies: &[f32], factor: f32, seq: usize) -> Self {
+        let angles = || (0..seq).flat_map(|position| frequencies.iter().map(move |&frequency| position as f32 * frequency));
+        Self {
+            seq,
+            half: frequencies.len(),
+            cosines: angles().map(|angle| angle.cos() * factor).collect(),
+            sines: angles().map(|angle| angle.sin() * factor).collect(),
+        }
+    }
+}
+
+/// Rotates every head of `x` (windows · seq × heads · head_dim). The pair of column t is column t + half.
+pub fn rope(x: Tensor<2>, head_dim: usize, table: &Table) -> Tensor<2> {
+    if Floats::of(&x).is_none() {
+        return rope_reference(x, head_dim, table);
+    }
+    let (dims, device) = (x.dims(), x.device());
+    let mut data = values(x);
+    rope_cpu(&mut data, dims[1], head_dim, table);
+    tensor(data, dims, &device)
+}
+
+/// The definition in tensor algebra: [u·c − v·s, v·c + u·s, untouched columns].
+pub fn rope_reference(x: Tensor<2>, head_dim: usize, table: &Table) -> Tensor<2> {
+    let ([tokens, width], device, half) = (x.dims(), x.device(), table.half);
+    let heads = width / head_dim;
+    let shape = [1, table.seq, 1, half];
+    let cosines: Tensor<4> = tensor(table.cosines.clone(), shape, &device);
+    let sines: Tensor<4> = tensor(table.sines.clone(), shape, &device);
+    let x = x.reshape([tokens / table.seq, table.seq, heads, head_dim]);
+    let u = x.clone().narrow(3, 0, half);
+    let v = x.clone().narrow(3, half, half);
+    let mut parts = vec![u.clone() * cosines.clone() - v.clone() * sines.clone(), v * cosines + u * sines];
+    if head_dim > 2 * half {
+        parts.push(x.narrow(3, 2 * half, head_dim - 2 * half));
+    }
+    Tensor::cat(parts, 3).reshape([tokens, width])
+}
+
+/// The CPU path, in place.
+pub fn rope_cpu(x: &mut [f32], width: usize, head_dim: usize, table: &Table) {
+    let half = table.half;
+    x.par_chunks_mut(width).enumerate().with_min_len(16).for_each(|(token, row)| {
+        let at = (token % table.seq) * half;
+        let (cosines, sines) = (&table.cosines[at..at + half], &table.sines[at..at + half]);
+        vectorized(
+            #[inline(always)]
+            || {
+                for head in row.chunks_exact_mut(head_dim) {
+                    let (u, v) = head.split_at_mut(half);
+                    for (((u, v), &c), &s) in u.iter_mut().zip(v).zip(cosines).zip(sines) {
+                        (*u, *v) = (*u * c - *v * s, *v * c + *u * s);
+                    }
+                }
+            },
+        );
+    });
+}

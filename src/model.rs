@@ -1,0 +1,194 @@
+//! A model: a description and a checkpoint that lends its tensors block by block.
+
+pub mod architecture;
+pub mod block;
+pub mod config;
+pub mod forward;
+pub mod hidden;
+pub mod rotation;
+pub mod seen;
+pub mod walk;
+
+use std::ops::Range;
+
+use crate::checkpoint::Checkpoint;
+use crate::checkpoint::source::{Source, expect_shape};
+use crate::error::{Error, Result};
+use crate::matrix::Matrix;
+use crate::model::block::{Block, Linear, Norm, Place, Role};
+use crate::model::config::Config;
+
+/// Largest slice of the head that is decoded at once, in bytes of f32.
+const HEAD_SLICE_BYTES: usize = 32 << 20;
+
+/// A decoder whose tensors were checked against its description.
+#[derive(Debug)]
+pub struct Model<'a> {
+    /// The description.
+    pub config: Config,
+    checkpoint: &'a Checkpoint,
+    source: &'a dyn Source,
+    prefix: String,
+    embedding: String,
+    head: String,
+}
+
+impl<'a> Model<'a> {
+    /// Checks names and shapes of all tensors from the headers alone.
+    ///
+    /// # Errors
+    /// One line naming the first tensor that is missing or wrong.
+    pub fn open(checkpoint: &'a Checkpoint, source: &'a dyn Source) -> Result<Self> {
+        let config = Config::read(&checkpoint.config).map_err(|error| error.file(&checkpoint.folder))?;
+        let norm =
+            checkpoint.names().find_map(|name| name.strip_suffix("norm.weight").filter(|rest| rest.is_empty() || rest.ends_with("model.")));
+        let prefix = norm.unwrap_or("model.").to_string();
+        let own = format!("{prefix}embed_tokens.weight");
+        let separate = if checkpoint.has("lm_head.weight") {
+            "lm_head.weight".to_string()
+        } else {
+            format!("{}lm_head.weight", prefix.trim_end_matches("model."))
+        };
+        let (embedding, head) = match (checkpoint.has(&own), checkpoint.has(&separate), config.tied) {
+            (true, true, _) => (own, separate),
+            (true, false, true) => (own.clone(), own),
+            (false, true, true) => (separate.clone(), separate),
+            (true, false, false) => {
+                return Err(Error::input(
+                    "missing, and config.json says that the embedding is not tied to it; the checkpoint is incomplete",
+                )
+                .tensor(&separate)
+                .file(&checkpoint.folder));
+            }
+            (false, _, _) => return Err(Error::input("missing; the checkpoint is incomplete").tensor(&own).file(&checkpoint.folder)),
+        };
+        let model = Self { config, checkpoint, source, prefix, embedding, head };
+        model.check()?;
+        Ok(model)
+    }
+
+    fn check(&self) -> Result<()> {
+        let config = &self.config;
+        let two = |name: &str| self.checkpoint.info(name).and_then(|info| info.shape.as_slice().try_into().ok());
+        for name in [&self.embedding, &self.head] {
+            expect_shape(self.checkpoint, name, two(name), [config.vocabulary, config.hidden])?;
+            self.checkpoint.float(name)?;
+        }
+        for index in 0..config.layers.len() {
+            for role in Role::ALL {
+                let name = self.linear_name(index, role);
+                let needed = self.shape(role);
+                let found = self.source.shape(self.checkpoint, &name);
+                expect_shape(self.checkpoint, &format!("{name}.weight"), found, needed)?;
+            }
+            for (name, _, width) in self.norms(index) {
+                self.vector_shape(&name, width)?;
+            }
+        }
+        self.vector_shape(&format!("{}norm.weight", self.prefix), config.hidden)
+    }
+
+    fn vector_shape(&self, name: &str, width: usize) -> Result<()> {
+        self.checkpoint.float(name)?;
+        match self.checkpoint.info(name) {
+            Some(info) if info.shape != [width] => Err(Error::input(format!("has shape {:?}, config.json asks for [{width}]", info.shape))
+                .tensor(name)
+                .file(&self.checkpoint.folder)),
+            _ => Ok(()),
+        }
+    }
+
+    /// The name of a linear layer, without `.weight`.
+    pub fn linear_name(&self, index: usize, role: Role) -> String {
+        format!("{}layers.{index}.{}", self.prefix, role.name())
+    }
+
+    /// `[outputs, inputs]` of a role.
+    pub fn shape(&self, role: Role) -> [usize; 2] {
+        let config = &self.config;
+        let (hidden, middle, query, kv) = (config.hidden, config.intermediate, config.query_width(), config.kv_width());
+        match role {
+            Role::Query => [query, hidden],
+            Role::Key | Role::Value => [kv, hidden],
+            Role::Output => [hidden, query],
+            Role::Gate | Role::Up => [middle, hidden],
+            Role::Down => [hidden, middle],
+        }
+    }
+
+    fn norms(&self, index: usize) -> Vec<(String, Place, usize)> {
+        let places = self.config.family.places;
+        let mut norms = Vec::new();
+        for (name, place) in [
+            (places.attention_in, Place::AttentionIn),
+            (places.attention_out, Place::AttentionOut),
+            (places.mlp_in, Place::MlpIn),
+            (places.mlp_out, Place::MlpOut),
+        ] {
+            norms.extend(name.map(|name| (format!("{}layers.{index}.{name}.weight", self.prefix), place, self.config.hidden)));
+        }
+        if let Some([query, key]) = self.config.qk_norm_widths() {
+            norms.push((format!("{}layers.{index}.self_attn.q_norm.weight", self.prefix), Place::Query, query));
+            norms.push((format!("{}layers.{index}.self_attn.k_norm.weight", self.prefix), Place::Key, key));
+        }
+        norms
+    }
+
+    /// Reads a block.
+    ///
+    /// # Errors
+    /// When a tensor is not finite or cannot be read.
+    pub fn load_block(&self, index: usize) -> Result<Block> {
+        let linear = |role: Role| {
+            let (name, shape) = (self.linear_name(index, role), self.shape(role));
+            let bias = format!("{name}.bias");
+            let bias = if self.checkpoint.has(&bias) { Some(self.checkpoint.vector(&bias, shape[0])?) } else { None };
+            Ok(Linear { weight: self.source.weight(self.checkpoint, &name, shape)?, name, role, bias })
+        };
+        let norm = |(name, place, width): (String, Place, usize)| Ok(Norm { weight: self.checkpoint.vector(&name, width)?, name, place });
+        Ok(Block {
+            index,
+            linears: Role::ALL.into_iter().map(linear).collect::<Result<_>>()?,
+            norms: self.norms(index).into_iter().map(norm).collect::<Result<_>>()?,
+        })
+    }
+
+    /// The first hidden states of some tokens, `tokens × hidden`.
+    ///
+    /// # Errors
+    /// When a token is beyond the vocabulary or a row is not finite.
+    pub fn embed(&self, tokens: &[u32]) -> Result<Vec<f32>> {
+        let mut rows = self.checkpoint.gather(&self.embedding, [self.config.vocabulary, self.config.hidden], tokens)?.data;
+        if self.config.embed_factor != 1.0 {
+            rows.iter_mut().for_each(|value| *value *= self.config.embed_factor);
+        }
+        Ok(rows)
+    }
+
+    /// The weight of the final norm.
+    ///
+    /// # Errors
+    /// When it is not finite or cannot be read.
+    pub fn final_norm(&self) -> Result<Vec<f32>> {
+        self.checkpoint.vector(&format!("{}norm.weight", self.prefix), self.config.hidden)
+    }
+
+    /// Ranges of the vocabulary that are decoded one at a time.
+    pub fn head_slices(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        let (vocabulary, rows) = (self.config.vocabulary, (HEAD_SLICE_BYTES / (4 * self.config.hidden)).max(1));
+        (0..vocabulary).step_by(rows).map(move |first| first..(first + rows).min(vocabulary))
+    }
+
+    /// Some rows of the head.
+    ///
+    /// # Errors
+    /// When they are not finite or cannot be read.
+    pub fn head_rows(&self, rows: Range<usize>) -> Result<Matrix> {
+        self.checkpoint.rows(&self.head, [self.config.vocabulary, self.config.hidden], rows)
+    }
+
+    /// Bytes of one block in f32.
+    pub fn block_bytes(&self) -> u64 {
+        Role::ALL.iter().map(|&role| self.shape(role)).map(|[rows, columns]| 4 * rows as u64 * columns as u64).sum()
+    }
+}

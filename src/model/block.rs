@@ -1,0 +1,190 @@
+//! One decoder block: its linear layers by role, its norms by place, and the tensors that a forward needs of them.
+
+use burn::tensor::{Device, Tensor};
+
+use crate::kernels::{tensor, values};
+use crate::matrix::Matrix;
+use crate::weight::{Sparse, Weight};
+
+/// What a linear layer does in its block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Role {
+    /// Queries.
+    Query,
+    /// Keys.
+    Key,
+    /// Values.
+    Value,
+    /// Output of attention.
+    Output,
+    /// Gate of the MLP.
+    Gate,
+    /// Up projection of the MLP.
+    Up,
+    /// Down projection of the MLP.
+    Down,
+}
+
+impl Role {
+    /// All roles in the order of a forward.
+    pub const ALL: [Self; 7] = [Self::Query, Self::Key, Self::Value, Self::Output, Self::Gate, Self::Up, Self::Down];
+
+    /// Name inside a block.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Query => "self_attn.q_proj",
+            Self::Key => "self_attn.k_proj",
+            Self::Value => "self_attn.v_proj",
+            Self::Output => "self_attn.o_proj",
+            Self::Gate => "mlp.gate_proj",
+            Self::Up => "mlp.up_proj",
+            Self::Down => "mlp.down_proj",
+        }
+    }
+
+    /// The input that the layer reads.
+    pub fn site(self) -> Site {
+        match self {
+            Self::Query | Self::Key | Self::Value => Site::Attention,
+            Self::Output => Site::Output,
+            Self::Gate | Self::Up => Site::Mlp,
+            Self::Down => Site::Down,
+        }
+    }
+}
+
+/// An input that one or more linear layers read; statistics hang on sites, not on matrices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Site {
+    /// Read by queries, keys and values.
+    Attention,
+    /// Read by the output projection of attention.
+    Output,
+    /// Read by gate and up.
+    Mlp,
+    /// Read by down.
+    Down,
+}
+
+impl Site {
+    /// All sites in the order of a forward.
+    pub const ALL: [Self; 4] = [Self::Attention, Self::Output, Self::Mlp, Self::Down];
+}
+
+/// A place for a norm in a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Place {
+    /// Before attention.
+    AttentionIn,
+    /// After attention.
+    AttentionOut,
+    /// Before the MLP.
+    MlpIn,
+    /// After the MLP.
+    MlpOut,
+    /// Of the queries.
+    Query,
+    /// Of the keys.
+    Key,
+}
+
+/// A linear layer: y = x Wᵀ + b.
+#[derive(Debug)]
+pub struct Linear {
+    /// Full name without `.weight`.
+    pub name: String,
+    /// What it does.
+    pub role: Role,
+    /// Its weight, `[outputs, inputs]`.
+    pub weight: Weight,
+    /// Its bias.
+    pub bias: Option<Vec<f32>>,
+}
+
+/// The weight of a norm as it is stored.
+#[derive(Debug)]
+pub struct Norm {
+    /// Full name of the tensor.
+    pub name: String,
+    /// Where it stands.
+    pub place: Place,
+    /// Its weight.
+    pub weight: Vec<f32>,
+}
+
+/// A decoder block.
+#[derive(Debug)]
+pub struct Block {
+    /// Its number.
+    pub index: usize,
+    /// Its linear layers.
+    pub linears: Vec<Linear>,
+    /// Its norms.
+    pub norms: Vec<Norm>,
+}
+
+/// The tensors that a forward needs.
+#[derive(Debug, Clone, Default)]
+pub struct Parameters {
+    weights: [Option<Tensor<2>>; 7],
+    biases: [Option<Tensor<1>>; 7],
+    norms: [Option<Tensor<1>>; 6],
+}
+
+impl Parameters {
+    /// The weight of a role.
+    ///
+    /// # Panics
+    /// When the block has no such layer.
+    pub fn weight(&self, role: Role) -> &Tensor<2> {
+        self.weights[role as usize].as_ref().unwrap_or_else(|| panic!("a block without {}", role.name()))
+    }
+
+    /// The bias of a role, where there is one.
+    pub fn bias(&self, role: Role) -> Option<&Tensor<1>> {
+        self.biases[role as usize].as_ref()
+    }
+
+    /// The weight of a norm, where there is one.
+    pub fn norm(&self, place: Place) -> Option<&Tensor<1>> {
+        self.norms[place as usize].as_ref()
+    }
+
+    /// Sets the weight of a role.
+    pub fn set_weight(&mut self, role: Role, weight: Tensor<2>) {
+        self.weights[role as usize] = Some(weight);
+    }
+
+    /// Sets the weight of a norm.
+    pub fn set_norm(&mut self, place: Place, weight: Tensor<1>) {
+        self.norms[place as usize] = Some(weight);
+    }
+
+    /// Takes the floats out of a block, without a copy where the block holds floats; [`Self::give_back`] returns them.
+    pub fn take(block: &mut Block, device: &Device) -> Self {
+        let mut parameters = Self::default();
+        for linear in &mut block.linears {
+            let shape = linear.weight.shape();
+            let floats = match &mut linear.weight {
+                Weight::Dense(matrix) | Weight::Sparse(Sparse { matrix, .. }) => std::mem::take(&mut matrix.data),
+                Weight::Ints(ints) => ints.to_matrix().data,
+            };
+            parameters.set_weight(linear.role, tensor(floats, shape, device));
+            parameters.biases[linear.role as usize] = linear.bias.as_ref().map(|bias| tensor(bias.clone(), [bias.len()], device));
+        }
+        for norm in &block.norms {
+            parameters.set_norm(norm.place, tensor(norm.weight.clone(), [norm.weight.len()], device));
+        }
+        parameters
+    }
+
+    /// Puts the floats back where [`Self::take`] took them from.
+    pub fn give_back(mut self, block: &mut Block) {
+        for linear in &mut block.linears {
+            if let Weight::Dense(matrix) | Weight::Sparse(Sparse { matrix, .. }) = &mut linear.weight {
+                let floats = self.weights[linear.role as usize].take().map(values).unwrap_or_default();
+                *matrix = Matrix::new(matrix.rows, matrix.columns, floats);
+            }
+        }
+    }
+}

@@ -1,0 +1,375 @@
+//! config.json, in the spellings of transformers 4 and 5, to one typed description. Every number is bounded before
+//! it is used; nothing is allocated in proportion to a number that no tensor has confirmed.
+
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result, shown};
+use crate::kernels::gated::Activation;
+use crate::model::architecture::{Embed, Family, QkNorm, Scale, SlidingRule, Windows, family};
+use crate::model::rotation::{self, Rotation};
+
+/// Everything about a decoder that its tensors do not say.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// The family's row.
+    pub family: &'static Family,
+    /// `hidden_size`.
+    pub hidden: usize,
+    /// `intermediate_size`.
+    pub intermediate: usize,
+    /// `vocab_size`.
+    pub vocabulary: usize,
+    /// `num_attention_heads`.
+    pub heads: usize,
+    /// `num_key_value_heads`.
+    pub kv_heads: usize,
+    /// `head_dim`.
+    pub head_dim: usize,
+    /// `rms_norm_eps`.
+    pub epsilon: f64,
+    /// `max_position_embeddings`.
+    pub max_positions: usize,
+    /// `tie_word_embeddings`.
+    pub tied: bool,
+    /// Activation of the MLP.
+    pub activation: Activation,
+    /// Factor of the scores.
+    pub scale: f32,
+    /// Soft cap of the scores.
+    pub attention_cap: Option<f32>,
+    /// Soft cap of the logits.
+    pub logits_cap: Option<f32>,
+    /// Factor of the embedding.
+    pub embed_factor: f32,
+    /// Factor of both residual branches.
+    pub residual_factor: f32,
+    /// Factor of the logits.
+    pub logits_factor: f32,
+    /// One entry per layer.
+    pub layers: Vec<Layer>,
+    /// The token that begins a text.
+    pub bos: Option<u32>,
+    /// The tokens that end a text.
+    pub eos: Vec<u32>,
+}
+
+/// What distinguishes a layer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Layer {
+    /// Positions that a token sees, itself included; `None` for all before it.
+    pub window: Option<usize>,
+    /// Rotation of queries and keys; `None` for no rotation.
+    pub rotation: Option<Rotation>,
+}
+
+/// `model_type` of a config.
+pub fn model_type(config: &Value) -> &str {
+    config.get("model_type").and_then(Value::as_str).unwrap_or("")
+}
+
+/// The family of a config, where it is one that can be computed.
+pub fn known_family(config: &Value) -> Option<&'static Family> {
+    family(model_type(config))
+}
+
+impl Config {
+    /// Reads a config of a known family.
+    ///
+    /// # Errors
+    /// One line naming the key and its value.
+    pub fn read(config: &Value) -> Result<Self> {
+        let Some(family) = known_family(config) else {
+            let known: Vec<&str> = crate::model::architecture::FAMILIES.iter().map(|family| family.model_type).collect();
+            let found = shown(model_type(config));
+            return Err(Error::input(format!(
+                "config.json: model_type `{found}` cannot be computed; known are {}. Data-free round-to-nearest works without",
+                known.join(", ")
+            )));
+        };
+        let keys = Keys(config.as_object().ok_or_else(|| Error::input("config.json: not a JSON object"))?);
+        refuse_unsupported(&keys)?;
+        let defaults = family.defaults;
+        let hidden = keys.required("hidden_size", 1 << 20)?;
+        let heads = keys.required("num_attention_heads", 1 << 16)?;
+        let kv_heads = match keys.count("num_key_value_heads", 1 << 16)? {
+            Some(found) => found,
+            None if keys.0.contains_key("num_key_value_heads") => heads,
+            None => defaults.kv_heads.unwrap_or(heads),
+        };
+        if heads % kv_heads != 0 {
+            return Err(Error::input(format!(
+                "config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+            )));
+        }
+        let head_dim = match (keys.count("head_dim", 1 << 16)?, defaults.head_dim) {
+            (Some(found), _) => found,
+            (None, Some(default)) if !keys.0.contains_key("head_dim") => default,
+            _ if hidden % heads == 0 => hidden / heads,
+            _ => {
+                return Err(Error::input(format!(
+                    "config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and head_dim is absent"
+                )));
+            }
+        };
+        if head_dim % 2 != 0 {
+            return Err(Error::input(format!("config.json: head_dim {head_dim} is odd; rotation needs an even one")));
+        }
+        let (key, default) = family.activation;
+        let activation = match keys.text(key).or_else(|| keys.text("hidden_act")) {
+            None => default,
+            Some("silu" | "swish") => Activation::Silu,
+            Some("gelu_pytorch_tanh" | "gelu_tanh") => Activation::GeluTanh,
+            Some(other) => {
+                return Err(Error::input(format!(
+                    "config.json: {key} `{}` is not supported; known are silu and gelu_pytorch_tanh",
+                    shown(other)
+                )));
+            }
+        };
+        let scale = match family.scale {
+            Scale::HeadDim => (head_dim as f64).powf(-0.5),
+            Scale::InverseRoot(key) => keys.positive(key)?.unwrap_or(256.0).powf(-0.5),
+            Scale::Key(key) => keys.positive(key)?.unwrap_or(1.0),
+        };
+        let embed_factor = match family.embed {
+            Embed::One => 1.0,
+            Embed::RootHidden => (hidden as f64).sqrt(),
+            Embed::Key(key) => keys.positive(key)?.unwrap_or(1.0),
+        };
+        let caps = |on: bool, key: &str| if on { keys.positive(key) } else { Ok(None) };
+        let optional = |key: Option<&str>| key.map_or(Ok(None), |key| keys.positive(key));
+        let max_positions = keys.count("max_position_embeddings", 1 << 31)?.unwrap_or(defaults.max_positions);
+        Ok(Self {
+            family,
+            hidden,
+            intermediate: keys.required("intermediate_size", 1 << 24)?,
+            vocabulary: keys.required("vocab_size", 1 << 24)?,
+            heads,
+            kv_heads,
+            head_dim,
+            epsilon: keys.positive("rms_norm_eps")?.unwrap_or(defaults.epsilon),
+            max_positions,
+            tied: keys.flag("tie_word_embeddings").unwrap_or(defaults.tied),
+            activation,
+            scale: scale as f32,
+            attention_cap: caps(family.attention_cap, "attn_logit_softcapping")?.map(|cap| cap as f32),
+            logits_cap: caps(family.logits_cap, "final_logit_softcapping")?.map(|cap| cap as f32),
+            embed_factor: embed_factor as f32,
+            residual_factor: optional(family.residual)?.unwrap_or(1.0) as f32,
+            logits_factor: 1.0 / optional(family.logits_over)?.unwrap_or(1.0) as f32,
+            layers: layers(&keys, family, head_dim, max_positions)?,
+            bos: tokens(keys.0.get("bos_token_id")).first().copied(),
+            eos: tokens(keys.0.get("eos_token_id")),
+        })
+    }
+
+    /// Columns of q before the output projection.
+    pub fn query_width(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// Columns of k and of v.
+    pub fn kv_width(&self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+
+    /// Lengths of the weights of the query and key norms, where the family has them.
+    pub fn qk_norm_widths(&self) -> Option<[usize; 2]> {
+        match self.family.qk_norm {
+            QkNorm::Absent => None,
+            QkNorm::Head => Some([self.head_dim; 2]),
+            QkNorm::Projection => Some([self.query_width(), self.kv_width()]),
+        }
+    }
+}
+
+/// Keys that change the mathematics and that the forward does not know.
+fn refuse_unsupported(keys: &Keys<'_>) -> Result<()> {
+    for key in ["use_bidirectional_attention", "quantize_embeddings"] {
+        if keys.flag(key) == Some(true) {
+            return Err(Error::input(format!("config.json: {key} true is not supported")));
+        }
+    }
+    for key in ["clip_qkv", "num_experts", "num_local_experts"] {
+        if keys.0.get(key).is_some_and(|value| value.as_f64().is_some_and(|number| number > 0.0)) {
+            return Err(Error::input(format!("config.json: {key} is not supported for this model_type")));
+        }
+    }
+    Ok(())
+}
+
+fn layers(keys: &Keys<'_>, family: &Family, head_dim: usize, max_positions: usize) -> Result<Vec<Layer>> {
+    let count = keys.required("num_hidden_layers", 10_000)?;
+    let rotates = rotating(keys, family, count)?;
+    let slides = sliding(keys, family, count, &rotates)?;
+    let window = match keys.0.get("sliding_window") {
+        Some(Value::Null) => None,
+        Some(_) => keys.count("sliding_window", 1 << 31)?,
+        None => family.defaults.window,
+    };
+    let tables = rotation::tables(keys, family, head_dim, max_positions)?;
+    let layers = slides.iter().zip(&rotates).map(|(&slides, &rotates)| {
+        let table = if slides { &tables.sliding } else { &tables.full };
+        Layer { window: window.filter(|_| slides), rotation: table.clone().filter(|_| rotates) }
+    });
+    Ok(layers.collect())
+}
+
+fn rotating(keys: &Keys<'_>, family: &Family, count: usize) -> Result<Vec<bool>> {
+    let Some(key) = family.rope_list else { return Ok(vec![true; count]) };
+    if let Some(list) = keys.0.get(key).and_then(Value::as_array) {
+        if list.len() != count {
+            return Err(Error::input(format!("config.json: {key} lists {} layers, num_hidden_layers is {count}", list.len())));
+        }
+        return Ok(list.iter().map(|entry| entry.as_u64() != Some(0)).collect());
+    }
+    let every = keys.count("no_rope_layer_interval", 1 << 20)?.unwrap_or(4);
+    Ok((0..count).map(|layer| (layer + 1) % every != 0).collect())
+}
+
+fn sliding(keys: &Keys<'_>, family: &Family, count: usize, rotates: &[bool]) -> Result<Vec<bool>> {
+    let rule = match family.windows {
+        Windows::Never => return Ok(vec![false; count]),
+        Windows::Every => return Ok(vec![true; count]),
+        Windows::ByType(rule) => rule,
+    };
+    let used = keys.flag("use_sliding_window").unwrap_or(false);
+    let switched = matches!(rule, SlidingRule::FromMaxWindowLayers | SlidingRule::WithoutRope);
+    if switched && !used {
+        return Ok(vec![false; count]);
+    }
+    if let Some(list) = keys.0.get("layer_types").and_then(Value::as_array) {
+        if list.len() != count {
+            return Err(Error::input(format!("config.json: layer_types lists {} layers, num_hidden_layers is {count}", list.len())));
+        }
+        let kinds = list.iter().map(|kind| match kind.as_str() {
+            Some("sliding_attention") => Ok(true),
+            Some("full_attention") => Ok(false),
+            other => Err(Error::input(format!("config.json: layer type `{}` is not supported", shown(other.unwrap_or("?"))))),
+        });
+        return kinds.collect();
+    }
+    let first = keys.count("max_window_layers", 1 << 20)?.unwrap_or(if keys.0.contains_key("max_window_layers") { 0 } else { 28 });
+    let pattern = keys.count("sliding_window_pattern", 1 << 20)?;
+    let slides = |layer: usize| match rule {
+        SlidingRule::All => true,
+        SlidingRule::FromMaxWindowLayers => layer >= first,
+        SlidingRule::Even => layer % 2 == 0,
+        SlidingRule::AllButEvery(every) => (layer + 1) % pattern.unwrap_or(every) != 0,
+        SlidingRule::WithoutRope => !rotates[layer],
+    };
+    Ok((0..count).map(slides).collect())
+}
+
+fn tokens(value: Option<&Value>) -> Vec<u32> {
+    let one = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+    match value {
+        Some(Value::Array(list)) => list.iter().filter_map(one).collect(),
+        Some(value) => one(value).into_iter().collect(),
+        None => Vec::new(),
+    }
+}
+
+/// Typed access to the keys of a JSON object, with errors that name key and value.
+#[derive(Debug, Clone, Copy)]
+pub struct Keys<'a>(pub &'a Map<String, Value>);
+
+impl Keys<'_> {
+    /// A count in 1..=limit; `None` when absent or null.
+    ///
+    /// # Errors
+    /// When it is anything else.
+    pub fn count(&self, key: &str, limit: u64) -> Result<Option<usize>> {
+        match self.0.get(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(value) => match value.as_u64() {
+                Some(number) if (1..=limit).contains(&number) => Ok(Some(number as usize)),
+                // A window of all layers may be given as 0 layers.
+                Some(0) if key == "max_window_layers" => Ok(None),
+                _ => Err(Error::input(format!(
+                    "config.json: {key} is {}, it must be a whole number from 1 to {limit}",
+                    shown(&value.to_string())
+                ))),
+            },
+        }
+    }
+
+    /// A count that must be there.
+    ///
+    /// # Errors
+    /// When it is absent or not a count.
+    pub fn required(&self, key: &str, limit: u64) -> Result<usize> {
+        self.count(key, limit)?.ok_or_else(|| Error::input(format!("config.json: {key} is missing")))
+    }
+
+    /// A finite number above zero; `None` when absent or null.
+    ///
+    /// # Errors
+    /// When it is anything else.
+    pub fn positive(&self, key: &str) -> Result<Option<f64>> {
+        match self.0.get(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(value) => match value.as_f64() {
+                Some(number) if number > 0.0 && number < 1e30 => Ok(Some(number)),
+                _ => Err(Error::input(format!("config.json: {key} is {}, it must be a number above 0", shown(&value.to_string())))),
+            },
+        }
+    }
+
+    /// A flag; `None` when absent, null or not a flag.
+    pub fn flag(&self, key: &str) -> Option<bool> {
+        self.0.get(key).and_then(Value::as_bool)
+    }
+
+    /// A string; `None` when absent, null or not a string.
+    pub fn text(&self, key: &str) -> Option<&str> {
+        self.0.get(key).and_then(Value::as_str)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn base(extra: Value) -> Value {
+        let mut config = json!({"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 4,
+            "intermediate_size": 128, "vocab_size": 100});
+        config.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+        config
+    }
+
+    #[test]
+    fn hostile_numbers_are_refused_by_name() {
+        for (extra, reason) in [
+            (json!({"hidden_size": 0}), "hidden_size is 0"),
+            (json!({"hidden_size": -4}), "hidden_size is -4"),
+            (json!({"hidden_size": 1e12}), "hidden_size is"),
+            (json!({"num_hidden_layers": 2_147_483_648u64}), "num_hidden_layers is 2147483648"),
+            (json!({"vocab_size": "100"}), "vocab_size is \\\"100\\\""),
+            (json!({"vocab_size": null}), "vocab_size is missing"),
+            (json!({"num_attention_heads": 3}), "not a multiple"),
+            (json!({"num_key_value_heads": 3}), "not a multiple of num_key_value_heads 3"),
+            (json!({"head_dim": 7}), "odd"),
+            (json!({"rms_norm_eps": -1.0}), "rms_norm_eps is -1.0"),
+            (json!({"hidden_act": "relu"}), "relu"),
+            (json!({"model_type": "mamba"}), "mamba"),
+            (json!({"rope_scaling": {"rope_type": "bend"}}), "bend"),
+            (json!({"rope_parameters": {"rope_theta": 0.0}}), "rope_theta"),
+        ] {
+            let error = Config::read(&base(extra)).unwrap_err().to_string();
+            assert!(error.contains(reason), "{reason}: {error}");
+        }
+    }
+
+    #[test]
+    fn null_is_not_absent() {
+        let windows = |extra| Config::read(&base(extra)).unwrap().layers.iter().map(|layer| layer.window).collect::<Vec<_>>();
+        assert_eq!(windows(json!({"model_type": "mistral", "num_key_value_heads": 4})), [Some(4096); 4]);
+        assert_eq!(windows(json!({"model_type": "mistral", "num_key_value_heads": 4, "sliding_window": null})), [None; 4]);
+        let head_dim = |extra| Config::read(&base(extra)).unwrap().head_dim;
+        assert_eq!(head_dim(json!({"model_type": "qwen3", "num_key_value_heads": 4})), 128);
+        assert_eq!(head_dim(json!({"model_type": "qwen3", "num_key_value_heads": 4, "head_dim": null})), 16);
+    }
+}

@@ -1,0 +1,140 @@
+//! The hidden states of all windows between two blocks. They lie in memory while they fit a budget and in an unnamed
+//! temporary file when they do not; nobody else has to know.
+//!
+//! They are kept in f32: the same store carries perplexity runs, whose figures are compared to the fifth digit, and a
+//! file costs little beside the forward that fills it.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use rayon::prelude::*;
+
+use crate::error::{Error, Result};
+
+/// Bytes of hidden states that may lie in memory.
+pub const BUDGET_BYTES: u64 = 96 << 20;
+
+/// Hidden states of windows of given lengths, `length × width` floats each.
+#[derive(Debug)]
+pub struct Hidden {
+    width: usize,
+    starts: Vec<usize>,
+    place: Store,
+}
+
+#[derive(Debug)]
+enum Store {
+    Memory(Vec<f32>),
+    Disk(File),
+}
+
+impl Hidden {
+    /// A store for windows of `lengths` tokens; on disk when it is larger than `budget_bytes`.
+    ///
+    /// # Errors
+    /// When the temporary file cannot be made.
+    pub fn new(lengths: &[usize], width: usize, budget_bytes: u64) -> Result<Self> {
+        let mut starts = vec![0];
+        for length in lengths {
+            starts.push(starts[starts.len() - 1] + length * width);
+        }
+        let total = starts[starts.len() - 1];
+        let place = if 4 * total as u64 <= budget_bytes {
+            Store::Memory(vec![0.0; total])
+        } else {
+            let folder = std::env::temp_dir();
+            Store::Disk(tempfile::tempfile_in(&folder).map_err(|error| Error::io(&folder, &error))?)
+        };
+        Ok(Self { width, starts, place })
+    }
+
+    /// Number of windows.
+    pub fn len(&self) -> usize {
+        self.starts.len() - 1
+    }
+
+    /// Whether there is no window.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Tokens of a window.
+    pub fn tokens(&self, window: usize) -> usize {
+        (self.starts[window + 1] - self.starts[window]) / self.width.max(1)
+    }
+
+    /// Whether the states lie on disk.
+    pub fn spilled(&self) -> bool {
+        matches!(self.place, Store::Disk(_))
+    }
+
+    /// The states of a window.
+    ///
+    /// # Errors
+    /// When the temporary file cannot be read.
+    pub fn read(&self, window: usize) -> Result<Vec<f32>> {
+        let (start, end) = (self.starts[window], self.starts[window + 1]);
+        match &self.place {
+            Store::Memory(values) => Ok(values[start..end].to_vec()),
+            Store::Disk(file) => {
+                let mut bytes = vec![0; (end - start) * 4];
+                file.read_exact_at(&mut bytes, start as u64 * 4).map_err(|error| spill_error(&error))?;
+                let mut values = vec![0.0; end - start];
+                crate::checkpoint::decode::decode_chunk(crate::weight::Float::F32, &bytes, &mut values);
+                Ok(values)
+            }
+        }
+    }
+
+    /// Replaces the states of a window.
+    ///
+    /// # Errors
+    /// When the temporary file cannot be written.
+    ///
+    /// # Panics
+    /// When the number of values is not that of the window.
+    pub fn write(&mut self, window: usize, values: &[f32]) -> Result<()> {
+        let (start, end) = (self.starts[window], self.starts[window + 1]);
+        assert_eq!(values.len(), end - start, "states of window {window}");
+        match &mut self.place {
+            Store::Memory(all) => all[start..end].copy_from_slice(values),
+            Store::Disk(file) => {
+                let bytes = crate::checkpoint::decode::encode(crate::weight::Float::F32, values);
+                file.write_all_at(&bytes, start as u64 * 4).map_err(|error| spill_error(&error))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Works on the windows `windows` in parallel and gives the results in order.
+    ///
+    /// # Errors
+    /// The first error of a read or of the work.
+    pub fn map<R: Send>(&self, windows: std::ops::Range<usize>, work: impl Fn(usize, Vec<f32>) -> Result<R> + Sync) -> Result<Vec<R>> {
+        windows.into_par_iter().map(|window| work(window, self.read(window)?)).collect()
+    }
+}
+
+fn spill_error(error: &std::io::Error) -> Error {
+    let folder = std::env::temp_dir();
+    Error::run(format!("hidden states on disk: {error}; set TMPDIR to a file system with more room, or use fewer --samples")).file(&folder)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_and_disk_hold_the_same_states() {
+        for budget in [u64::MAX, 0] {
+            let mut hidden = Hidden::new(&[3, 1, 2], 5, budget).unwrap();
+            assert_eq!(hidden.spilled(), budget == 0);
+            for window in [2, 0, 1] {
+                let values: Vec<f32> = (0..hidden.tokens(window) * 5).map(|i| (i + 100 * window) as f32).collect();
+                hidden.write(window, &values).unwrap();
+            }
+            let sums = hidden.map(0..3, |_, values| Ok(values.iter().sum::<f32>())).unwrap();
+            assert_eq!(sums, [105.0, 510.0, 2045.0]);
+        }
+    }
+}

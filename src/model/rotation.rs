@@ -1,0 +1,177 @@
+//! Rotary frequencies from config.json: the kinds default, linear, dynamic, llama3 and yarn.
+
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result, shown};
+use crate::kernels::rope::Table;
+use crate::model::architecture::Family;
+use crate::model::config::Keys;
+
+/// How the angles of a layer grow.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rotation {
+    /// Columns of a head that rotate.
+    width: usize,
+    /// Base of the frequencies.
+    theta: f64,
+    kind: Kind,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+enum Kind {
+    Default,
+    Linear { factor: f64 },
+    Dynamic { factor: f64, max_positions: f64 },
+    Llama3 { factor: f64, low: f64, high: f64, original: f64 },
+    Yarn { factor: f64, original: f64, fast: f64, slow: f64, truncate: bool, attention: f64 },
+}
+
+/// The tables of the two kinds of layers; `None` where a kind of layer does not rotate.
+#[derive(Debug)]
+pub struct Tables {
+    /// Layers that see everything.
+    pub full: Option<Rotation>,
+    /// Layers under a sliding window.
+    pub sliding: Option<Rotation>,
+}
+
+/// Reads the rotation of both kinds of layers.
+///
+/// # Errors
+/// One line naming the key.
+pub fn tables(keys: &Keys<'_>, family: &Family, head_dim: usize, max_positions: usize) -> Result<Tables> {
+    let empty = Map::new();
+    let object = |key: &str| keys.0.get(key).and_then(Value::as_object).filter(|map| !map.is_empty());
+    let parameters = object("rope_scaling").or_else(|| object("rope_parameters")).unwrap_or(&empty);
+    let one = |parameters: &Map<String, Value>, theta: f64| read(keys, &Keys(parameters), theta, head_dim, max_positions);
+    let theta = keys.positive("rope_theta")?.unwrap_or(family.defaults.theta);
+    let local = match family.defaults.local_theta {
+        Some(default) => keys.positive("rope_local_base_freq")?.unwrap_or(default),
+        None => theta,
+    };
+    let nested = |key: &str| match parameters.get(key) {
+        Some(Value::Object(map)) => Some(Some(map)),
+        Some(Value::Null) => Some(None),
+        _ => None,
+    };
+    if nested("full_attention").is_some() || nested("sliding_attention").is_some() {
+        let kind = |key: &str, theta: f64| match nested(key) {
+            Some(Some(map)) => one(map, theta).map(Some),
+            Some(None) => Ok(None),
+            None => one(&empty, theta).map(Some),
+        };
+        return Ok(Tables { full: kind("full_attention", theta)?, sliding: kind("sliding_attention", local)? });
+    }
+    let full = one(parameters, theta)?;
+    let sliding = if family.defaults.local_theta.is_some() { one(&empty, local)? } else { full.clone() };
+    Ok(Tables { full: Some(full), sliding: Some(sliding) })
+}
+
+fn read(top: &Keys<'_>, keys: &Keys<'_>, theta: f64, head_dim: usize, max_positions: usize) -> Result<Rotation> {
+    let theta = keys.positive("rope_theta")?.unwrap_or(theta);
+    let partial = keys.positive("partial_rotary_factor")?.or(top.positive("partial_rotary_factor")?).unwrap_or(1.0);
+    let width = (head_dim as f64 * partial) as usize;
+    if width == 0 || width > head_dim || width % 2 != 0 {
+        return Err(Error::input(format!(
+            "config.json: partial_rotary_factor {partial} of head_dim {head_dim} rotates {width} columns; it must be an even number of them"
+        )));
+    }
+    let needed = |key: &str| keys.positive(key)?.ok_or_else(|| Error::input(format!("config.json: rope {key} is missing")));
+    let original = || -> Result<f64> {
+        let found = top.positive("original_max_position_embeddings")?.or(keys.positive("original_max_position_embeddings")?);
+        Ok(found.unwrap_or(max_positions as f64))
+    };
+    let kind = match keys.text("rope_type").or(keys.text("type")).unwrap_or("default") {
+        "default" => Kind::Default,
+        "linear" => Kind::Linear { factor: needed("factor")? },
+        "dynamic" => Kind::Dynamic { factor: needed("factor")?, max_positions: max_positions as f64 },
+        "llama3" => {
+            let (low, high) = (needed("low_freq_factor")?, needed("high_freq_factor")?);
+            if high <= low {
+                return Err(Error::input(format!("config.json: high_freq_factor {high} must be above low_freq_factor {low}")));
+            }
+            Kind::Llama3 { factor: needed("factor")?, low, high, original: original()? }
+        }
+        "yarn" => {
+            let original = original()?;
+            let factor = keys.positive("factor")?.unwrap_or(max_positions as f64 / original);
+            let gain = |multiplier: f64| if factor <= 1.0 { 1.0 } else { 0.1 * multiplier * factor.ln() + 1.0 };
+            let attention = match (
+                keys.positive("attention_factor")?,
+                keys.positive("mscale").ok().flatten(),
+                keys.positive("mscale_all_dim").ok().flatten(),
+            ) {
+                (Some(given), _, _) => given,
+                (None, Some(one), Some(all)) => gain(one) / gain(all),
+                _ => gain(1.0),
+            };
+            let (fast, slow) = (keys.positive("beta_fast")?.unwrap_or(32.0), keys.positive("beta_slow")?.unwrap_or(1.0));
+            Kind::Yarn { factor, original, fast, slow, truncate: keys.flag("truncate").unwrap_or(true), attention }
+        }
+        other => {
+            return Err(Error::input(format!(
+                "config.json: rope type `{}` is not supported; known are default, linear, dynamic, llama3 and yarn",
+                shown(other)
+            )));
+        }
+    };
+    Ok(Rotation { width, theta, kind })
+}
+
+impl Rotation {
+    /// Cosines and sines for windows of `seq` tokens.
+    pub fn table(&self, seq: usize) -> Table {
+        let (frequencies, factor) = self.frequencies(seq);
+        Table::new(&frequencies, factor, seq)
+    }
+
+    /// Inverse frequencies and the attention factor.
+    fn frequencies(&self, seq: usize) -> (Vec<f32>, f32) {
+        let width = self.width as f64;
+        let theta = match self.kind {
+            Kind::Dynamic { factor, max_positions } if width > 2.0 => {
+                let longest = max_positions.max(seq as f64);
+                self.theta * (factor * longest / max_positions - (factor - 1.0)).powf(width / (width - 2.0))
+            }
+            _ => self.theta,
+        };
+        let plain = (0..self.width / 2).map(|t| theta.powf(-(2.0 * t as f64) / width));
+        let bend = |(t, f): (usize, f64)| match self.kind {
+            Kind::Default | Kind::Dynamic { .. } => f,
+            Kind::Linear { factor } => f / factor,
+            Kind::Llama3 { factor, low, high, original } => {
+                let wavelength = 2.0 * std::f64::consts::PI / f;
+                if wavelength < original / high {
+                    f
+                } else if wavelength > original / low {
+                    f / factor
+                } else {
+                    let smooth = (original / wavelength - low) / (high - low);
+                    (1.0 - smooth) * f / factor + smooth * f
+                }
+            }
+            Kind::Yarn { factor, .. } => {
+                let ramp = self.yarn_ramp(t);
+                f / factor * ramp + f * (1.0 - ramp)
+            }
+        };
+        let attention = if let Kind::Yarn { attention, .. } = self.kind { attention } else { 1.0 };
+        (plain.enumerate().map(bend).map(|f| f as f32).collect(), attention as f32)
+    }
+
+    /// How far pair `t` is interpolated under yarn, 0 (not) to 1.
+    fn yarn_ramp(&self, t: usize) -> f64 {
+        let Kind::Yarn { original, fast, slow, truncate, .. } = self.kind else { return 0.0 };
+        let width = self.width as f64;
+        let dimension = |turns: f64| width * (original / (turns * 2.0 * std::f64::consts::PI)).ln() / (2.0 * self.theta.ln());
+        let (mut low, mut high) = (dimension(fast), dimension(slow));
+        if truncate {
+            (low, high) = (low.floor(), high.ceil());
+        }
+        (low, high) = (low.max(0.0), high.min(width - 1.0));
+        if low == high {
+            high += 0.001;
+        }
+        ((t as f64 - low) / (high - low)).clamp(0.0, 1.0)
+    }
+}

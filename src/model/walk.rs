@@ -1,0 +1,210 @@
+//! The only loop over blocks. Compression, calibration and perplexity are visitors.
+
+use std::collections::BTreeMap;
+
+use burn::tensor::Tensor;
+
+use crate::error::{Error, Result};
+use crate::kernels::gram::{add_column_squares, add_gram};
+use crate::kernels::{Floats, tensor, values};
+use crate::model::Model;
+use crate::model::block::{Block, Parameters};
+use crate::model::forward::{self, Spec};
+use crate::model::hidden::Hidden;
+use crate::model::seen::{Needs, Seen, Statistics};
+use crate::run::Run;
+
+/// Windows whose block outputs are compared before and after the visit.
+const COMPARED: usize = 2;
+
+/// What happens to each block.
+pub trait Visitor {
+    /// What must have been seen before [`Self::visit`].
+    fn needs(&self) -> Needs;
+
+    /// Sees a block and gives back the block that the walk goes on with.
+    ///
+    /// # Errors
+    /// Whatever stops the walk.
+    fn visit(&mut self, block: Block, seen: &Seen) -> Result<Block>;
+
+    /// Told, after the walk went through the block, the relative squared error of its output on some windows.
+    fn went_through(&mut self, _index: usize, _output_error: Option<f64>) {}
+}
+
+/// A visitor that changes nothing: the walk is then an evaluation.
+#[derive(Debug)]
+pub struct Pass;
+
+impl Visitor for Pass {
+    fn needs(&self) -> Needs {
+        Needs::Nothing
+    }
+    fn visit(&mut self, block: Block, _: &Seen) -> Result<Block> {
+        Ok(block)
+    }
+}
+
+/// Puts the embedding of windows of tokens into a store of hidden states.
+///
+/// # Errors
+/// When a token is beyond the vocabulary or the store cannot be written.
+pub fn embed(model: &Model<'_>, windows: &[Vec<u32>], budget_bytes: u64) -> Result<Hidden> {
+    let lengths: Vec<usize> = windows.iter().map(Vec::len).collect();
+    let mut hidden = Hidden::new(&lengths, model.config.hidden, budget_bytes)?;
+    for (number, window) in windows.iter().enumerate() {
+        hidden.write(number, &model.embed(window)?)?;
+    }
+    Ok(hidden)
+}
+
+/// Walks over all blocks, one resident at a time. `hidden` enters with the embeddings and leaves with the last
+/// block's outputs; each block's input is the output of the visited, not the original, block before it.
+///
+/// # Errors
+/// When a block cannot be read, an output is not finite, a signal asks to stop, or the visitor fails.
+pub fn walk(model: &Model<'_>, hidden: &mut Hidden, stage: &str, run: &Run<'_>, visitor: &mut dyn Visitor) -> Result<()> {
+    let layers = model.config.layers.len();
+    let calibrated = visitor.needs() > Needs::Nothing && !hidden.is_empty();
+    let passes = if calibrated { 2 } else { 1 };
+    run.observer.begin(stage, (layers * (passes * hidden.len()).max(1)) as u64);
+    for index in 0..layers {
+        run.check_stop()?;
+        let mut block = model.load_block(index)?;
+        let mut seen = Seen::default();
+        let mut before = Vec::new();
+        let note = format!("block {index}");
+        if calibrated {
+            let parameters = Parameters::take(&mut block, &run.device.burn);
+            (seen, before) = observe(model, index, &parameters, hidden, visitor.needs(), run, &note)?;
+            parameters.give_back(&mut block);
+        }
+        let mut block = visitor.visit(block, &seen)?;
+        let parameters = Parameters::take(&mut block, &run.device.burn);
+        drop(block);
+        let after = advance(model, index, &parameters, hidden, run, &note)?;
+        if hidden.is_empty() {
+            run.observer.step(1, &note);
+        }
+        visitor.went_through(index, relative_error(&before, &after));
+    }
+    run.observer.end();
+    Ok(())
+}
+
+/// Runs the original block on its inputs and gathers statistics; hidden states stay as they are.
+fn observe(
+    model: &Model<'_>,
+    index: usize,
+    parameters: &Parameters,
+    hidden: &Hidden,
+    needs: Needs,
+    run: &Run<'_>,
+    note: &str,
+) -> Result<(Seen, Vec<Vec<f32>>)> {
+    let mut seen = Seen::default();
+    let mut outputs = Vec::new();
+    for batch in batches(hidden, needs == Needs::Gram) {
+        run.check_stop()?;
+        let results = hidden.map(batch.clone(), |window, x| {
+            let mut sites = BTreeMap::new();
+            let spec = Spec::new(&model.config, index, hidden.tokens(window));
+            let x: Tensor<2> = tensor(x, [spec.seq, model.config.hidden], &run.device.burn);
+            let y = forward::block(&spec, parameters, x, &mut |site, input| {
+                sites.insert(site, statistics(input, needs));
+            });
+            Ok((sites, if window < COMPARED { values(y) } else { Vec::new() }))
+        })?;
+        for (sites, output) in results {
+            for (site, statistics) in sites {
+                merge(seen.sites.entry(site).or_default(), statistics);
+            }
+            outputs.extend(Some(output).filter(|output| !output.is_empty()));
+        }
+        run.observer.step(batch.len() as u64, note);
+    }
+    Ok((seen, outputs))
+}
+
+/// Sends all hidden states through a block; gives the outputs of the first windows.
+fn advance(
+    model: &Model<'_>,
+    index: usize,
+    parameters: &Parameters,
+    hidden: &mut Hidden,
+    run: &Run<'_>,
+    note: &str,
+) -> Result<Vec<Vec<f32>>> {
+    let mut first = Vec::new();
+    for batch in batches(hidden, false) {
+        run.check_stop()?;
+        let outputs = hidden.map(batch.clone(), |window, x| {
+            let spec = Spec::new(&model.config, index, hidden.tokens(window));
+            let x: Tensor<2> = tensor(x, [spec.seq, model.config.hidden], &run.device.burn);
+            let y = values(forward::block(&spec, parameters, x, &mut |_, _| {}));
+            match crate::checkpoint::decode::nonfinite(&y) {
+                Some((first, count)) => Err(Error::run(format!("block {index} gives {count} values that are NaN or infinite, the first at {first} of window {window}; the model is damaged or overflows"))),
+                None => Ok(y),
+            }
+        })?;
+        for (window, output) in batch.clone().zip(outputs) {
+            hidden.write(window, &output)?;
+            if window < COMPARED {
+                first.push(output);
+            }
+        }
+        run.observer.step(batch.len() as u64, note);
+    }
+    Ok(first)
+}
+
+/// Windows that are worked on at once: one per thread, or one at all when each needs much memory.
+fn batches(hidden: &Hidden, single: bool) -> impl Iterator<Item = std::ops::Range<usize>> + use<> {
+    let (count, size) = (hidden.len(), if single { 1 } else { rayon::current_num_threads() });
+    (0..count).step_by(size).map(move |first| first..(first + size).min(count))
+}
+
+fn statistics(input: &Tensor<2>, needs: Needs) -> Statistics {
+    let [tokens, columns] = input.dims();
+    let mut statistics = Statistics { tokens: tokens as u64, squares: vec![0.0; columns], gram: None };
+    let copy;
+    let floats = Floats::of(input);
+    let x = match &floats {
+        Some(floats) => floats.slice(),
+        None => {
+            copy = values(input.clone());
+            &copy
+        }
+    };
+    add_column_squares(x, &mut statistics.squares);
+    if needs == Needs::Gram {
+        let mut gram = vec![0.0; columns * columns];
+        add_gram(x, columns, &mut gram);
+        statistics.gram = Some(gram);
+    }
+    statistics
+}
+
+fn merge(total: &mut Statistics, part: Statistics) {
+    let add = |total: &mut Vec<f64>, part: Vec<f64>| {
+        if total.is_empty() {
+            *total = part;
+        } else {
+            total.iter_mut().zip(part).for_each(|(total, part)| *total += part);
+        }
+    };
+    total.tokens += part.tokens;
+    add(&mut total.squares, part.squares);
+    if let Some(gram) = part.gram {
+        add(total.gram.get_or_insert_default(), gram);
+    }
+}
+
+fn relative_error(before: &[Vec<f32>], after: &[Vec<f32>]) -> Option<f64> {
+    let (mut error, mut total) = (0.0, 0.0);
+    for (before, after) in before.iter().flatten().zip(after.iter().flatten()) {
+        error += f64::from(before - after).powi(2);
+        total += f64::from(*before).powi(2);
+    }
+    (!before.is_empty() && total > 0.0).then(|| error / total)
+}

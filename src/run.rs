@@ -1,0 +1,56 @@
+//! What every long computation is given: the device, the seed, and somebody who watches.
+
+use crate::device::Device;
+use crate::error::{Error, Fault, Result};
+
+/// Who watches a run: a progress bar, a log, a test.
+pub trait Observer: Send + Sync {
+    /// A stage of `steps` steps begins.
+    fn begin(&self, _stage: &str, _steps: u64) {}
+    /// Some steps of the stage are done; `note` says what was done.
+    fn step(&self, _steps: u64, _note: &str) {}
+    /// The stage is done.
+    fn end(&self) {}
+    /// Something that the user should know.
+    fn warn(&self, _message: &str) {}
+    /// The signal that asked to stop, if one did.
+    fn stopped(&self) -> Option<u8> {
+        None
+    }
+}
+
+/// An observer that sees nothing.
+#[derive(Debug)]
+pub struct Silent;
+
+impl Observer for Silent {}
+
+/// The surroundings of a computation.
+#[derive(Clone, Copy)]
+pub struct Run<'a> {
+    /// Where tensors are computed.
+    pub device: &'a Device,
+    /// Seed of every random choice.
+    pub seed: u64,
+    /// Who watches.
+    pub observer: &'a dyn Observer,
+}
+
+impl std::fmt::Debug for Run<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Run on {} with seed {}", self.device.name, self.seed)
+    }
+}
+
+impl Run<'_> {
+    /// Stops here when a signal asked for it.
+    ///
+    /// # Errors
+    /// [`Fault::Interrupted`] with the signal's number.
+    pub fn check_stop(&self) -> Result<()> {
+        match self.observer.stopped() {
+            Some(signal) => Err(Error::new(Fault::Interrupted(signal), "stopped; nothing was written, run the same command again")),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! THE type: compression is a change of representation of a weight. Methods turn one variant into another,
+//! formats write whichever variant they find, and neither knows the other.
+
+pub mod ints;
+pub mod sparse;
+
+use std::borrow::Cow;
+
+pub use ints::Ints;
+pub use sparse::{Pattern, Sparse};
+
+use crate::matrix::Matrix;
+
+/// The weight of a linear layer, `[outputs, inputs]`, in one of its representations.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Weight {
+    /// Every entry a float.
+    Dense(Matrix),
+    /// Floats with entries fixed at zero.
+    Sparse(Sparse),
+    /// Integers on a grid per group.
+    Ints(Ints),
+}
+
+/// What a weight is stored as: the representation without its data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Storage {
+    /// Every entry a float.
+    Dense,
+    /// Floats with entries fixed at zero.
+    Sparse(Pattern),
+    /// Integers of `bits` bits with one scale per `group` columns.
+    Ints {
+        /// Bits per code, 2..=8.
+        bits: u8,
+        /// Columns that share a scale; the number of columns when there is one scale per row.
+        group: usize,
+        /// Whether the zero point is the middle of the range.
+        symmetric: bool,
+    },
+}
+
+/// Number format of a stored float.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Float {
+    /// bfloat16.
+    BF16,
+    /// IEEE half precision.
+    F16,
+    /// IEEE single precision.
+    F32,
+}
+
+impl Float {
+    /// Bytes per number.
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::BF16 | Self::F16 => 2,
+        }
+    }
+
+    /// The nearest value that this format holds. Overflow of f16 is held at the largest finite value, so that a
+    /// scale never becomes infinite.
+    pub fn round(self, value: f32) -> f32 {
+        match self {
+            Self::F32 => value,
+            Self::BF16 => half::bf16::from_f32(value).to_f32(),
+            Self::F16 => half::f16::from_f32(value.clamp(-65504.0, 65504.0)).to_f32(),
+        }
+    }
+}
+
+impl Weight {
+    /// The representation without its data.
+    pub fn storage(&self) -> Storage {
+        match self {
+            Self::Dense(_) => Storage::Dense,
+            Self::Sparse(sparse) => Storage::Sparse(sparse.pattern),
+            Self::Ints(ints) => Storage::Ints { bits: ints.bits, group: ints.group, symmetric: ints.zeros.is_none() },
+        }
+    }
+
+    /// `[rows, columns]`.
+    pub fn shape(&self) -> [usize; 2] {
+        match self {
+            Self::Dense(matrix) => [matrix.rows, matrix.columns],
+            Self::Sparse(sparse) => [sparse.matrix.rows, sparse.matrix.columns],
+            Self::Ints(ints) => [ints.rows, ints.columns],
+        }
+    }
+
+    /// The floats that this weight stands for: the oracle of every test and the input of every forward.
+    pub fn to_matrix(&self) -> Cow<'_, Matrix> {
+        match self {
+            Self::Dense(matrix) | Self::Sparse(Sparse { matrix, .. }) => Cow::Borrowed(matrix),
+            Self::Ints(ints) => Cow::Owned(ints.to_matrix()),
+        }
+    }
+
+    /// The floats that this weight stands for, without a copy where it holds floats already.
+    pub fn into_matrix(self) -> Matrix {
+        match self {
+            Self::Dense(matrix) | Self::Sparse(Sparse { matrix, .. }) => matrix,
+            Self::Ints(ints) => ints.to_matrix(),
+        }
+    }
+}
+
+impl Storage {
+    /// Stored bits of a `[rows, columns]` weight in this representation, scales and zero points included;
+    /// `float` is the format of stored floats.
+    pub fn bits(self, [rows, columns]: [usize; 2], float: Float) -> u64 {
+        let entries = (rows * columns) as u64;
+        match self {
+            Self::Dense | Self::Sparse(_) => entries * 8 * float.bytes() as u64,
+            Self::Ints { bits, group, symmetric } => {
+                let groups = (rows * columns.div_ceil(group.max(1))) as u64;
+                let zero_bits = if symmetric { 0 } else { u64::from(bits) };
+                entries * u64::from(bits) + groups * (8 * float.bytes() as u64 + zero_bits)
+            }
+        }
+    }
+}
+
+impl std::fmt::Display for Storage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Dense => write!(f, "dense"),
+            Self::Sparse(pattern) => write!(f, "sparse {pattern}"),
+            Self::Ints { bits, group, symmetric } => {
+                write!(f, "W{bits} g{group} {}", if *symmetric { "symmetric" } else { "asymmetric" })
+            }
+        }
+    }
+}
