@@ -331,7 +331,9 @@ fn agrees(index: &BTreeMap<String, String>, files: &[String], tensors: &BTreeMap
     for (name, file) in index {
         match tensors.get(name) {
             None => {
-                return Err(Error::input(format!("said to be in {}, which does not hold it; download both again", shown(file))).tensor(name));
+                return Err(
+                    Error::input(format!("said to be in {}, which does not hold it; download both again", shown(file))).tensor(name)
+                );
             }
             Some(&number) if files[number] != *file => {
                 return Err(Error::input(format!("said to be in {}, but it is in {}", shown(file), files[number])).tensor(name));

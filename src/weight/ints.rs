@@ -37,6 +37,17 @@ impl Ints {
         1 << (self.bits - 1)
     }
 
+    /// Number of codes that stand for exactly zero.
+    pub fn zero_codes(&self) -> usize {
+        let (groups, middle) = (self.groups(), self.middle());
+        let of_row = |(row, codes): (usize, &[u8])| -> usize {
+            let zero = |index: usize| self.zeros.as_ref().map_or(middle, |zeros| zeros[row * groups + index]);
+            let count = |(index, codes): (usize, &[u8])| codes.iter().filter(|&&code| code == zero(index)).count();
+            codes.chunks(self.group).enumerate().map(count).sum()
+        };
+        self.codes.par_chunks(self.columns.max(1)).enumerate().map(of_row).sum()
+    }
+
     /// The floats that the codes stand for.
     pub fn to_matrix(&self) -> Matrix {
         let (groups, middle) = (self.groups(), self.middle());

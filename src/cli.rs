@@ -1,0 +1,92 @@
+//! The command line: arguments to one library call to a message.
+
+pub mod arguments;
+pub mod compress;
+pub mod eval;
+pub mod inspect;
+pub mod look;
+pub mod progress;
+pub mod text;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::Parser;
+use clap::error::ErrorKind;
+
+use crate::cli::arguments::{Arguments, Command};
+use crate::cli::progress::Progress;
+use crate::error::{Error, Result};
+
+/// What every verb is given from the command line.
+#[derive(Debug)]
+pub struct Session {
+    /// `--json`.
+    pub json: bool,
+    /// `--quiet`.
+    pub quiet: bool,
+    /// `-v`.
+    pub verbose: bool,
+    /// `--seed`.
+    pub seed: Option<u64>,
+    /// Progress and signals.
+    pub progress: Progress,
+}
+
+/// Runs the program and gives its exit code.
+pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let parsed = match Arguments::try_parse_from(arguments) {
+        Ok(parsed) => parsed,
+        Err(error) => return usage(&error),
+    };
+    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(parsed)));
+    match result {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(error)) => {
+            text::complain(&format!("error: {error}"));
+            ExitCode::from(error.exit_code())
+        }
+        Err(_) => {
+            text::complain("error: internal failure, the lines above say where; nothing was written. Please report it");
+            ExitCode::from(1)
+        }
+    }
+}
+
+fn run(arguments: Arguments) -> Result<()> {
+    if let Some(threads) = arguments.threads {
+        if threads == 0 || threads > 4096 {
+            return Err(Error::input(format!("--threads {threads}: use 1 to 4096")));
+        }
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().map_err(|error| Error::run(format!("threads: {error}")))?;
+    }
+    let bars = !arguments.quiet && !arguments.json && text::is_terminal();
+    let session = Session {
+        json: arguments.json,
+        quiet: arguments.quiet,
+        verbose: arguments.verbose,
+        seed: arguments.seed,
+        progress: Progress::new(bars)?,
+    };
+    match arguments.command {
+        Command::Compress(arguments) => compress::run(&arguments, &session, arguments.dry_run),
+        Command::Plan(arguments) => compress::run(&arguments, &session, true),
+        Command::Eval(arguments) => eval::run(&arguments, &session),
+        Command::Inspect(arguments) => inspect::run(&arguments, &session),
+        Command::Presets(arguments) => look::presets(&arguments, &session),
+        Command::Doctor => look::doctor(&session),
+    }
+}
+
+/// Help and version as clap prints them; a mistake as one line.
+fn usage(error: &clap::Error) -> ExitCode {
+    if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand) {
+        let _ = error.print();
+        return if error.use_stderr() { ExitCode::from(2) } else { ExitCode::SUCCESS };
+    }
+    let rendered = error.render().to_string();
+    let lines = rendered.lines().map(str::trim).take_while(|line| !line.starts_with("Usage:"));
+    let parts: Vec<&str> = lines.filter(|line| !line.is_empty()).collect();
+    text::complain(&format!("{}; see `drawknife --help`", parts.join(" ")));
+    ExitCode::from(2)
+}

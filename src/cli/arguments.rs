@@ -1,0 +1,158 @@
+//! The tree of commands and flags.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::device::Choice;
+use crate::evaluate::Bos;
+
+/// Compresses large language models and measures what that costs.
+#[derive(Debug, Parser)]
+#[command(
+    name = "drawknife",
+    version,
+    about,
+    long_about = "Compresses Hugging Face checkpoints by quantization and pruning, block by block, so that a model\nfar larger than memory fits, and measures the quality of what it wrote.\n\nStart with `drawknife compress` alone: it compresses a small built-in model.",
+    after_help = "Exit codes: 0 done, 1 failure while running, 2 wrong usage or input, 3 gate failed, 4 gate inconclusive,\n5 output does not verify, 130/143 interrupted."
+)]
+pub struct Arguments {
+    /// Print one JSON object and nothing else on standard output.
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Print only results and errors.
+    #[arg(long, short, global = true)]
+    pub quiet: bool,
+    /// Print every layer.
+    #[arg(long, short, global = true)]
+    pub verbose: bool,
+    /// Threads to compute with [default: one per core]; results do not depend on it.
+    #[arg(long, global = true, value_name = "N")]
+    pub threads: Option<usize>,
+    /// Seed of random choices [default: that of the recipe, 0].
+    #[arg(long, global = true, value_name = "N")]
+    pub seed: Option<u64>,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Compress a checkpoint and measure the result.
+    #[command(
+        after_help = "Examples:\n  drawknife compress                                  the built-in model, to try it out\n  drawknife compress ./Qwen3-0.6B -o ./Qwen3-0.6B-w4 --preset w4-fast\n  drawknife compress ./model -o ./out --recipe recipe.toml --calibration chats.jsonl"
+    )]
+    Compress(Compress),
+    /// Show what `compress` would do: sizes, memory, layers. Writes nothing.
+    Plan(Compress),
+    /// Measure perplexity, and divergence from a reference model on the same tokens.
+    #[command(
+        after_help = "Windows do not overlap, the tail is dropped, and the first token of a window is not scored. Perplexities\nare comparable only with equal text, --seq and --bos."
+    )]
+    Eval(Eval),
+    /// Show what a checkpoint is: architecture, sizes, what would be compressed.
+    Inspect(Inspect),
+    /// List the presets, or show the recipe behind one.
+    Presets(Presets),
+    /// Show what this machine offers.
+    Doctor,
+}
+
+/// Arguments of `compress` and `plan`.
+#[derive(Debug, Args)]
+pub struct Compress {
+    /// Folder of a Hugging Face checkpoint [default: a small built-in model].
+    pub model: Option<PathBuf>,
+    /// Folder to write; it appears when it is complete.
+    #[arg(long, short, value_name = "FOLDER")]
+    pub output: Option<PathBuf>,
+    /// Name of a recipe; `drawknife presets` lists them [default: w4-fast].
+    #[arg(long, conflicts_with = "recipe")]
+    pub preset: Option<String>,
+    /// A recipe file.
+    #[arg(long, value_name = "FILE.toml")]
+    pub recipe: Option<PathBuf>,
+    /// compressed-tensors or dense [default: compressed-tensors for integers, dense for pruned weights].
+    #[arg(long, value_name = "NAME")]
+    pub format: Option<String>,
+    /// builtin:mix or .txt and .jsonl files, comma-separated; .jsonl lines hold `text`, `messages` or `input_ids`.
+    #[arg(long, value_name = "SOURCE")]
+    pub calibration: Option<String>,
+    /// Calibration windows at most [default: 128].
+    #[arg(long, value_name = "N")]
+    pub samples: Option<usize>,
+    /// Tokens per calibration window [default: 2048 or as many as the model takes].
+    #[arg(long, value_name = "N")]
+    pub seq: Option<usize>,
+    /// auto, cpu, gpu or gpu:N.
+    #[arg(long, default_value = "auto")]
+    pub device: Choice,
+    /// Leave layers whose name matches as they are; may be repeated.
+    #[arg(long, value_name = "GLOB")]
+    pub skip: Vec<String>,
+    /// Other bits for layers whose name matches, like '*.down_proj=8'; 16 leaves them; may be repeated.
+    #[arg(long, value_name = "GLOB=BITS")]
+    pub keep: Vec<String>,
+    /// Text to measure quality on [default: built-in evaluation text].
+    #[arg(long, value_name = "FILE")]
+    pub eval_text: Option<PathBuf>,
+    /// Tokens to measure quality on at most.
+    #[arg(long, value_name = "N", default_value_t = 8192)]
+    pub eval_tokens: usize,
+    /// Do not measure quality.
+    #[arg(long, conflicts_with_all = ["eval_text", "eval_tokens"])]
+    pub no_eval: bool,
+    /// Fail with 3 when the quality exceeds a limit, like kld_mean=0.05 or ppl_ratio=1.02; may be repeated.
+    #[arg(long, value_name = "NAME=LIMIT")]
+    pub gate: Vec<String>,
+    /// Only show the plan.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Replace the output folder if it exists.
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// Arguments of `eval`.
+#[derive(Debug, Args)]
+pub struct Eval {
+    /// Folder of a checkpoint, original or compressed.
+    pub model: PathBuf,
+    /// UTF-8 text to measure on [default: built-in evaluation text].
+    #[arg(long, value_name = "FILE")]
+    pub text: Option<PathBuf>,
+    /// Tokens per window [default: 512 or as many as the model takes].
+    #[arg(long, value_name = "N")]
+    pub seq: Option<usize>,
+    /// Tokens of the text to use at most.
+    #[arg(long, value_name = "N")]
+    pub max_tokens: Option<usize>,
+    /// Where the token that begins a text goes: once, window or none.
+    #[arg(long, default_value = "once")]
+    pub bos: Bos,
+    /// Another checkpoint to compare with, on the same tokens.
+    #[arg(long, value_name = "FOLDER")]
+    pub reference: Option<PathBuf>,
+    /// auto, cpu, gpu or gpu:N.
+    #[arg(long, default_value = "auto")]
+    pub device: Choice,
+}
+
+/// Arguments of `inspect`.
+#[derive(Debug, Args)]
+pub struct Inspect {
+    /// Folder of a checkpoint.
+    pub model: PathBuf,
+    /// List every tensor.
+    #[arg(long)]
+    pub tensors: bool,
+}
+
+/// Arguments of `presets`.
+#[derive(Debug, Args)]
+pub struct Presets {
+    /// Show the recipe of this preset.
+    pub name: Option<String>,
+}

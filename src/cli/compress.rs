@@ -1,0 +1,287 @@
+//! `compress` and `plan`.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use serde_json::json;
+
+use crate::cli::Session;
+use crate::cli::arguments::Compress;
+use crate::cli::text::{say, say_json, table};
+use crate::compress::destination::Destination;
+use crate::compress::{Job, Prepared, QualityOptions, memory, overlaps};
+use crate::device::Device;
+use crate::error::{Error, Fault, Result, shown_path};
+use crate::evaluate::{Bos, Protocol, Quality};
+use crate::plan::recipe::{Gate, OneOrMany, Override, Recipe, Skip};
+use crate::report::{Report, bytes};
+use crate::run::{Observer, Run};
+
+/// Tokens per window of the measurement at the end.
+const QUALITY_SEQ: usize = 512;
+
+/// Runs the verb.
+///
+/// # Errors
+/// Whatever went wrong, in one line.
+pub fn run(arguments: &Compress, session: &Session, dry_run: bool) -> Result<()> {
+    let device = Device::pick(arguments.device)?;
+    let recipe = recipe(arguments, session)?;
+    let started = Instant::now();
+    let embedded = embedded(arguments)?;
+    let model = embedded.as_ref().map(tempfile::TempDir::path).or(arguments.model.as_deref()).unwrap_or(Path::new("."));
+    let destination = match dry_run {
+        true => None,
+        false => Some(Destination::claim(&target(arguments)?, model, arguments.force)?),
+    };
+    let job = Job { model: model.to_path_buf(), recipe, quality: quality(arguments)? };
+    let overlap = overlaps(&job);
+    let prepared = Prepared::new(job)?;
+    if overlap {
+        session.progress.warn("quality is measured on the calibration text itself: the figures flatter");
+    }
+    if session.json && dry_run {
+        say_json(&plan_json(&prepared));
+        return Ok(());
+    }
+    if !session.json && !session.quiet {
+        show_plan(&prepared, &device, session, embedded.is_some());
+    }
+    let Some(destination) = destination else { return Ok(()) };
+    let target = destination.target().to_path_buf();
+    let gate = prepared.job.recipe.gate.clone();
+    let run = Run { device: &device, seed: prepared.job.recipe.calibration.seed, observer: &session.progress };
+    let report = prepared.run(destination, &run)?;
+    let seconds = started.elapsed().as_secs_f64();
+    if session.json {
+        say_json(&json!({"output": target, "report_file": target.join("report.json"), "seconds": seconds, "report": report}));
+    } else {
+        show_result(&report, &target, seconds, session);
+    }
+    check_gate(&gate, report.quality.as_ref())
+}
+
+/// The built-in model in a temporary folder, when no model is given.
+fn embedded(arguments: &Compress) -> Result<Option<tempfile::TempDir>> {
+    if arguments.model.is_some() {
+        return Ok(None);
+    }
+    let folder = tempfile::tempdir().map_err(|error| Error::run(format!("temporary folder: {error}")))?;
+    crate::embedded::write(folder.path())?;
+    Ok(Some(folder))
+}
+
+/// Where the output goes; the built-in model goes to the first free name in the current folder.
+fn target(arguments: &Compress) -> Result<PathBuf> {
+    match (&arguments.output, &arguments.model) {
+        (Some(output), _) => Ok(output.clone()),
+        (None, Some(_)) => Err(Error::input("no destination; give one with -o FOLDER")),
+        (None, None) => {
+            let names = std::iter::once("drawknife-demo".to_string()).chain((2..).map(|number| format!("drawknife-demo-{number}")));
+            let free = names.map(PathBuf::from).find(|name| std::fs::symlink_metadata(name).is_err());
+            free.ok_or_else(|| Error::input("no free name for the output; give one with -o FOLDER"))
+        }
+    }
+}
+
+/// The recipe with what the flags change in it.
+fn recipe(arguments: &Compress, session: &Session) -> Result<Recipe> {
+    let mut recipe = match (&arguments.recipe, &arguments.preset) {
+        (Some(path), _) => Recipe::open(path)?,
+        (None, preset) => Recipe::preset(preset.as_deref().unwrap_or(crate::plan::recipe::PRESETS[0].name))?,
+    };
+    let calibration = &mut recipe.calibration;
+    if let Some(source) = &arguments.calibration {
+        calibration.source = OneOrMany(vec![source.clone()]);
+    }
+    calibration.samples = arguments.samples.unwrap_or(calibration.samples);
+    calibration.seq = arguments.seq.or(calibration.seq);
+    calibration.seed = session.seed.unwrap_or(calibration.seed);
+    if calibration.samples == 0 {
+        return Err(Error::input("--samples 0: use at least 1"));
+    }
+    if calibration.seq.is_some_and(|seq| !(2..=1 << 20).contains(&seq)) {
+        return Err(Error::input("--seq: use 2 to 1048576"));
+    }
+    if let Some(format) = &arguments.format {
+        recipe.export.format = Some(OneOrMany(vec![format.clone()]));
+    }
+    recipe.skip.extend(arguments.skip.iter().map(|pattern| Skip { pattern: pattern.clone() }));
+    for keep in &arguments.keep {
+        let wrong = || Error::input(format!("--keep {keep}: use GLOB=BITS with 2 to 8 bits, or 16 to leave the layers as they are"));
+        let (pattern, bits) = keep.rsplit_once('=').ok_or_else(wrong)?;
+        let bits: u8 = bits.parse().map_err(|_| wrong())?;
+        if !(2..=8).contains(&bits) && bits != 16 {
+            return Err(wrong());
+        }
+        recipe.overrides.push(Override { pattern: pattern.into(), bits });
+    }
+    for gate in &arguments.gate {
+        let wrong = || Error::input(format!("--gate {gate}: use kld_mean=LIMIT or ppl_ratio=LIMIT"));
+        let (name, limit) = gate.split_once("<=").or_else(|| gate.split_once('=')).ok_or_else(wrong)?;
+        let limit = limit.trim().parse::<f64>().ok().filter(|limit| *limit > 0.0).ok_or_else(wrong)?;
+        match name.trim() {
+            "kld_mean" => recipe.gate.kld_mean = Some(limit),
+            "ppl_ratio" => recipe.gate.ppl_ratio = Some(limit),
+            _ => return Err(wrong()),
+        }
+    }
+    if !recipe.gate.is_empty() && arguments.no_eval {
+        return Err(Error::input("a gate needs the measurement that --no-eval leaves out"));
+    }
+    Ok(recipe)
+}
+
+fn quality(arguments: &Compress) -> Result<Option<QualityOptions>> {
+    if arguments.no_eval {
+        return Ok(None);
+    }
+    if arguments.eval_tokens < 2 {
+        return Err(Error::input("--eval-tokens: use at least 2"));
+    }
+    let seq = QUALITY_SEQ.min(arguments.eval_tokens);
+    let protocol = Protocol { seq, max_tokens: Some(arguments.eval_tokens), bos: Bos::Once };
+    Ok(Some(QualityOptions { text: arguments.eval_text.clone(), protocol }))
+}
+
+fn show_plan(prepared: &Prepared, device: &Device, session: &Session, embedded: bool) {
+    let (facts, size, plan) = (&prepared.facts, &prepared.size, &prepared.plan);
+    let name = if embedded { "built-in".to_string() } else { shown_path(&prepared.job.model) };
+    let shards = if facts.shards == 1 { "1 file".to_string() } else { format!("{} files", facts.shards) };
+    say(&format!(
+        "model     {name} · {} · {:.1} M parameters · {} tensors in {shards}",
+        facts.model_type,
+        facts.parameters as f64 / 1e6,
+        facts.tensors
+    ));
+    let stages: Vec<String> = plan.stages.iter().map(|stage| format!("{} ({})", stage.name, options(&stage.method.options()))).collect();
+    say(&format!("plan      {} -> {}", stages.join(", then "), plan.format.name));
+    let mut kinds: Vec<(String, usize)> = Vec::new();
+    for layer in &plan.layers {
+        let kind = layer.outlined.storage.map_or("as they are".to_string(), |storage| storage.to_string());
+        match kinds.iter_mut().find(|(known, _)| *known == kind) {
+            Some((_, count)) => *count += 1,
+            None => kinds.push((kind, 1)),
+        }
+    }
+    let kinds: Vec<String> = kinds.iter().map(|(kind, count)| format!("{count} {kind}")).collect();
+    say(&format!("layers    {} of {} tensors: {}", facts.linears, facts.tensors, kinds.join(", ")));
+    say(&format!(
+        "size      {} -> {} · {:.3} bits per weight in compressed layers",
+        bytes(size.bytes_before),
+        bytes(size.bytes_after),
+        size.bits_per_weight
+    ));
+    say(&format!("needs     about {} of memory · {} of disk · {}", memory(prepared), bytes(size.bytes_after), device.name));
+    if let Some(packed) = &prepared.calibration {
+        let counts = &packed.counts;
+        let sources = counts.sources.join(", ");
+        say(&format!(
+            "calib     {sources} · {} documents, {} tokens -> {} windows, {} tokens used, {} not needed",
+            counts.documents, counts.tokens, counts.windows, counts.tokens_used, counts.tokens_unused
+        ));
+    }
+    for note in &prepared.notes {
+        say(&format!("note      {note}"));
+    }
+    if session.verbose {
+        for layer in &plan.layers {
+            let storage = layer.outlined.storage.map_or("as it is".to_string(), |storage| storage.to_string());
+            say(&format!("  {} {:?} {storage}", layer.outlined.name, layer.outlined.shape));
+        }
+    }
+}
+
+fn options(options: &toml::Table) -> String {
+    options.iter().map(|(key, value)| format!("{key} {}", value.to_string().trim_matches('"'))).collect::<Vec<_>>().join(", ")
+}
+
+fn plan_json(prepared: &Prepared) -> serde_json::Value {
+    let layers: Vec<_> = prepared
+        .plan
+        .layers
+        .iter()
+        .map(|layer| json!({"name": layer.outlined.name, "shape": layer.outlined.shape, "storage": layer.outlined.storage.map(|storage| storage.to_string())}))
+        .collect();
+    json!({
+        "model": prepared.facts, "recipe": prepared.job.recipe, "format": prepared.plan.format.name, "size": prepared.size,
+        "memory_bytes": prepared.memory_bytes, "calibration": prepared.calibration.as_ref().map(|packed| &packed.counts),
+        "layers": layers, "notes": prepared.notes,
+    })
+}
+
+fn show_result(report: &Report, target: &Path, seconds: f64, session: &Session) {
+    if session.verbose {
+        let mut rows = vec![["layer", "storage", "bits", "zeros", "weight error"].map(String::from).to_vec()];
+        rows.extend(report.layers.iter().map(|layer| {
+            vec![
+                layer.name.clone(),
+                layer.storage.clone(),
+                format!("{:.2}", layer.bits_per_weight),
+                format!("{:.4}", layer.zeros),
+                format!("{:.2e}", layer.weight_error),
+            ]
+        }));
+        table(&rows).iter().for_each(|line| say(line));
+    }
+    match (&report.quality, &report.evaluation) {
+        (Some(quality), Some(evaluation)) => {
+            say(&format!("quality   {} · {} windows of {} tokens, paired", evaluation.text, quality.windows, quality.seq));
+            quality_table(quality).iter().for_each(|line| say(&format!("          {line}")));
+        }
+        _ => say("quality   not measured"),
+    }
+    say(&format!("wrote     {} ({}) · {seconds:.1} s", shown_path(target), bytes(report.size.bytes_after)));
+    say(&format!("report    {}", shown_path(&target.join("report.json"))));
+}
+
+/// The quality of a model beside its reference.
+pub fn quality_table(quality: &Quality) -> Vec<String> {
+    let plus = |error: Option<f64>, digits: usize| error.map(|error| format!("± {error:.digits$}")).unwrap_or_default();
+    let mut rows = vec![vec![
+        "perplexity".to_string(),
+        format!("{:.4}", quality.perplexity),
+        plus(quality.nll_stderr.map(|error| error * quality.perplexity), 4),
+    ]];
+    if let Some(against) = &quality.against {
+        rows.push(vec!["perplexity of the original".into(), format!("{:.4}", against.reference_perplexity)]);
+        rows.push(vec!["ratio".into(), format!("{:.4}", against.perplexity_ratio), plus(against.perplexity_ratio_stderr, 4)]);
+        rows.push(vec!["divergence, mean (nats)".into(), format!("{:.5}", against.kld_mean), plus(against.kld_mean_stderr, 5)]);
+        rows.push(vec!["divergence, 99th percentile".into(), format!("{:.5}", against.kld_p99), plus(against.kld_p99_stderr, 5)]);
+        rows.push(vec![
+            "same most likely token".into(),
+            format!("{:.2} %", 100.0 * against.top1_agreement),
+            plus(against.top1_agreement_stderr.map(|error| 100.0 * error), 2),
+        ]);
+    }
+    table(&rows)
+}
+
+/// Compares the quality with the limits, at 95 % confidence.
+fn check_gate(gate: &Gate, quality: Option<&Quality>) -> Result<()> {
+    if gate.is_empty() {
+        return Ok(());
+    }
+    let against = quality.and_then(|quality| quality.against.as_ref());
+    let against = against.ok_or_else(|| Error::new(Fault::Inconclusive, "gate: quality could not be measured"))?;
+    let mut open = None;
+    for (name, limit, value, error) in [
+        ("kld_mean", gate.kld_mean, against.kld_mean, against.kld_mean_stderr),
+        ("ppl_ratio", gate.ppl_ratio, against.perplexity_ratio, against.perplexity_ratio_stderr),
+    ] {
+        let Some(limit) = limit else { continue };
+        let spread = 1.96 * error.unwrap_or(f64::INFINITY);
+        if value - spread > limit {
+            return Err(Error::new(
+                Fault::Gate,
+                format!("gate: {name} is {value:.5}, the limit is {limit}; use more bits or a better method"),
+            ));
+        }
+        if value + spread > limit {
+            open = Some(format!(
+                "gate: {name} is {value:.5} ± {spread:.5}, which straddles the limit {limit}; measure more with --eval-tokens"
+            ));
+        }
+    }
+    open.map_or(Ok(()), |message| Err(Error::new(Fault::Inconclusive, message)))
+}

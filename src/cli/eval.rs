@@ -1,0 +1,62 @@
+//! `eval`.
+
+use serde_json::json;
+
+use crate::calibrate::corpus::{check_tokens, read_text};
+use crate::calibrate::{builtin, tokens::Tokenizer};
+use crate::checkpoint::Checkpoint;
+use crate::cli::Session;
+use crate::cli::arguments::Eval;
+use crate::cli::compress::quality_table;
+use crate::cli::text::{say, say_json};
+use crate::device::Device;
+use crate::error::{Error, Result, shown_path};
+use crate::evaluate::{Protocol, measure, windows};
+use crate::formats;
+use crate::model::Model;
+use crate::run::Run;
+
+/// Runs the verb.
+///
+/// # Errors
+/// Whatever went wrong, in one line.
+pub fn run(arguments: &Eval, session: &Session) -> Result<()> {
+    let device = Device::pick(arguments.device)?;
+    let checkpoint = Checkpoint::open(&arguments.model)?;
+    let source = formats::open(&checkpoint)?;
+    let model = Model::open(&checkpoint, source.as_ref())?;
+    let reference = arguments.reference.as_deref().map(Checkpoint::open).transpose()?;
+    let reference_source = reference.as_ref().map(formats::open).transpose()?;
+    let reference = match (&reference, &reference_source) {
+        (Some(checkpoint), Some(source)) => Some(Model::open(checkpoint, source.as_ref())?),
+        _ => None,
+    };
+    let longest = model.config.max_positions;
+    let seq = arguments.seq.unwrap_or(512.min(longest));
+    if seq < 2 || seq > longest {
+        return Err(Error::input(format!("--seq {seq}: the model takes windows of 2 to {longest} tokens")));
+    }
+    let protocol = Protocol { seq, max_tokens: arguments.max_tokens, bos: arguments.bos };
+    let tokenizer = Tokenizer::open(&arguments.model)?;
+    let (name, text) = match &arguments.text {
+        Some(path) => (shown_path(path), read_text(path)?),
+        None => (format!("{} evaluation", builtin::VERSION), builtin::evaluation_text()),
+    };
+    let bos = tokenizer.named_token("bos_token").or(model.config.bos);
+    let windows = windows(&text, &tokenizer, protocol, bos)?;
+    check_tokens(&windows, model.config.vocabulary)?;
+    let run = Run { device: &device, seed: session.seed.unwrap_or(0), observer: &session.progress };
+    let quality = measure(&model, reference.as_ref(), &windows, arguments.bos, &run)?;
+    if session.json {
+        let mut object = serde_json::to_value(&quality).map_err(|error| Error::run(error.to_string()))?;
+        object["text_blake3"] = json!(blake3::hash(text.as_bytes()).to_hex().to_string());
+        say_json(&object);
+        return Ok(());
+    }
+    if !session.quiet {
+        let bos = serde_json::to_value(arguments.bos).ok().and_then(|bos| bos.as_str().map(str::to_string)).unwrap_or_default();
+        say(&format!("{name} · {} windows of {seq} tokens, {} scored · bos {bos}", quality.windows, quality.tokens));
+    }
+    quality_table(&quality).iter().for_each(|line| say(line));
+    Ok(())
+}

@@ -1,0 +1,90 @@
+//! A progress bar for what takes longer than two seconds, and the signals that stop a run.
+
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use signal_hook::consts::{SIGINT, SIGTERM};
+
+use crate::error::{Error, Result};
+use crate::run::Observer;
+
+/// How long a stage takes before its bar appears.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Shows progress and notices signals.
+#[derive(Debug)]
+pub struct Progress {
+    shown: bool,
+    bar: Mutex<Option<(ProgressBar, Instant)>>,
+    signal: Arc<AtomicUsize>,
+}
+
+impl Progress {
+    /// Progress with bars or without; a second signal ends the program at once.
+    ///
+    /// # Errors
+    /// When signals cannot be noticed.
+    pub fn new(shown: bool) -> Result<Self> {
+        let signal = Arc::new(AtomicUsize::new(0));
+        for number in [SIGINT, SIGTERM] {
+            let again = Arc::new(AtomicBool::new(false));
+            let fail = |error: std::io::Error| Error::run(format!("signals: {error}"));
+            signal_hook::flag::register_conditional_shutdown(number, 128 + number, Arc::clone(&again)).map_err(fail)?;
+            signal_hook::flag::register(number, again).map_err(fail)?;
+            signal_hook::flag::register_usize(number, Arc::clone(&signal), number as usize).map_err(fail)?;
+        }
+        Ok(Self { shown, bar: Mutex::new(None), signal })
+    }
+
+    fn with_bar(&self, work: impl FnOnce(&mut Option<(ProgressBar, Instant)>)) {
+        if let Ok(mut bar) = self.bar.lock() {
+            work(&mut bar);
+        }
+    }
+}
+
+impl Observer for Progress {
+    fn begin(&self, stage: &str, steps: u64) {
+        if !self.shown {
+            return;
+        }
+        let style = ProgressStyle::with_template("{prefix:>18} {bar:28} {percent:>3}%  {elapsed} elapsed, {eta} left  {msg}");
+        let bar = ProgressBar::with_draw_target(Some(steps), ProgressDrawTarget::hidden());
+        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        bar.set_prefix(stage.to_string());
+        self.with_bar(|slot| *slot = Some((bar, Instant::now())));
+    }
+
+    fn step(&self, steps: u64, note: &str) {
+        self.with_bar(|slot| {
+            let Some((bar, started)) = slot else { return };
+            if bar.is_hidden() && started.elapsed() > PATIENCE {
+                bar.set_draw_target(ProgressDrawTarget::stderr());
+            }
+            bar.set_message(crate::error::shown(note));
+            bar.inc(steps);
+        });
+    }
+
+    fn end(&self) {
+        self.with_bar(|slot| {
+            if let Some((bar, _)) = slot.take() {
+                bar.finish_and_clear();
+            }
+        });
+    }
+
+    fn warn(&self, message: &str) {
+        crate::cli::text::complain(&format!("! {message}"));
+    }
+
+    fn stopped(&self) -> Option<u8> {
+        match self.signal.load(Ordering::Relaxed) {
+            0 => None,
+            number => u8::try_from(number).ok(),
+        }
+    }
+}

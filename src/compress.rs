@@ -1,0 +1,301 @@
+//! The verb `compress`: a checkpoint and a recipe to a smaller checkpoint with its quality measured.
+
+pub mod destination;
+pub mod layers;
+
+use std::path::{Path, PathBuf};
+
+use crate::calibrate::corpus::{self, Packed};
+use crate::calibrate::tokens::Tokenizer;
+use crate::calibrate::{builtin, corpus::Source as Text};
+use crate::checkpoint::source::Source;
+use crate::checkpoint::{Checkpoint, read_file};
+use crate::compress::destination::Destination;
+use crate::compress::layers::{Compressor, candidates};
+use crate::error::{Error, Result};
+use crate::evaluate::{self, Protocol, Quality};
+use crate::formats::output::{Output, write_json};
+use crate::formats::{self, Entry};
+use crate::model::config::known_family;
+use crate::model::hidden::{BUDGET_BYTES, Hidden};
+use crate::model::seen::Needs;
+use crate::model::walk::{embed, walk};
+use crate::model::{Model, config};
+use crate::plan::Plan;
+use crate::plan::recipe::Recipe;
+use crate::report::{self, Evaluation, ModelFacts, Report, SCHEMA, Size};
+use crate::run::Run;
+
+/// What to compress, how, and where to.
+#[derive(Debug, Clone)]
+pub struct Job {
+    /// The model folder.
+    pub model: PathBuf,
+    /// The recipe.
+    pub recipe: Recipe,
+    /// How to measure at the end; `None` for not at all.
+    pub quality: Option<QualityOptions>,
+}
+
+/// How quality is measured.
+#[derive(Debug, Clone)]
+pub struct QualityOptions {
+    /// A text file; `None` for the built-in evaluation text.
+    pub text: Option<PathBuf>,
+    /// How the text becomes windows; shortened to what the model takes.
+    pub protocol: Protocol,
+}
+
+/// A job whose inputs were checked: nothing was written yet, and no weight was read.
+#[derive(Debug)]
+pub struct Prepared {
+    /// The job.
+    pub job: Job,
+    /// The checkpoint.
+    pub checkpoint: Checkpoint,
+    /// What happens to every layer.
+    pub plan: Plan,
+    /// The tensors of the output.
+    pub entries: Vec<Entry>,
+    /// Facts about the model.
+    pub facts: ModelFacts,
+    /// Sizes before and after.
+    pub size: Size,
+    /// Calibration windows, when a method needs them.
+    pub calibration: Option<Packed>,
+    /// Evaluation windows.
+    pub evaluation: Option<(Vec<Vec<u32>>, Evaluation)>,
+    /// Peak memory that the run is expected to need, in bytes.
+    pub memory_bytes: u64,
+    /// Deviations and warnings so far.
+    pub notes: Vec<String>,
+}
+
+impl Prepared {
+    /// Checks a job completely: the checkpoint, the recipe against it, the texts against the tokenizer.
+    ///
+    /// # Errors
+    /// One line that names the first thing that is wrong.
+    pub fn new(job: Job) -> Result<Self> {
+        let checkpoint = Checkpoint::open(&job.model)?;
+        if formats::quantization(&checkpoint).is_some() {
+            return Err(Error::input("config.json: the model is quantized already; compress the original checkpoint").file(&job.model));
+        }
+        let known = known_family(&checkpoint.config).is_some();
+        let source = crate::checkpoint::source::Plain;
+        let model = if known { Some(Model::open(&checkpoint, &source)?) } else { None };
+        let candidates = candidates(&checkpoint, model.as_ref())?;
+        let plan = Plan::resolve(&job.recipe, &candidates)?;
+        let needs = needs(&job.recipe, &plan);
+        let mut notes = plan.notes.clone();
+        let model_type = crate::error::shown(config::model_type(&checkpoint.config));
+        if model.is_none() && needs > Needs::Nothing {
+            return Err(Error::input(format!("model_type `{model_type}` cannot be computed by this version, and the recipe needs calibration; use a data-free preset such as w4-fast or w8")).file(&job.model));
+        }
+        if model.is_none() {
+            notes.push(format!(
+                "model_type `{model_type}` is unknown: layers were chosen by name and shape, and quality cannot be measured"
+            ));
+        }
+        let (mut calibration, mut evaluation, mut memory_bytes) = (None, None, 200 << 20);
+        if let Some(model) = &model {
+            let options = job.recipe.packing(model.config.max_positions)?;
+            let tokenizer = || Tokenizer::open(&job.model);
+            if needs > Needs::Nothing {
+                calibration = Some(corpus::pack(&options, tokenizer, model.config.eos.first().copied(), model.config.vocabulary)?);
+            }
+            memory_bytes += 2 * model.block_bytes();
+            if let Some(options) = &job.quality {
+                match evaluation_windows(options, &job.model, model) {
+                    Ok(windows) => evaluation = Some(windows),
+                    Err(error) if options.text.is_none() => notes.push(format!("quality was not measured: {error}")),
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        let entries = entries(&checkpoint, &plan);
+        let tensors = || checkpoint.names().filter_map(|name| checkpoint.info(name));
+        let size = Size {
+            bytes_before: tensors().map(crate::checkpoint::TensorInfo::bytes).sum(),
+            bytes_after: entries.iter().map(Entry::bytes).sum(),
+            bits_per_weight: plan.bits_per_weight(),
+        };
+        let facts = ModelFacts {
+            model_type,
+            parameters: tensors().map(|info| info.entries() as u64).sum(),
+            tensors: checkpoint.names().count(),
+            linears: candidates.len(),
+            shards: checkpoint.shards.len(),
+        };
+        Ok(Self { job, plan, entries, facts, size, calibration, evaluation, memory_bytes, notes, checkpoint })
+    }
+
+    /// Does the work and puts the finished folder into place.
+    ///
+    /// # Errors
+    /// When anything fails; the destination is then absent, as before.
+    pub fn run(mut self, destination: Destination, run: &Run<'_>) -> Result<Report> {
+        let folder = destination.folder().to_path_buf();
+        let side: u64 = self.checkpoint.side_files()?.iter().filter_map(|path| path.metadata().ok()).map(|file| file.len()).sum();
+        destination.has_room(self.size.bytes_after + side)?;
+        let mut output = Output::create(&folder, &self.entries, self.job.recipe.shard_bytes()?)?;
+        let mut compressor = Compressor::new(&self.plan, &mut output, self.job.recipe.report.layer_error);
+        let source = crate::checkpoint::source::Plain;
+        if needs(&self.job.recipe, &self.plan) == Needs::Nothing {
+            compressor.stream(&self.checkpoint, &source, run)?;
+        } else {
+            let model = Model::open(&self.checkpoint, &source)?;
+            let windows = self.calibration.as_ref().map_or(&[][..], |packed| &packed.windows);
+            let mut hidden: Hidden = embed(&model, windows, BUDGET_BYTES)?;
+            walk(&model, &mut hidden, "compress", run, &mut compressor)?;
+        }
+        let (layers, blocks) = compressor.finish();
+        self.carry(&mut output, run)?;
+        output.finish()?;
+        self.side_files(&folder)?;
+        self.verify(&folder)?;
+        let quality = self.measure(&folder, run)?;
+        let evaluation = self.evaluation.take().map(|(_, evaluation)| evaluation);
+        let report = Report {
+            schema: SCHEMA,
+            drawknife: env!("CARGO_PKG_VERSION"),
+            model: self.facts,
+            recipe: self.job.recipe,
+            format: self.plan.format.name,
+            size: self.size,
+            calibration: self.calibration.map(|packed| packed.counts),
+            layers,
+            blocks,
+            quality,
+            evaluation,
+            notes: self.notes,
+        };
+        write_json(&folder.join("report.json"), &report)?;
+        destination.publish()?;
+        Ok(report)
+    }
+
+    /// Copies every tensor that no method works on, byte for byte.
+    fn carry(&self, output: &mut Output, run: &Run<'_>) -> Result<()> {
+        const PIECE: u64 = 32 << 20;
+        let replaced: std::collections::HashSet<String> = self
+            .plan
+            .layers
+            .iter()
+            .filter(|layer| layer.outlined.storage.is_some())
+            .map(|layer| format!("{}.weight", layer.outlined.name))
+            .collect();
+        for shard in &self.checkpoint.shards {
+            for (name, info) in shard.header.tensors.iter().filter(|(name, _)| !replaced.contains(*name)) {
+                run.check_stop()?;
+                for start in (0..info.bytes()).step_by(PIECE as usize) {
+                    output.write(name, &shard.bytes(info, start..(start + PIECE).min(info.bytes()))?)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies everything else in the folder, and config.json with the section that the format adds.
+    fn side_files(&self, folder: &Path) -> Result<()> {
+        for path in self.checkpoint.side_files()? {
+            let name = path.file_name().unwrap_or_default();
+            if name == "report.json" {
+                continue;
+            }
+            let to = folder.join(name);
+            std::fs::copy(&path, &to).map_err(|error| Error::io(&path, &error))?;
+        }
+        let outlined: Vec<_> = self.plan.layers.iter().map(|layer| layer.outlined.clone()).collect();
+        let config = folder.join("config.json");
+        match (self.plan.format.config)(&outlined) {
+            None => {
+                let bytes = read_file(&self.job.model.join("config.json"), 256 << 20)?;
+                std::fs::write(&config, bytes).map_err(|error| Error::io(&config, &error))
+            }
+            Some(section) => {
+                let mut value = self.checkpoint.config.clone();
+                value["quantization_config"] = section;
+                write_json(&config, &value)
+            }
+        }
+    }
+
+    /// Opens what was written as a stranger would and compares it with the plan.
+    fn verify(&self, folder: &Path) -> Result<()> {
+        let failed = |what: String| Error::new(crate::error::Fault::Verification, format!("the output does not read back: {what}"));
+        let written = Checkpoint::open(folder).map_err(|error| failed(error.to_string()))?;
+        for entry in &self.entries {
+            match written.info(&entry.name) {
+                Some(info) if info.dtype == entry.dtype && info.shape == entry.shape => {}
+                other => return Err(failed(format!("tensor {}: {other:?} instead of {:?} {:?}", entry.name, entry.dtype, entry.shape))),
+            }
+        }
+        let count = written.names().count();
+        if count != self.entries.len() {
+            return Err(failed(format!("{count} tensors instead of {}", self.entries.len())));
+        }
+        formats::open(&written).map(drop).map_err(|error| failed(error.to_string()))
+    }
+
+    fn measure(&self, folder: &Path, run: &Run<'_>) -> Result<Option<Quality>> {
+        let (Some((windows, _)), Some(options)) = (&self.evaluation, &self.job.quality) else { return Ok(None) };
+        let written = Checkpoint::open(folder)?;
+        let source: Box<dyn Source> = formats::open(&written)?;
+        let model = Model::open(&written, source.as_ref())?;
+        let reference = Model::open(&self.checkpoint, &crate::checkpoint::source::Plain)?;
+        evaluate::measure(&model, Some(&reference), windows, options.protocol.bos, run).map(Some)
+    }
+}
+
+/// What the methods and the report need to have been seen.
+fn needs(recipe: &Recipe, plan: &Plan) -> Needs {
+    if recipe.report.layer_error { Needs::Gram } else { plan.needs() }
+}
+
+/// The tensors of the output, in the order of the input.
+fn entries(checkpoint: &Checkpoint, plan: &Plan) -> Vec<Entry> {
+    let mut replaced: std::collections::HashMap<String, Vec<Entry>> = plan
+        .layers
+        .iter()
+        .filter(|layer| layer.outlined.storage.is_some())
+        .map(|layer| (format!("{}.weight", layer.outlined.name), (plan.format.entries)(&layer.outlined)))
+        .collect();
+    let mut entries = Vec::new();
+    for shard in &checkpoint.shards {
+        let mut order: Vec<_> = shard.header.tensors.iter().collect();
+        order.sort_by_key(|(_, info)| info.begin);
+        for (name, info) in order {
+            match replaced.remove(name) {
+                Some(own) => entries.extend(own),
+                None => entries.push(Entry { name: name.clone(), dtype: info.dtype, shape: info.shape.clone() }),
+            }
+        }
+    }
+    entries
+}
+
+fn evaluation_windows(options: &QualityOptions, folder: &Path, model: &Model<'_>) -> Result<(Vec<Vec<u32>>, Evaluation)> {
+    let (name, text) = match &options.text {
+        Some(path) => (path.file_name().unwrap_or_default().to_string_lossy().into_owned(), corpus::read_text(path)?),
+        None => (format!("{} evaluation", builtin::VERSION), builtin::evaluation_text()),
+    };
+    let tokenizer = Tokenizer::open(folder)?;
+    let protocol = Protocol { seq: options.protocol.seq.min(model.config.max_positions), ..options.protocol };
+    let bos = tokenizer.named_token("bos_token").or(model.config.bos);
+    let windows = evaluate::windows(&text, &tokenizer, protocol, bos)?;
+    corpus::check_tokens(&windows, model.config.vocabulary)?;
+    Ok((windows, Evaluation { text: name, blake3: blake3::hash(text.as_bytes()).to_hex().to_string() }))
+}
+
+/// Whether a recipe calibrates on the file that quality is to be measured on.
+pub fn overlaps(job: &Job) -> bool {
+    let text = job.quality.as_ref().and_then(|options| options.text.as_ref());
+    let sources = job.recipe.calibration.source.0.iter().filter_map(|source| source.parse::<Text>().ok());
+    text.is_some_and(|text| sources.into_iter().any(|source| source == Text::File(text.clone())))
+}
+
+/// The expected peak memory as a person reads it.
+pub fn memory(prepared: &Prepared) -> String {
+    report::bytes(prepared.memory_bytes)
+}

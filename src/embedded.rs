@@ -1,0 +1,25 @@
+//! The small model that the program carries, so that a first run needs nothing else: really trained, on the built-in
+//! calibration text, with the project's own forward (calibration/model/README.md).
+
+use std::path::Path;
+
+use crate::error::{Error, Result};
+
+const FILES: &[(&str, &[u8])] = &[
+    ("config.json", include_bytes!("../calibration/model/config.json")),
+    ("tokenizer.json", include_bytes!("../calibration/model/tokenizer.json")),
+    ("tokenizer_config.json", include_bytes!("../calibration/model/tokenizer_config.json")),
+    ("model.safetensors", include_bytes!("../calibration/model/model.safetensors")),
+];
+
+/// Writes the embedded model as a checkpoint into a folder.
+///
+/// # Errors
+/// When a file cannot be written.
+pub fn write(folder: &Path) -> Result<()> {
+    for (name, bytes) in FILES {
+        let path = folder.join(name);
+        std::fs::write(&path, bytes).map_err(|error| Error::io(&path, &error))?;
+    }
+    Ok(())
+}

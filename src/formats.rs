@@ -1,0 +1,105 @@
+//! Formats write whichever representation of a weight they find, and read it back. A format is a table of functions;
+//! a new one is a file here and a line in [`FORMATS`]. Nothing here computes with tensors.
+
+pub mod bitstream;
+pub mod compressed_tensors;
+pub mod dense;
+pub mod output;
+
+use safetensors::Dtype;
+use serde_json::Value;
+
+use crate::checkpoint::Checkpoint;
+use crate::checkpoint::source::{Plain, Source};
+use crate::error::{Error, Result, shown};
+use crate::weight::{Float, Storage, Weight};
+
+/// A tensor of the output, known before any weight is read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// Full name.
+    pub name: String,
+    /// Number format.
+    pub dtype: Dtype,
+    /// Sizes, outermost first.
+    pub shape: Vec<usize>,
+}
+
+impl Entry {
+    /// Bytes of the tensor.
+    pub fn bytes(&self) -> u64 {
+        (self.shape.iter().product::<usize>() as u64 * self.dtype.bitsize() as u64).div_ceil(8)
+    }
+}
+
+/// What the output will hold of a linear layer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outlined {
+    /// Full name without `.weight`.
+    pub name: String,
+    /// `[outputs, inputs]`.
+    pub shape: [usize; 2],
+    /// Its representation; `None` when the layer is carried over as it is.
+    pub storage: Option<Storage>,
+    /// Number format of the model's floats.
+    pub float: Float,
+}
+
+/// A checkpoint format.
+pub struct Format {
+    /// Name on the command line.
+    pub name: &'static str,
+    /// What it holds and who loads it, in one line.
+    pub about: &'static str,
+    /// Refuses, with a reason and a way out, a weight that the format cannot hold.
+    pub holds: fn(&Outlined) -> Result<(), String>,
+    /// The tensors that hold a linear layer.
+    pub entries: fn(&Outlined) -> Vec<Entry>,
+    /// The bytes of those tensors, in the same order.
+    pub encode: fn(&Weight, Float) -> Vec<Vec<u8>>,
+    /// What config.json says of the format, as `quantization_config`.
+    pub config: fn(&[Outlined]) -> Option<Value>,
+}
+
+impl std::fmt::Debug for Format {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Format {}", self.name)
+    }
+}
+
+/// Every format that can be written.
+pub const FORMATS: &[&Format] = &[&compressed_tensors::FORMAT, &dense::FORMAT];
+
+/// The format of a name.
+///
+/// # Errors
+/// When there is none, naming those there are.
+pub fn find(name: &str) -> Result<&'static Format> {
+    FORMATS.iter().copied().find(|format| format.name == name).ok_or_else(|| {
+        let known: Vec<&str> = FORMATS.iter().map(|format| format.name).collect();
+        Error::input(format!("unknown format `{}`; known are {}", shown(name), known.join(", ")))
+    })
+}
+
+/// How the weights of a checkpoint are read.
+///
+/// # Errors
+/// When the checkpoint is quantized in a way that this version does not read.
+pub fn open(checkpoint: &Checkpoint) -> Result<Box<dyn Source>> {
+    let Some(config) = quantization(checkpoint) else { return Ok(Box::new(Plain)) };
+    match config["quant_method"].as_str() {
+        Some("compressed-tensors") => {
+            Ok(Box::new(compressed_tensors::PackQuantized::read(config).map_err(|error| error.file(&checkpoint.folder))?))
+        }
+        other => {
+            let method = shown(other.unwrap_or("?"));
+            Err(Error::input(format!("config.json: quantized by `{method}`, this version reads dense and compressed-tensors checkpoints"))
+                .file(&checkpoint.folder))
+        }
+    }
+}
+
+/// The quantization section of a checkpoint's config.json.
+pub fn quantization(checkpoint: &Checkpoint) -> Option<&Value> {
+    ["quantization_config", "compression_config"].iter().find_map(|key| checkpoint.config.get(*key)).filter(|config| !config.is_null())
+}

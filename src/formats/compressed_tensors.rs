@@ -1,0 +1,344 @@
+//! compressed-tensors `pack-quantized`: integers of 2 to 8 bits as dense bit streams (formats A1). Loads in
+//! transformers and vLLM. Reading also takes the older padded layout of 3, 5, 6 and 7 bits.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use safetensors::Dtype;
+use serde_json::{Value, json};
+
+use crate::checkpoint::decode::{decode, encode, nonfinite};
+use crate::checkpoint::source::{Plain, Source};
+use crate::checkpoint::{Checkpoint, dtype_of, float_of};
+use crate::error::{Error, Result};
+use crate::formats::{Entry, Format, Outlined, bitstream};
+use crate::weight::{Float, Ints, Storage, Weight};
+
+/// The format.
+pub const FORMAT: Format = Format {
+    name: "compressed-tensors",
+    about: "packed integers (pack-quantized). Loads in transformers and vLLM",
+    holds,
+    entries,
+    encode: encode_weight,
+    config: |layers| Some(config(layers)),
+};
+
+fn holds(layer: &Outlined) -> Result<(), String> {
+    match layer.storage {
+        Some(Storage::Ints { .. }) | None => Ok(()),
+        Some(storage) => {
+            Err(format!("compressed-tensors holds integers, not {storage} weights; use --format dense, or add a quantizing stage"))
+        }
+    }
+}
+
+fn entries(layer: &Outlined) -> Vec<Entry> {
+    let Some(Storage::Ints { bits, group, symmetric }) = layer.storage else { return Vec::new() };
+    let [rows, columns] = layer.shape;
+    let groups = columns.div_ceil(group);
+    let entry = |suffix: &str, dtype, shape| Entry { name: format!("{}.weight_{suffix}", layer.name), dtype, shape };
+    let mut entries = vec![
+        entry("packed", Dtype::I32, vec![rows, bitstream::words(columns, bits)]),
+        entry("scale", dtype_of(layer.float), vec![rows, groups]),
+        entry("shape", Dtype::I64, vec![2]),
+    ];
+    if !symmetric {
+        entries.push(entry("zero_point", Dtype::I32, vec![bitstream::words(rows, bits), groups]));
+    }
+    entries
+}
+
+fn encode_weight(weight: &Weight, float: Float) -> Vec<Vec<u8>> {
+    let Weight::Ints(ints) = weight else { return Vec::new() };
+    let shape = [ints.rows, ints.columns].into_iter().flat_map(|size| (size as i64).to_le_bytes()).collect();
+    let mut tensors = vec![bitstream::pack_rows(&ints.codes, ints.columns, ints.bits), encode(float, &ints.scales), shape];
+    if let Some(zeros) = &ints.zeros {
+        tensors.push(pack_columns(zeros, ints.groups(), ints.bits));
+    }
+    tensors
+}
+
+/// Packs `rows × groups` zero points along the rows: every group's column is a stream of its own.
+fn pack_columns(zeros: &[u8], groups: usize, bits: u8) -> Vec<u8> {
+    let rows = zeros.len() / groups.max(1);
+    let words = bitstream::words(rows, bits);
+    let mut out = vec![0; 4 * words * groups];
+    let (mut column, mut stream) = (vec![0; rows], vec![0; 4 * words]);
+    for group in 0..groups {
+        column.iter_mut().enumerate().for_each(|(row, code)| *code = zeros[row * groups + group]);
+        stream.fill(0);
+        bitstream::pack(&column, bits, &mut stream);
+        for (word, bytes) in stream.chunks_exact(4).enumerate() {
+            out[4 * (word * groups + group)..][..4].copy_from_slice(bytes);
+        }
+    }
+    out
+}
+
+fn unpack_columns(bytes: &[u8], rows: usize, groups: usize, bits: u8) -> Vec<u8> {
+    let words = bitstream::words(rows, bits);
+    let mut zeros = vec![0; rows * groups];
+    let (mut column, mut stream) = (vec![0; rows], vec![0; 4 * words]);
+    for group in 0..groups {
+        for (word, out) in stream.chunks_exact_mut(4).enumerate() {
+            out.copy_from_slice(&bytes[4 * (word * groups + group)..][..4]);
+        }
+        bitstream::unpack(&stream, bits, &mut column);
+        column.iter().enumerate().for_each(|(row, &code)| zeros[row * groups + group] = code);
+    }
+    zeros
+}
+
+/// One quantization scheme: bits, group size (`None` for one scale per row), symmetric.
+type Scheme = (u8, Option<usize>, bool);
+
+/// `quantization_config`. One scheme for everything targets the class Linear; several target their layers by name.
+fn config(layers: &[Outlined]) -> Value {
+    let whole_rows = |layer: &&Outlined| matches!(layer.storage, Some(Storage::Ints { group, .. }) if group < layer.shape[1]);
+    let sizes: BTreeSet<usize> = layers.iter().filter(whole_rows).filter_map(|layer| ints(layer).map(|(_, group, _)| group)).collect();
+    let mut schemes: BTreeMap<Scheme, Vec<&str>> = BTreeMap::new();
+    let mut ignore = Vec::new();
+    for layer in layers {
+        match ints(layer) {
+            Some((bits, group, symmetric)) => {
+                let group = (group < layer.shape[1] || sizes.contains(&group)).then_some(group);
+                schemes.entry((bits, group, symmetric)).or_default().push(&layer.name);
+            }
+            None => ignore.push(layer.name.clone()),
+        }
+    }
+    if !ignore.iter().any(|name| name == "lm_head") {
+        ignore.push("lm_head".into());
+    }
+    let single = schemes.len() == 1;
+    let groups: serde_json::Map<String, Value> = schemes
+        .iter()
+        .enumerate()
+        .map(|(number, (&scheme, names))| (format!("group_{number}"), group(scheme, if single { json!(["Linear"]) } else { json!(names) })))
+        .collect();
+    json!({
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "global_compression_ratio": null,
+        "kv_cache_scheme": null,
+        "ignore": ignore,
+        "config_groups": groups,
+    })
+}
+
+fn ints(layer: &Outlined) -> Option<(u8, usize, bool)> {
+    match layer.storage {
+        Some(Storage::Ints { bits, group, symmetric }) => Some((bits, group, symmetric)),
+        _ => None,
+    }
+}
+
+fn group((bits, group, symmetric): Scheme, targets: Value) -> Value {
+    json!({
+        "targets": targets,
+        "format": "pack-quantized",
+        "input_activations": null,
+        "output_activations": null,
+        "weights": {
+            "num_bits": bits,
+            "type": "int",
+            "symmetric": symmetric,
+            "strategy": if group.is_some() { "group" } else { "channel" },
+            "group_size": group,
+            "dynamic": false,
+            "actorder": null,
+            "block_structure": null,
+            "observer": "minmax",
+            "observer_kwargs": {},
+        },
+    })
+}
+
+/// Reads `pack-quantized` linear layers; those that are not packed are plain.
+#[derive(Debug)]
+pub struct PackQuantized {
+    groups: Vec<(Vec<Target>, u8)>,
+}
+
+#[derive(Debug)]
+enum Target {
+    Exact(String),
+    Pattern(regex::Regex),
+    AnyLinear,
+}
+
+impl PackQuantized {
+    /// Reads the quantization section of a config.json.
+    ///
+    /// # Errors
+    /// When a group is not weight-only integers in the format pack-quantized.
+    pub fn read(config: &Value) -> Result<Self> {
+        let wrong = |what: String| Error::input(format!("config.json: quantization_config: {what}"));
+        let groups = config["config_groups"].as_object().ok_or_else(|| wrong("config_groups is missing".into()))?;
+        let mut read = Vec::new();
+        for (name, group) in groups {
+            let format = group["format"].as_str().or(config["format"].as_str()).unwrap_or("?");
+            if format != "pack-quantized" {
+                return Err(wrong(format!(
+                    "{name}: format `{}` is not read by this version, only pack-quantized",
+                    crate::error::shown(format)
+                )));
+            }
+            let weights = &group["weights"];
+            let bits = weights["num_bits"].as_u64().and_then(|bits| u8::try_from(bits).ok()).filter(|bits| (2..=8).contains(bits));
+            let bits = bits.ok_or_else(|| wrong(format!("{name}: num_bits is {}, it must be 2 to 8", weights["num_bits"])))?;
+            let targets = group["targets"].as_array().ok_or_else(|| wrong(format!("{name}: targets is missing")))?;
+            let target = |target: &Value| match target.as_str() {
+                Some("Linear") => Ok(Target::AnyLinear),
+                Some(name) => match name.strip_prefix("re:") {
+                    Some(pattern) => {
+                        regex::Regex::new(&format!("^(?:{pattern})")).map(Target::Pattern).map_err(|error| wrong(error.to_string()))
+                    }
+                    None => Ok(Target::Exact(name.into())),
+                },
+                None => Err(wrong(format!("{name}: a target is not a string"))),
+            };
+            read.push((targets.iter().map(target).collect::<Result<_>>()?, bits));
+        }
+        Ok(Self { groups: read })
+    }
+
+    fn bits(&self, name: &str) -> Option<u8> {
+        let class = |targets: &[Target]| targets.iter().any(|target| matches!(target, Target::AnyLinear));
+        let named = |targets: &[Target]| {
+            targets.iter().any(|target| match target {
+                Target::Exact(exact) => exact == name,
+                Target::Pattern(pattern) => pattern.is_match(name),
+                Target::AnyLinear => false,
+            })
+        };
+        let find = |test: &dyn Fn(&[Target]) -> bool| self.groups.iter().find(|(targets, _)| test(targets)).map(|&(_, bits)| bits);
+        find(&named).or_else(|| find(&class))
+    }
+}
+
+impl Source for PackQuantized {
+    fn shape(&self, checkpoint: &Checkpoint, name: &str) -> Option<[usize; 2]> {
+        let Some(info) = checkpoint.info(&format!("{name}.weight_shape")) else { return Plain.shape(checkpoint, name) };
+        if info.dtype != Dtype::I64 || info.shape != [2] {
+            return None;
+        }
+        let bytes = checkpoint.bytes(&format!("{name}.weight_shape")).ok()?;
+        let sizes: Vec<usize> =
+            bytes.as_chunks::<8>().0.iter().filter_map(|size| usize::try_from(i64::from_le_bytes(*size)).ok()).collect();
+        sizes.as_slice().try_into().ok()
+    }
+
+    fn weight(&self, checkpoint: &Checkpoint, name: &str, shape: [usize; 2]) -> Result<Weight> {
+        if checkpoint.has(&format!("{name}.weight")) {
+            return Plain.weight(checkpoint, name, shape);
+        }
+        let wrong = |suffix: &str, what: String| Error::input(what).tensor(&format!("{name}.weight_{suffix}")).file(&checkpoint.folder);
+        let info = |suffix: &str| {
+            checkpoint.info(&format!("{name}.weight_{suffix}")).ok_or_else(|| wrong(suffix, "missing; the checkpoint is incomplete".into()))
+        };
+        if checkpoint.has(&format!("{name}.weight_g_idx")) {
+            return Err(wrong("g_idx", "activation order by group is not supported; export it with static groups".into()));
+        }
+        let bits = self.bits(name).ok_or_else(|| wrong("packed", "no group of quantization_config targets this layer".into()))?;
+        let [rows, columns] = shape;
+        let (packed, scale) = (info("packed")?, info("scale")?);
+        let dense = bitstream::words(columns, bits);
+        let padded = columns.div_ceil(32 / usize::from(bits));
+        if packed.dtype != Dtype::I32 || packed.shape.len() != 2 || packed.shape[0] != rows || ![dense, padded].contains(&packed.shape[1]) {
+            return Err(wrong(
+                "packed",
+                format!("is {:?} {:?}, {bits} bits of {shape:?} need I32 [{rows}, {dense}]", packed.dtype, packed.shape),
+            ));
+        }
+        let float = float_of(scale.dtype)
+            .filter(|_| scale.shape.len() == 2 && scale.shape[0] == rows && scale.shape[1] > 0 && scale.shape[1] <= columns);
+        let float = float.ok_or_else(|| {
+            wrong("scale", format!("is {:?} {:?}, it must hold floats of shape [{rows}, groups]", scale.dtype, scale.shape))
+        })?;
+        let groups = scale.shape[1];
+        let group = columns.div_ceil(groups);
+        if columns.div_ceil(group) != groups {
+            return Err(wrong("scale", format!("has {groups} groups, which do not divide {columns} columns")));
+        }
+        let mut scales = vec![0.0; rows * groups];
+        decode(float, &checkpoint.bytes(&format!("{name}.weight_scale"))?, &mut scales);
+        if let Some((first, count)) = nonfinite(&scales) {
+            return Err(wrong("scale", format!("{count} scales are NaN or infinite, the first at index {first}")));
+        }
+        let mut codes = vec![0; rows * columns];
+        let bytes = checkpoint.bytes(&format!("{name}.weight_packed"))?;
+        for (codes, bytes) in codes.chunks_exact_mut(columns).zip(bytes.chunks_exact(4 * packed.shape[1])) {
+            let unpack = if packed.shape[1] == dense { bitstream::unpack } else { bitstream::unpack_padded };
+            unpack(bytes, bits, codes);
+        }
+        let zero_name = format!("{name}.weight_zero_point");
+        let zeros = match checkpoint.info(&zero_name) {
+            None => None,
+            Some(info) if info.dtype == Dtype::I32 && info.shape == [bitstream::words(rows, bits), groups] => {
+                Some(unpack_columns(&checkpoint.bytes(&zero_name)?, rows, groups, bits))
+            }
+            Some(info) => {
+                return Err(wrong(
+                    "zero_point",
+                    format!(
+                        "is {:?} {:?}, {rows} rows of {groups} groups need I32 [{}, {groups}]",
+                        info.dtype,
+                        info.shape,
+                        bitstream::words(rows, bits)
+                    ),
+                ));
+            }
+        };
+        Ok(Weight::Ints(Ints { rows, columns, bits, group, codes, scales, scale_float: float, zeros }))
+    }
+
+    fn tensors(&self, checkpoint: &Checkpoint, name: &str) -> Vec<String> {
+        let suffixes = ["", "_packed", "_scale", "_shape", "_zero_point"];
+        suffixes.iter().map(|suffix| format!("{name}.weight{suffix}")).filter(|name| checkpoint.has(name)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layer(name: &str, shape: [usize; 2], storage: Option<Storage>) -> Outlined {
+        Outlined { name: name.into(), shape, storage, float: Float::BF16 }
+    }
+
+    #[test]
+    fn one_scheme_targets_linear_and_several_target_names() {
+        let ints = |group| Some(Storage::Ints { bits: 4, group, symmetric: true });
+        let layers = [layer("a", [4, 128], ints(128)), layer("b", [4, 256], ints(128)), layer("c", [4, 256], None)];
+        let found = config(&layers);
+        assert_eq!(found["config_groups"]["group_0"]["targets"], json!(["Linear"]));
+        assert_eq!(found["config_groups"]["group_0"]["weights"]["group_size"], 128);
+        assert_eq!(found["ignore"], json!(["c", "lm_head"]));
+        let layers = [layer("a", [4, 64], ints(64)), layer("b", [4, 172], ints(86))];
+        let found = config(&layers);
+        assert_eq!(found["config_groups"]["group_0"]["targets"], json!(["a"]));
+        assert_eq!(found["config_groups"]["group_0"]["weights"]["strategy"], "channel");
+        assert_eq!(found["config_groups"]["group_1"]["targets"], json!(["b"]));
+    }
+
+    #[test]
+    fn zero_points_pack_along_the_rows_and_come_back() {
+        let zeros: Vec<u8> = (0..11 * 3).map(|i| i * 5 % 8).collect();
+        let packed = pack_columns(&zeros, 3, 3);
+        assert_eq!(packed.len(), 4 * 2 * 3);
+        assert_eq!(unpack_columns(&packed, 11, 3, 3), zeros);
+        assert_eq!(pack_columns(&[1, 2, 3, 4], 2, 8)[..8], [1, 3, 0, 0, 2, 4, 0, 0]);
+    }
+
+    #[test]
+    fn targets_match_by_name_pattern_and_class() {
+        let group = |targets: Value, bits: u8| json!({"targets": targets, "format": "pack-quantized", "weights": {"num_bits": bits}});
+        let config = json!({"config_groups": {"x": group(json!(["Linear"]), 4), "y": group(json!(["re:.*down_proj", "a.b"]), 8)}});
+        let read = PackQuantized::read(&config).unwrap();
+        assert_eq!((read.bits("m.q_proj"), read.bits("m.down_proj"), read.bits("a.b")), (Some(4), Some(8), Some(8)));
+        let wrong = json!({"config_groups": {"x": {"targets": ["Linear"], "format": "float-quantized", "weights": {"num_bits": 8}}}});
+        assert!(PackQuantized::read(&wrong).unwrap_err().to_string().contains("float-quantized"));
+    }
+}

@@ -1,0 +1,173 @@
+//! A safetensors checkpoint whose layout is known before its data: headers first, then bytes at their offsets in any
+//! order. It is complete when every byte of every tensor was written.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, json};
+
+use crate::error::{Error, Fault, Result};
+use crate::formats::Entry;
+
+/// The weight files of an output.
+#[derive(Debug)]
+pub struct Output {
+    folder: PathBuf,
+    shards: Vec<(String, File)>,
+    places: BTreeMap<String, Place>,
+}
+
+#[derive(Debug)]
+struct Place {
+    shard: usize,
+    start: u64,
+    bytes: u64,
+    written: u64,
+}
+
+impl Output {
+    /// Lays out the files: tensors in the given order, a new shard when one would exceed `shard_bytes`.
+    ///
+    /// # Errors
+    /// When a file cannot be made or the disk is too small.
+    ///
+    /// # Panics
+    /// When two entries have one name.
+    pub fn create(folder: &Path, entries: &[Entry], shard_bytes: u64) -> Result<Self> {
+        let mut plan: Vec<Vec<&Entry>> = vec![Vec::new()];
+        let mut filled = 0;
+        for entry in entries {
+            if filled > 0 && filled + entry.bytes() > shard_bytes {
+                plan.push(Vec::new());
+                filled = 0;
+            }
+            filled += entry.bytes();
+            plan.last_mut().expect("one shard at least").push(entry);
+        }
+        let mut output = Self { folder: folder.to_path_buf(), shards: Vec::new(), places: BTreeMap::new() };
+        let mut map = Map::new();
+        for (number, entries) in plan.iter().enumerate() {
+            let name = match plan.len() {
+                1 => "model.safetensors".to_string(),
+                count => format!("model-{:05}-of-{count:05}.safetensors", number + 1),
+            };
+            map.extend(entries.iter().map(|entry| (entry.name.clone(), json!(name))));
+            output.shard(name, entries)?;
+        }
+        if plan.len() > 1 {
+            let total: u64 = entries.iter().map(Entry::bytes).sum();
+            map.sort_keys();
+            let index = json!({"metadata": {"total_size": total}, "weight_map": map});
+            write_json(&folder.join("model.safetensors.index.json"), &index)?;
+        }
+        Ok(output)
+    }
+
+    fn shard(&mut self, name: String, entries: &[&Entry]) -> Result<()> {
+        let mut header = Map::new();
+        header.insert("__metadata__".into(), json!({"format": "pt"}));
+        let mut offset = 0;
+        for entry in entries {
+            let end = offset + entry.bytes();
+            header.insert(entry.name.clone(), json!({"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [offset, end]}));
+            offset = end;
+        }
+        let mut text = serde_json::to_vec(&header).map_err(|error| Error::run(error.to_string()))?;
+        text.resize(text.len().next_multiple_of(8), b' ');
+        let path = self.folder.join(&name);
+        let fail = |error: std::io::Error| Error::io(&path, &error);
+        let file = File::options().write(true).create_new(true).open(&path).map_err(fail)?;
+        let start = 8 + text.len() as u64;
+        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, start + offset)
+            .or_else(|error| if error == rustix::io::Errno::OPNOTSUPP { rustix::fs::ftruncate(&file, start + offset) } else { Err(error) })
+            .map_err(|error| Error::run(format!("no room for {} bytes: {error}", start + offset)).file(&path))?;
+        file.write_all_at(&(text.len() as u64).to_le_bytes(), 0).map_err(fail)?;
+        file.write_all_at(&text, 8).map_err(fail)?;
+        let mut at = start;
+        for entry in entries {
+            let place = Place { shard: self.shards.len(), start: at, bytes: entry.bytes(), written: 0 };
+            at += entry.bytes();
+            assert!(self.places.insert(entry.name.clone(), place).is_none(), "two tensors named {}", entry.name);
+        }
+        self.shards.push((name, file));
+        Ok(())
+    }
+
+    /// Writes the next bytes of a tensor.
+    ///
+    /// # Errors
+    /// When the disk refuses them, or the tensor is not part of the layout or already full.
+    pub fn write(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+        let place = self.places.get_mut(name).ok_or_else(|| Error::run("not part of the planned output").tensor(name))?;
+        if place.written + bytes.len() as u64 > place.bytes {
+            return Err(Error::run(format!("{} bytes planned, {} given", place.bytes, place.written + bytes.len() as u64)).tensor(name));
+        }
+        let (file_name, file) = &self.shards[place.shard];
+        file.write_all_at(bytes, place.start + place.written).map_err(|error| Error::io(&self.folder.join(file_name), &error))?;
+        place.written += bytes.len() as u64;
+        Ok(())
+    }
+
+    /// Checks that every byte was written and brings the files to the disk.
+    ///
+    /// # Errors
+    /// When a tensor is incomplete or the disk fails.
+    pub fn finish(self) -> Result<()> {
+        if let Some((name, place)) = self.places.iter().find(|(_, place)| place.written != place.bytes) {
+            let message = format!("{} of {} bytes were written", place.written, place.bytes);
+            return Err(Error::new(Fault::Verification, message).tensor(name));
+        }
+        for (name, file) in &self.shards {
+            file.sync_all().map_err(|error| Error::io(&self.folder.join(name), &error))?;
+        }
+        Ok(())
+    }
+}
+
+/// Writes a JSON file with two spaces of indentation and a final newline.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
+    let text = serde_json::to_string_pretty(value).map_err(|error| Error::run(error.to_string()).file(path))?;
+    std::fs::write(path, text + "\n").map_err(|error| Error::io(path, &error))
+}
+
+#[cfg(test)]
+mod tests {
+    use safetensors::Dtype;
+
+    use super::*;
+    use crate::checkpoint::Shard;
+
+    fn entry(name: &str, size: usize) -> Entry {
+        Entry { name: name.into(), dtype: Dtype::U8, shape: vec![size] }
+    }
+
+    #[test]
+    fn bytes_written_in_any_order_and_pieces_are_read_back_from_shards() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut output = Output::create(folder.path(), &[entry("a", 4), entry("b", 3), entry("c", 5)], 8).unwrap();
+        output.write("c", b"vwxyz").unwrap();
+        output.write("a", b"ab").unwrap();
+        output.write("b", b"123").unwrap();
+        output.write("a", b"cd").unwrap();
+        assert!(output.write("a", b"!").is_err() && output.write("d", b"!").is_err());
+        output.finish().unwrap();
+        let first = Shard::open(&folder.path().join("model-00001-of-00002.safetensors")).unwrap();
+        let read =
+            |shard: &Shard, name: &str| shard.bytes(&shard.header.tensors[name], 0..shard.header.tensors[name].bytes()).unwrap().to_vec();
+        assert_eq!((read(&first, "a"), read(&first, "b")), (b"abcd".to_vec(), b"123".to_vec()));
+        assert!(folder.path().join("model.safetensors.index.json").exists());
+    }
+
+    #[test]
+    fn an_incomplete_tensor_is_a_failed_verification() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut output = Output::create(folder.path(), &[entry("a", 4)], 8).unwrap();
+        output.write("a", b"ab").unwrap();
+        assert_eq!(output.finish().unwrap_err().exit_code(), 5);
+    }
+}

@@ -1,0 +1,140 @@
+//! Methods turn one weight into another. A method is an options struct, a ten-line adapter and the paper's equation
+//! as a pure function; a new one is a file here and a line in [`METHODS`].
+
+pub mod magnitude;
+pub mod round_to_nearest;
+pub mod wanda;
+
+use std::fmt::Debug;
+
+use crate::error::{Error, Result};
+use crate::model::seen::{Needs, Statistics};
+use crate::weight::{Float, Storage, Weight};
+
+/// What a method is told about one linear layer.
+#[derive(Debug, Clone, Copy)]
+pub struct Layer<'a> {
+    /// Full name without `.weight`.
+    pub name: &'a str,
+    /// What was seen at its input; `None` without calibration.
+    pub statistics: Option<&'a Statistics>,
+    /// Number format of the model, in which scales are stored.
+    pub float: Float,
+    /// Bits to use instead of the method's own, where the plan says so.
+    pub bits: Option<u8>,
+}
+
+/// A weight after a method, and how far it is from the weight before.
+#[derive(Debug)]
+pub struct Applied {
+    /// The weight.
+    pub weight: Weight,
+    /// Sums of squares of the change and of the weight before.
+    pub change: [f64; 2],
+}
+
+/// A compression method for linear layers.
+pub trait Method: Debug + Send + Sync {
+    /// What must have been seen.
+    fn needs(&self) -> Needs;
+
+    /// What it makes of a weight stored like this, of shape `[outputs, inputs]`, so that a format can refuse before
+    /// any work starts. `bits` as in [`Layer::bits`].
+    ///
+    /// # Errors
+    /// When it cannot take such a weight, with the reason.
+    fn leaves(&self, before: Storage, shape: [usize; 2], bits: Option<u8>) -> Result<Storage>;
+
+    /// Applies the method to a weight.
+    ///
+    /// # Errors
+    /// When the weight or the statistics do not permit it.
+    fn apply(&self, weight: Weight, layer: &Layer<'_>) -> Result<Applied>;
+
+    /// The options, as a recipe writes them.
+    fn options(&self) -> toml::Table;
+}
+
+/// One line of the registry.
+#[derive(Debug)]
+pub struct Entry {
+    /// Name in recipes.
+    pub name: &'static str,
+    /// What it does, in one line.
+    pub about: &'static str,
+    /// Where it is from.
+    pub source: &'static str,
+    read: fn(toml::Table) -> Result<Box<dyn Method>, toml::de::Error>,
+}
+
+/// Every method.
+pub const METHODS: &[Entry] = &[
+    Entry {
+        name: "round-to-nearest",
+        about: "integers of 2 to 8 bits on a grid per group; no calibration",
+        source: "baseline; signed full-range scales as in AutoRound",
+        read: |options| Ok(Box::new(options.try_into::<round_to_nearest::RoundToNearest>()?)),
+    },
+    Entry {
+        name: "magnitude",
+        about: "prunes the smallest weights of each matrix; no calibration",
+        source: "baseline",
+        read: |options| Ok(Box::new(options.try_into::<magnitude::Magnitude>()?)),
+    },
+    Entry {
+        name: "wanda",
+        about: "prunes by weight times input norm, per output row or N:M",
+        source: "arXiv:2306.11695",
+        read: |options| Ok(Box::new(options.try_into::<wanda::Wanda>()?)),
+    },
+];
+
+/// The method of a recipe's stage.
+///
+/// # Errors
+/// When the name is unknown or an option is wrong, naming what is known.
+pub fn read(name: &str, options: toml::Table) -> Result<Box<dyn Method>> {
+    let Some(entry) = METHODS.iter().find(|entry| entry.name == name) else {
+        let known: Vec<&str> = METHODS.iter().map(|entry| entry.name).collect();
+        return Err(Error::input(format!("unknown method `{}`; known are {}", crate::error::shown(name), known.join(", "))));
+    };
+    (entry.read)(options).map_err(|error| Error::input(format!("method {name}: {}", error.message())))
+}
+
+/// Sums of squares of the difference between two equally long slices and of the first.
+pub fn change(before: &[f32], after: &[f32]) -> [f64; 2] {
+    use rayon::prelude::*;
+    const CHUNK: usize = 1 << 16;
+    let parts: Vec<[f64; 2]> = before
+        .par_chunks(CHUNK)
+        .zip(after.par_chunks(CHUNK))
+        .map(|(before, after)| {
+            let sums = before.iter().zip(after).fold([0.0f64; 2], |[change, total], (&before, &after)| {
+                [change + f64::from(before - after).powi(2), total + f64::from(before).powi(2)]
+            });
+            sums
+        })
+        .collect();
+    parts.iter().fold([0.0; 2], |total, part| [total[0] + part[0], total[1] + part[1]])
+}
+
+/// Refuses a share of weights to prune outside 0..1.
+pub(crate) fn sound_sparsity(sparsity: f64) -> Result<()> {
+    if (0.0..1.0).contains(&sparsity) {
+        return Ok(());
+    }
+    Err(Error::input(format!("sparsity is {sparsity}, it must be at least 0 and below 1, like 0.5")))
+}
+
+/// Refuses pruning what is no longer floats, and an N:M pattern whose blocks do not divide the columns.
+pub(crate) fn prunable(before: Storage, columns: usize, pattern: crate::weight::Pattern) -> Result<()> {
+    if let Storage::Ints { .. } = before {
+        return Err(Error::input("pruning after quantization is unsound: put the pruning stage first"));
+    }
+    match pattern {
+        crate::weight::Pattern::Blocks { of, .. } if columns % of != 0 => Err(Error::input(format!(
+            "pattern {pattern}: {columns} columns are not a multiple of {of}; use another pattern or skip the layer"
+        ))),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,190 @@
+//! Wanda: pruning by weights and activations.
+//!
+//! Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", arXiv:2306.11695, eq. 1,
+//! as specified in methods-pruning §1. Needs Σx² of the input columns; leaves the surviving weights bit for bit.
+//! It does not update weights, and statistics of a whole block come from the block before any of it is pruned.
+
+use rayon::prelude::*;
+
+use crate::error::{Error, Result};
+use crate::kernels::select::{smallest, smallest_in_blocks};
+use crate::matrix::Matrix;
+use crate::methods::{Applied, Layer, Method, prunable, sound_sparsity};
+use crate::model::seen::Needs;
+use crate::weight::{Pattern, Sparse, Storage, Weight};
+
+/// Options of Wanda.
+#[derive(Debug, Clone, serde::Deserialize, serde::Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Wanda {
+    /// Share of the weights of every row to prune; N:M patterns imply theirs.
+    #[serde(default = "half")]
+    pub sparsity: f64,
+    /// Where zeros may lie.
+    #[serde(default = "unstructured")]
+    pub pattern: Pattern,
+}
+
+fn half() -> f64 {
+    0.5
+}
+
+fn unstructured() -> Pattern {
+    Pattern::Unstructured
+}
+
+impl Method for Wanda {
+    fn needs(&self) -> Needs {
+        Needs::SquaredNorms
+    }
+
+    fn leaves(&self, before: Storage, [_, columns]: [usize; 2], _: Option<u8>) -> Result<Storage> {
+        sound_sparsity(self.sparsity)?;
+        prunable(before, columns, self.pattern)?;
+        Ok(Storage::Sparse(self.pattern))
+    }
+
+    fn apply(&self, weight: Weight, layer: &Layer<'_>) -> Result<Applied> {
+        let statistics = layer.statistics.ok_or_else(|| Error::run("wanda needs calibration").tensor(layer.name))?;
+        let mut matrix = weight.into_matrix();
+        let change = prune(&mut matrix, &statistics.norms(), self.sparsity, self.pattern);
+        Ok(Applied { weight: Weight::Sparse(Sparse { matrix, pattern: self.pattern }), change })
+    }
+
+    fn options(&self) -> toml::Table {
+        toml::Table::try_from(self).unwrap_or_default()
+    }
+}
+
+/// Zeroes, in every row, the entries with the smallest |W_ij| · ‖X_j‖₂ (eq. 1): trunc(columns · sparsity) of them, or
+/// of every M consecutive columns all but N. Ties go to the lower column. Gives the sums of squares of what was pruned
+/// and of all weights.
+///
+/// Legend: weight (outputs × inputs), norms ‖X_j‖₂ per input up to a common factor.
+pub fn prune(weight: &mut Matrix, norms: &[f32], sparsity: f64, pattern: Pattern) -> [f64; 2] {
+    let count = (weight.columns as f64 * sparsity) as usize;
+    let rows = weight.data.par_chunks_mut(weight.columns).with_min_len(8).map_init(
+        || (Vec::new(), Vec::new()),
+        |(scores, scratch), row| {
+            scores.clear();
+            scores.extend(row.iter().zip(norms).map(|(weight, norm)| (weight.abs() * norm).min(f32::MAX)));
+            let total: f64 = row.iter().map(|&weight| f64::from(weight).powi(2)).sum();
+            let mut pruned = 0.0;
+            let zero = |column: usize| {
+                pruned += f64::from(row[column]).powi(2);
+                row[column] = 0.0;
+            };
+            match pattern {
+                Pattern::Unstructured => smallest(scores, count, scratch, zero),
+                Pattern::Blocks { kept, of } => smallest_in_blocks(scores, kept, of, scratch, zero),
+            }
+            [pruned, total]
+        },
+    );
+    let sums: Vec<[f64; 2]> = rows.collect();
+    sums.iter().fold([0.0; 2], |total, row| [total[0] + row[0], total[1] + row[1]])
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::model::seen::Statistics;
+
+    /// The inputs of the golden vectors, methods-pruning §8: X (24 × 8) and W (4 × 8).
+    pub(crate) fn golden_inputs() -> (Vec<f64>, Matrix) {
+        let entry = |t: usize, j: usize| {
+            let x = (0.37 * (t + 1) as f64 * (j + 1) as f64).sin() + 0.25 * (1.7 * t as f64 + 0.9 * j as f64).cos();
+            if j == 5 { 6.0 * x } else { x }
+        };
+        let x = (0..24 * 8).map(|i| entry(i / 8, i % 8)).collect();
+        let weight = Matrix::from_fn(4, 8, |i, j| (0.53 * (i + 1) as f64 * (j + 1) as f64 + 0.2 * j as f64).cos() as f32);
+        (x, weight)
+    }
+
+    pub(crate) fn golden_statistics() -> Statistics {
+        let (x, _) = golden_inputs();
+        let gram: Vec<f64> = (0..64).map(|ab| (0..24).map(|t| x[t * 8 + ab / 8] * x[t * 8 + ab % 8]).sum()).collect();
+        Statistics { tokens: 24, squares: (0..8).map(|j| gram[j * 9]).collect(), gram: Some(gram) }
+    }
+
+    pub(crate) fn mask(weight: &Matrix) -> String {
+        let bits = |row: usize| weight.row(row).iter().map(|&value| if value == 0.0 { '0' } else { '1' }).collect::<String>();
+        (0..weight.rows).map(bits).collect::<Vec<_>>().join(" ")
+    }
+
+    #[test]
+    fn golden_masks_and_errors() {
+        let statistics = golden_statistics();
+        let diagonal = [13.595738, 13.129859, 12.544751, 13.702392, 12.615115, 459.161216, 12.242489, 12.068016];
+        assert!(statistics.squares.iter().zip(diagonal).all(|(a, b)| (a - b).abs() < 1e-5), "{:?}", statistics.squares);
+        for (pattern, expected, error) in [
+            (Pattern::Unstructured, "10011100 00101101 01010110 00110110", 52.010610),
+            (Pattern::Blocks { kept: 2, of: 4 }, "10011100 01101100 01010110 00110110", 57.026521),
+        ] {
+            let (_, exact) = golden_inputs();
+            let mut weight = exact.clone();
+            prune(&mut weight, &statistics.norms(), 0.5, pattern);
+            assert_eq!(mask(&weight), expected);
+            let [found, total] = statistics.layer_error(&exact, &weight).unwrap();
+            assert!((found - error).abs() < 1e-4 && (total - 579.085844).abs() < 1e-3, "{found} {total}");
+        }
+    }
+
+    #[test]
+    fn constant_norms_give_the_magnitude_mask_of_each_row() {
+        let (_, exact) = golden_inputs();
+        let mut weight = exact.clone();
+        prune(&mut weight, &[3.0; 8], 0.5, Pattern::Unstructured);
+        for row in 0..4 {
+            let mut order: Vec<usize> = (0..8).collect();
+            order.sort_by(|&a, &b| exact.row(row)[a].abs().total_cmp(&exact.row(row)[b].abs()));
+            assert!(order[..4].iter().all(|&column| weight.row(row)[column] == 0.0));
+        }
+    }
+
+    #[test]
+    fn scaling_a_column_and_its_input_inversely_leaves_the_mask() {
+        let (_, exact) = golden_inputs();
+        let norms = golden_statistics().norms();
+        let (mut plain, mut scaled) = (exact.clone(), exact.clone());
+        let mut scaled_norms = norms.clone();
+        scaled_norms[3] *= 8.0;
+        (0..4).for_each(|row| scaled.data[row * 8 + 3] /= 8.0);
+        prune(&mut plain, &norms, 0.5, Pattern::Unstructured);
+        prune(&mut scaled, &scaled_norms, 0.5, Pattern::Unstructured);
+        assert_eq!(mask(&plain), mask(&scaled));
+    }
+
+    #[test]
+    fn for_one_row_with_uncorrelated_inputs_no_mask_of_the_size_has_a_lower_error() {
+        let weight = [0.9f32, -0.2, 0.4, 1.1, -0.7, 0.05, 0.3, -0.6];
+        let norms = [0.3f32, 5.0, 1.0, 0.2, 0.9, 8.0, 2.0, 0.1];
+        let cost = |mask: u32| -> f32 { (0..8).filter(|j| mask >> j & 1 == 0).map(|j| (weight[j] * norms[j]).powi(2)).sum() };
+        let mut row = Matrix::new(1, 8, weight.to_vec());
+        prune(&mut row, &norms, 0.5, Pattern::Unstructured);
+        let own = (0..8).filter(|&j| row.data[j] != 0.0).map(|j| 1 << j).sum();
+        let best = (0u32..256).filter(|mask| mask.count_ones() == 4).map(cost).fold(f32::INFINITY, f32::min);
+        assert!(cost(own) <= best);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn every_row_has_the_exact_number_of_zeros_and_survivors_are_untouched(
+            values in proptest::collection::vec(0.1f32..2.0, 5 * 24), norms in proptest::collection::vec(0.0f32..4.0, 24), share in 0.0f64..0.99
+        ) {
+            let exact = Matrix::new(5, 24, values);
+            let mut weight = exact.clone();
+            prune(&mut weight, &norms, share, Pattern::Unstructured);
+            for row in 0..5 {
+                let zeros = weight.row(row).iter().filter(|value| **value == 0.0).count();
+                proptest::prop_assert_eq!(zeros, (24.0 * share) as usize);
+            }
+            proptest::prop_assert!(weight.data.iter().zip(&exact.data).all(|(a, b)| *a == 0.0 || a.to_bits() == b.to_bits()));
+            for (kept, of) in [(2, 4), (1, 4), (3, 4), (4, 8)] {
+                let mut weight = exact.clone();
+                prune(&mut weight, &norms, share, Pattern::Blocks { kept, of });
+                proptest::prop_assert!(weight.data.chunks(of).all(|block| block.iter().filter(|value| **value != 0.0).count() == kept));
+            }
+        }
+    }
+}

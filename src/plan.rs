@@ -1,0 +1,178 @@
+//! A recipe and a model to a plan: what happens to every linear layer, decided before any weight is read.
+
+pub mod recipe;
+
+use globset::{Glob, GlobMatcher};
+
+use crate::error::{Error, Result, shown};
+use crate::formats::{Format, Outlined};
+use crate::methods::{self, Method};
+use crate::model::seen::Needs;
+use crate::plan::recipe::Recipe;
+use crate::weight::{Float, Storage};
+
+/// One stage of a plan.
+#[derive(Debug)]
+pub struct Stage {
+    /// Name of the method.
+    pub name: String,
+    /// The method with its options.
+    pub method: Box<dyn Method>,
+}
+
+/// A linear layer as the checkpoint holds it.
+#[derive(Debug, Clone)]
+pub struct Candidate {
+    /// Full name without `.weight`.
+    pub name: String,
+    /// `[outputs, inputs]`.
+    pub shape: [usize; 2],
+    /// Number format of the model's floats.
+    pub float: Float,
+}
+
+/// What happens to one linear layer.
+#[derive(Debug)]
+pub struct Planned {
+    /// What the output holds of it.
+    pub outlined: Outlined,
+    /// Stages that work on it, in order.
+    pub stages: Vec<usize>,
+    /// Bits that replace those of quantizing stages.
+    pub bits: Option<u8>,
+}
+
+/// Everything that is decided before the work.
+#[derive(Debug)]
+pub struct Plan {
+    /// The stages.
+    pub stages: Vec<Stage>,
+    /// Every linear layer, also those left as they are.
+    pub layers: Vec<Planned>,
+    /// Deviations from what was asked for, each a sentence.
+    pub notes: Vec<String>,
+    /// The format to write.
+    pub format: &'static Format,
+}
+
+impl Plan {
+    /// Resolves a recipe for the linear layers of a model.
+    ///
+    /// # Errors
+    /// When a pattern matches nothing, a method cannot take a layer, or the format cannot hold the result.
+    pub fn resolve(recipe: &Recipe, candidates: &[Candidate]) -> Result<Self> {
+        let skip = patterns(&recipe.skip.iter().map(|skip| skip.pattern.clone()).collect::<Vec<_>>(), candidates)?;
+        let keep = recipe.overrides.iter().map(|one| Ok((pattern(&one.pattern, candidates)?, one.bits))).collect::<Result<Vec<_>>>()?;
+        let mut stages = Vec::new();
+        let mut targets = Vec::new();
+        for stage in &recipe.stages {
+            stages.push(Stage { name: stage.method.clone(), method: methods::read(&stage.method, stage.options.clone())? });
+            targets.push(patterns(&stage.targets, candidates)?);
+        }
+        if stages.is_empty() {
+            return Err(Error::input("the recipe has no [[stage]]; add one, like method = \"round-to-nearest\""));
+        }
+        let mut layers = Vec::new();
+        let mut notes = Vec::new();
+        for candidate in candidates {
+            let bits = keep.iter().filter(|(matcher, _)| matches(matcher, &candidate.name)).next_back().map(|&(_, bits)| bits);
+            let skipped = skip.iter().any(|matcher| matches(matcher, &candidate.name)) || bits == Some(16);
+            let wanted =
+                |stage: &usize| targets[*stage].is_empty() || targets[*stage].iter().any(|matcher| matches(matcher, &candidate.name));
+            let chosen: Vec<usize> = (0..stages.len()).filter(|stage| !skipped && wanted(stage)).collect();
+            let mut storage = Storage::Dense;
+            for &stage in &chosen {
+                storage = stages[stage].method.leaves(storage, candidate.shape, bits).map_err(|error| error.tensor(&candidate.name))?;
+            }
+            note_group(&mut notes, &stages, &chosen, candidate, storage);
+            let outlined = Outlined {
+                name: candidate.name.clone(),
+                shape: candidate.shape,
+                storage: (!chosen.is_empty()).then_some(storage),
+                float: candidate.float,
+            };
+            layers.push(Planned { outlined, stages: chosen, bits });
+        }
+        let format = recipe.format(layers.iter().any(|layer| matches!(layer.outlined.storage, Some(Storage::Ints { .. }))))?;
+        for layer in &layers {
+            (format.holds)(&layer.outlined).map_err(|what| Error::input(what).tensor(&layer.outlined.name))?;
+        }
+        if layers.iter().all(|layer| layer.stages.is_empty()) {
+            return Err(Error::input("nothing is left to compress: every linear layer is skipped"));
+        }
+        summarize(&mut notes);
+        Ok(Self { stages, layers, notes, format })
+    }
+
+    /// The most that any stage needs to have been seen.
+    pub fn needs(&self) -> Needs {
+        self.stages.iter().map(|stage| stage.method.needs()).max().unwrap_or(Needs::Nothing)
+    }
+
+    /// The plan of a layer.
+    pub fn layer(&self, name: &str) -> Option<&Planned> {
+        self.layers.iter().find(|layer| layer.outlined.name == name)
+    }
+
+    /// Stored bits per weight over the compressed layers, scales included.
+    pub fn bits_per_weight(&self) -> f64 {
+        let (mut bits, mut entries) = (0, 0);
+        for layer in &self.layers {
+            if let Some(storage) = layer.outlined.storage {
+                bits += storage.bits(layer.outlined.shape, layer.outlined.float);
+                entries += (layer.outlined.shape[0] * layer.outlined.shape[1]) as u64;
+            }
+        }
+        bits as f64 / entries.max(1) as f64
+    }
+}
+
+fn matches(matcher: &GlobMatcher, name: &str) -> bool {
+    matcher.is_match(name)
+}
+
+fn patterns(patterns: &[String], candidates: &[Candidate]) -> Result<Vec<GlobMatcher>> {
+    patterns.iter().map(|one| pattern(one, candidates)).collect()
+}
+
+/// A glob over layer names; one that matches nothing is an error, because it is a typing mistake.
+fn pattern(text: &str, candidates: &[Candidate]) -> Result<GlobMatcher> {
+    let text = text.strip_suffix(".weight").unwrap_or(text);
+    let glob = Glob::new(text).map_err(|error| Error::input(format!("pattern `{}`: {}", shown(text), error.kind())))?;
+    let matcher = glob.compile_matcher();
+    // Modules that are never compressed may be named in a skip list all the same.
+    if text == "lm_head" || candidates.iter().any(|candidate| matcher.is_match(&candidate.name)) {
+        return Ok(matcher);
+    }
+    let example = candidates.iter().map(|candidate| candidate.name.as_str()).max_by_key(|name| similarity(name, text));
+    Err(Error::input(format!("pattern `{}` matches no linear layer; the nearest is `{}`", shown(text), shown(example.unwrap_or("none")))))
+}
+
+/// Number of pieces of a pattern that occur in a name.
+fn similarity(name: &str, pattern: &str) -> usize {
+    pattern.split(['*', '.']).filter(|piece| piece.len() > 1 && name.contains(piece)).count()
+}
+
+/// Notes a group size that differs from the one asked for.
+fn note_group(notes: &mut Vec<String>, stages: &[Stage], chosen: &[usize], candidate: &Candidate, storage: Storage) {
+    let Storage::Ints { group, .. } = storage else { return };
+    for &stage in chosen {
+        if let Some(wanted) = stages[stage].method.options().get("group").and_then(toml::Value::as_integer)
+            && wanted != group as i64
+        {
+            let columns = candidate.shape[1];
+            notes.push(format!("group size {wanted} does not divide {columns} columns: {group} is used instead"));
+        }
+    }
+}
+
+/// Merges equal notes into one with a count.
+fn summarize(notes: &mut Vec<String>) {
+    let all = std::mem::take(notes);
+    for note in &all {
+        if !notes.iter().any(|kept| kept.starts_with(note)) {
+            let count = all.iter().filter(|other| *other == note).count();
+            notes.push(format!("{note} ({count} layers)"));
+        }
+    }
+}

@@ -1,0 +1,329 @@
+//! Recipes: what to do, as a TOML file or a preset. Unknown keys are refused.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::calibrate::corpus::{Options, Source};
+use crate::checkpoint::read_file;
+use crate::error::{Error, Result, shown};
+use crate::formats::{self, Format};
+
+/// A preset: a name for a recipe.
+#[derive(Debug)]
+pub struct Preset {
+    /// Name on the command line.
+    pub name: &'static str,
+    /// What one gets, in one line.
+    pub about: &'static str,
+    /// The recipe.
+    pub recipe: &'static str,
+}
+
+/// Every preset; the first is the default.
+pub const PRESETS: &[Preset] = &[
+    Preset {
+        name: "w4-fast",
+        about: "4-bit integers, groups of 128, round to nearest; no calibration, a quarter of the size",
+        recipe: "version = 1\n[[stage]]\nmethod = \"round-to-nearest\"\nbits = 4\ngroup = 128\nsymmetric = true\n",
+    },
+    Preset {
+        name: "w8",
+        about: "8-bit integers, groups of 128; no calibration, half the size, hardly a loss",
+        recipe: "version = 1\n[[stage]]\nmethod = \"round-to-nearest\"\nbits = 8\ngroup = 128\nsymmetric = true\n",
+    },
+    Preset {
+        name: "prune50",
+        about: "half of the weights of every row zero, by Wanda; same file size, servers gain nothing from the zeros",
+        recipe: "version = 1\n[[stage]]\nmethod = \"wanda\"\nsparsity = 0.5\npattern = \"unstructured\"\n",
+    },
+    Preset {
+        name: "2:4",
+        about: "two of every four weights zero, by Wanda; same file size, mainstream servers dropped 2:4 kernels in 2026",
+        recipe: "version = 1\n[[stage]]\nmethod = \"wanda\"\npattern = \"2:4\"\n",
+    },
+];
+
+/// A recipe.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// Version of the recipe's language; 1.
+    pub version: u32,
+    /// Where calibration comes from.
+    #[serde(default)]
+    pub calibration: Calibration,
+    /// Methods in order.
+    #[serde(default, rename = "stage")]
+    pub stages: Vec<StageRecipe>,
+    /// Other bits for some layers.
+    #[serde(default, rename = "override", skip_serializing_if = "Vec::is_empty")]
+    pub overrides: Vec<Override>,
+    /// Layers to leave as they are.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub skip: Vec<Skip>,
+    /// What to write.
+    #[serde(default)]
+    pub export: Export,
+    /// Limits that the result must keep.
+    #[serde(default, skip_serializing_if = "Gate::is_empty")]
+    pub gate: Gate,
+    /// What to measure besides.
+    #[serde(default)]
+    pub report: ReportOptions,
+}
+
+/// `[calibration]`.
+#[derive(Debug, Clone, Deserialize, Serialize, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub struct Calibration {
+    /// `builtin:mix` or files, .txt or .jsonl.
+    pub source: OneOrMany,
+    /// Windows at most.
+    pub samples: usize,
+    /// Tokens per window; by default 2048 or as many as the model takes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seq: Option<usize>,
+    /// Seed of random choices.
+    pub seed: u64,
+}
+
+impl Default for Calibration {
+    fn default() -> Self {
+        Self { source: OneOrMany(vec!["builtin:mix".into()]), samples: 128, seq: None, seed: 0 }
+    }
+}
+
+/// A string or a list of strings.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct OneOrMany(pub Vec<String>);
+
+impl<'de> Deserialize<'de> for OneOrMany {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Raw {
+            One(String),
+            Many(Vec<String>),
+        }
+        Ok(Self(match Raw::deserialize(deserializer)? {
+            Raw::One(one) => vec![one],
+            Raw::Many(many) => many,
+        }))
+    }
+}
+
+/// `[[stage]]`: a method, the layers it works on, and its own options.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+pub struct StageRecipe {
+    /// Name of the method.
+    pub method: String,
+    /// Globs over layer names; empty means all.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub targets: Vec<String>,
+    /// Options of the method.
+    #[serde(flatten)]
+    pub options: toml::Table,
+}
+
+/// `[[override]]`.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Override {
+    /// Glob over layer names.
+    #[serde(rename = "match")]
+    pub pattern: String,
+    /// Bits of quantizing stages, 2..=8; 16 leaves the layer as it is.
+    pub bits: u8,
+}
+
+/// `[[skip]]`.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Skip {
+    /// Glob over layer names.
+    #[serde(rename = "match")]
+    pub pattern: String,
+}
+
+/// `[export]`.
+#[derive(Debug, Clone, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Export {
+    /// Format; by default compressed-tensors for integers, dense for the rest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub format: Option<OneOrMany>,
+    /// Largest shard, like `"5GB"`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shard_size: Option<String>,
+}
+
+/// `[gate]`: limits for the measured quality; a run that exceeds one exits with 3.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Gate {
+    /// Largest mean divergence from the original, in nats.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kld_mean: Option<f64>,
+    /// Largest perplexity over that of the original.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ppl_ratio: Option<f64>,
+}
+
+impl Gate {
+    /// Whether there is no limit.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// `[report]`.
+#[derive(Debug, Clone, Copy, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ReportOptions {
+    /// Measure ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² of every layer; needs the Gram matrices.
+    pub layer_error: bool,
+}
+
+impl Recipe {
+    /// Reads a recipe's text.
+    ///
+    /// # Errors
+    /// When it is not TOML, has unknown keys or another version.
+    pub fn parse(text: &str) -> Result<Self> {
+        let recipe: Self = toml::from_str(text).map_err(|error| {
+            let line = error.span().map(|span| text[..span.start].matches('\n').count() + 1);
+            Error::input(format!("{}{}", line.map(|line| format!("line {line}: ")).unwrap_or_default(), error.message()))
+        })?;
+        if recipe.version != 1 {
+            return Err(Error::input(format!("recipe version {}, this program reads version 1", recipe.version)));
+        }
+        if recipe.calibration.samples == 0 || recipe.calibration.seq.is_some_and(|seq| !(2..=1 << 20).contains(&seq)) {
+            return Err(Error::input("calibration: samples must be at least 1 and seq from 2 to 1048576"));
+        }
+        Ok(recipe)
+    }
+
+    /// Reads a recipe file.
+    ///
+    /// # Errors
+    /// As [`Self::parse`], or when the file cannot be read.
+    pub fn open(path: &Path) -> Result<Self> {
+        let bytes = read_file(path, 1 << 20)?;
+        let text = String::from_utf8(bytes).map_err(|_| Error::input("not UTF-8").file(path))?;
+        Self::parse(&text).map_err(|error| error.file(path))
+    }
+
+    /// The recipe of a preset.
+    ///
+    /// # Errors
+    /// When there is no such preset, naming those there are.
+    pub fn preset(name: &str) -> Result<Self> {
+        let preset = PRESETS.iter().find(|preset| preset.name == name).ok_or_else(|| {
+            let known: Vec<&str> = PRESETS.iter().map(|preset| preset.name).collect();
+            Error::input(format!("unknown preset `{}`; known are {}", shown(name), known.join(", ")))
+        })?;
+        Self::parse(preset.recipe)
+    }
+
+    /// The format to write; `integers` says whether the result holds integers.
+    ///
+    /// # Errors
+    /// When the name is unknown, or several are asked for.
+    pub fn format(&self, integers: bool) -> Result<&'static Format> {
+        match self.export.format.as_ref().map(|names| names.0.as_slice()) {
+            None if integers => formats::find("compressed-tensors"),
+            None => formats::find("dense"),
+            Some([one]) => formats::find(one),
+            Some(several) => Err(Error::input(format!("{} formats asked for; this version writes one per run", several.len()))),
+        }
+    }
+
+    /// How calibration text is packed for a model that takes `max_positions` tokens.
+    ///
+    /// # Errors
+    /// When a source is neither built in nor a .txt or .jsonl file, or a window is longer than the model takes.
+    pub fn packing(&self, max_positions: usize) -> Result<Options> {
+        let calibration = &self.calibration;
+        let sources = calibration.source.0.iter().flat_map(|source| source.split(','));
+        let sources = sources.map(|source| source.trim().parse::<Source>().map_err(|what| Error::input(format!("calibration: {what}"))));
+        let seq = calibration.seq.unwrap_or(2048.min(max_positions));
+        if seq > max_positions {
+            return Err(Error::input(format!(
+                "--seq {seq} is longer than the {max_positions} positions of the model; use --seq {max_positions}"
+            )));
+        }
+        Ok(Options { sources: sources.collect::<Result<_>>()?, samples: calibration.samples, seq, seed: calibration.seed })
+    }
+
+    /// Largest shard in bytes.
+    ///
+    /// # Errors
+    /// When `shard_size` is not a size.
+    pub fn shard_bytes(&self) -> Result<u64> {
+        self.export.shard_size.as_deref().map_or(Ok(5_000_000_000), size)
+    }
+}
+
+/// A size like `5GB`, `500MB` or `123456`.
+///
+/// # Errors
+/// When it is not one.
+pub fn size(text: &str) -> Result<u64> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match text[digits.len()..].to_ascii_uppercase().as_str() {
+        "" | "B" => 1.0,
+        "KB" => 1e3,
+        "MB" => 1e6,
+        "GB" => 1e9,
+        "KIB" => 1024.0,
+        "MIB" => 1048576.0,
+        "GIB" => 1073741824.0,
+        _ => f64::NAN,
+    };
+    let bytes = digits.trim().parse::<f64>().unwrap_or(f64::NAN) * unit;
+    if (1.0..1e18).contains(&bytes) {
+        Ok(bytes as u64)
+    } else {
+        Err(Error::input(format!("`{}` is not a size like 5GB or 500MiB", shown(text))))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_preset_is_a_sound_recipe() {
+        for preset in PRESETS {
+            let recipe = Recipe::preset(preset.name).unwrap();
+            for stage in recipe.stages {
+                crate::methods::read(&stage.method, stage.options).unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn mistakes_in_a_recipe_are_named_with_their_line() {
+        for (text, reason) in [
+            ("version = 2", "version 2"),
+            ("version = 1\n[calibraton]\nseed = 1", "line 2: unknown field `calibraton`"),
+            ("version = 1\n[calibration]\nseed = -1", "line 3"),
+            ("version = 1\n[calibration]\nsamples = 0", "samples"),
+            ("version = 1\n[[override]]\nmatch = \"*\"\nbits = 4\nbit = 3", "unknown field `bit`"),
+        ] {
+            let error = Recipe::parse(text).unwrap_err().to_string();
+            assert!(error.contains(reason), "{error}");
+        }
+        let recipe = Recipe::parse("version = 1\n[[stage]]\nmethod = \"round-to-nearest\"\nbit = 4").unwrap();
+        let stage = &recipe.stages[0];
+        let error = crate::methods::read(&stage.method, stage.options.clone()).unwrap_err().to_string();
+        assert!(error.contains("unknown field `bit`, expected one of `bits`"), "{error}");
+    }
+
+    #[test]
+    fn sizes_have_units() {
+        assert_eq!((size("5GB").unwrap(), size("2KiB").unwrap(), size("77").unwrap()), (5_000_000_000, 2048, 77));
+        assert!(size("five").is_err() && size("-1GB").is_err() && size("1TB!").is_err());
+    }
+}
