@@ -55,22 +55,18 @@ pub fn vectorized<R>(work: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(work)
 }
 
-/// Sum in sixteen fixed lanes: the same value at every vector width.
+/// Sum of `term` over a slice in sixteen fixed lanes: the same value at every vector width.
 #[inline(always)]
-pub fn sum_lanes(count: usize, mut term: impl FnMut(usize) -> f32) -> f32 {
+pub fn sum_lanes(values: &[f32], term: impl Fn(f32) -> f32) -> f32 {
     let mut lanes = [0.0f32; 16];
-    let whole = count / 16 * 16;
-    let mut at = 0;
-    while at < whole {
-        for (lane, total) in lanes.iter_mut().enumerate() {
-            *total += term(at + lane);
+    let (chunks, rest) = values.as_chunks::<16>();
+    for chunk in chunks {
+        for (total, &value) in lanes.iter_mut().zip(chunk) {
+            *total += term(value);
         }
-        at += 16;
     }
-    let mut rest = 0.0;
-    while at < count {
-        rest += term(at);
-        at += 1;
+    for (total, &value) in lanes.iter_mut().zip(rest) {
+        *total += term(value);
     }
     let mut width = 8;
     while width > 0 {
@@ -79,5 +75,18 @@ pub fn sum_lanes(count: usize, mut term: impl FnMut(usize) -> f32) -> f32 {
         }
         width /= 2;
     }
-    lanes[0] + rest
+    lanes[0]
+}
+
+/// Largest value of a slice; −∞ of an empty one.
+#[inline(always)]
+pub fn maximum(values: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    let (chunks, rest) = values.as_chunks::<16>();
+    for chunk in chunks {
+        for (highest, &value) in lanes.iter_mut().zip(chunk) {
+            *highest = if value > *highest { value } else { *highest };
+        }
+    }
+    lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max)
 }

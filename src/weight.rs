@@ -60,6 +60,15 @@ impl Float {
         }
     }
 
+    /// The largest finite value.
+    pub fn largest(self) -> f32 {
+        match self {
+            Self::F32 => f32::MAX,
+            Self::BF16 => half::bf16::MAX.to_f32(),
+            Self::F16 => 65504.0,
+        }
+    }
+
     /// The nearest value that this format holds. Overflow of f16 is held at the largest finite value, so that a
     /// scale never becomes infinite.
     pub fn round(self, value: f32) -> f32 {

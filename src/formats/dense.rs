@@ -4,6 +4,7 @@
 use crate::checkpoint::decode::encode;
 use crate::checkpoint::dtype_of;
 use crate::formats::{Entry, Format};
+use crate::weight::{Float, Sparse, Weight};
 
 /// The format.
 pub const FORMAT: Format = Format {
@@ -11,6 +12,18 @@ pub const FORMAT: Format = Format {
     about: "plain tensors; pruned weights are zeros. Loads in transformers, vLLM, SGLang, llama.cpp's converter",
     holds: |_| Ok(()),
     entries: |layer| vec![Entry { name: format!("{}.weight", layer.name), dtype: dtype_of(layer.float), shape: layer.shape.to_vec() }],
-    encode: |weight, float| vec![encode(float, &weight.to_matrix().data)],
+    encode: encode_weight,
     config: |_| None,
 };
+
+fn encode_weight(weight: &Weight, float: Float) -> Vec<Vec<u8>> {
+    match weight {
+        Weight::Dense(matrix) | Weight::Sparse(Sparse { matrix, .. }) => vec![encode(float, &matrix.data)],
+        Weight::Ints(ints) => {
+            let mut values = ints.to_matrix().data;
+            let largest = float.largest();
+            values.iter_mut().for_each(|value| *value = value.clamp(-largest, largest));
+            vec![encode(float, &values)]
+        }
+    }
+}

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use crate::kernels::exponential::{exp, tanh};
 use crate::kernels::gemm::{Sizes, View, product};
-use crate::kernels::{Floats, sum_lanes, tensor, vectorized};
+use crate::kernels::{Floats, maximum, sum_lanes, tensor, vectorized};
 
 /// The shape and the switches of an attention.
 #[derive(Debug, Clone, Copy)]
@@ -128,18 +128,11 @@ fn softmax_row(scores: &mut [f32], softcap: Option<f32>) {
             *score = cap * tanh(*score / cap);
         }
     }
-    let mut lanes = [f32::NEG_INFINITY; 16];
-    let (chunks, rest) = scores.as_chunks::<16>();
-    for chunk in chunks {
-        for (lane, &score) in lanes.iter_mut().zip(chunk) {
-            *lane = if score > *lane { score } else { *lane };
-        }
-    }
-    let highest = lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max);
+    let highest = maximum(scores);
     for score in scores.iter_mut() {
         *score = exp(*score - highest);
     }
-    let total = sum_lanes(scores.len(), |i| scores[i]);
+    let total = sum_lanes(scores, |score| score);
     let factor = 1.0 / total;
     for score in scores.iter_mut() {
         *score *= factor;

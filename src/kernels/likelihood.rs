@@ -2,7 +2,7 @@
 //! gathered slice by slice over the vocabulary, so that the logits of a large vocabulary never exist at once.
 
 use crate::kernels::exponential::exp;
-use crate::kernels::vectorized;
+use crate::kernels::{maximum, sum_lanes, vectorized};
 
 /// What is known of one prediction after some slices of the vocabulary.
 #[derive(Debug, Clone, Copy)]
@@ -30,7 +30,7 @@ impl Prediction {
         let highest = self.highest;
         self.total += vectorized(
             #[inline(always)]
-            || sum(logits.len(), |i| f64::from(exp(logits[i] - highest))),
+            || exponentials(logits, highest),
         );
     }
 
@@ -87,26 +87,9 @@ impl Pair {
         self.model.add(model, first, target);
         self.cross *= self.reference.raise(reference, first, target);
         let highest = self.reference.highest;
-        let (total, cross) = vectorized(
+        let [total, cross] = vectorized(
             #[inline(always)]
-            || {
-                let mut lanes = [[0.0f64; 8]; 2];
-                let (model_chunks, model_rest) = model.as_chunks::<8>();
-                let (reference_chunks, reference_rest) = reference.as_chunks::<8>();
-                for (model, reference) in model_chunks.iter().zip(reference_chunks) {
-                    for lane in 0..8 {
-                        let weight = exp(reference[lane] - highest);
-                        lanes[0][lane] += f64::from(weight);
-                        lanes[1][lane] += f64::from(weight) * f64::from(reference[lane] - model[lane]);
-                    }
-                }
-                for (lane, (model, reference)) in model_rest.iter().zip(reference_rest).enumerate() {
-                    let weight = exp(reference - highest);
-                    lanes[0][lane] += f64::from(weight);
-                    lanes[1][lane] += f64::from(weight) * f64::from(reference - model);
-                }
-                (lanes[0].iter().sum::<f64>(), lanes[1].iter().sum::<f64>())
-            },
+            || weighted(model, reference, highest),
         );
         self.reference.total += total;
         self.cross += cross;
@@ -119,33 +102,41 @@ impl Pair {
     }
 }
 
+/// Logits summed in f32 before they join an f64 total.
+const BLOCK: usize = 256;
+
+/// Σ exp(logit − highest), in f32 over short blocks and f64 over blocks.
 #[inline(always)]
-fn maximum(values: &[f32]) -> f32 {
-    let mut lanes = [f32::NEG_INFINITY; 16];
-    let (chunks, rest) = values.as_chunks::<16>();
-    for chunk in chunks {
-        for (lane, &value) in lanes.iter_mut().zip(chunk) {
-            *lane = if value > *lane { value } else { *lane };
-        }
-    }
-    lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max)
+fn exponentials(logits: &[f32], highest: f32) -> f64 {
+    logits.chunks(BLOCK).map(|block| f64::from(sum_lanes(block, |logit| exp(logit - highest)))).sum()
 }
 
+/// Σ exp(reference − highest) and Σ exp(reference − highest) · (reference − model).
 #[inline(always)]
-fn sum(count: usize, term: impl Fn(usize) -> f64) -> f64 {
-    let mut lanes = [0.0f64; 8];
-    let whole = count / 8 * 8;
-    let mut at = 0;
-    while at < whole {
-        for (lane, total) in lanes.iter_mut().enumerate() {
-            *total += term(at + lane);
+fn weighted(model: &[f32], reference: &[f32], highest: f32) -> [f64; 2] {
+    let mut totals = [0.0f64; 2];
+    for (model, reference) in model.chunks(BLOCK).zip(reference.chunks(BLOCK)) {
+        let mut lanes = [[0.0f32; 16]; 2];
+        let (model_chunks, model_rest) = model.as_chunks::<16>();
+        let (reference_chunks, reference_rest) = reference.as_chunks::<16>();
+        let mut add = |lane: usize, model: f32, reference: f32| {
+            let weight = exp(reference - highest);
+            lanes[0][lane] += weight;
+            lanes[1][lane] += weight * (reference - model);
+        };
+        for (model, reference) in model_chunks.iter().zip(reference_chunks) {
+            for lane in 0..16 {
+                add(lane, model[lane], reference[lane]);
+            }
         }
-        at += 8;
+        for (lane, (&model, &reference)) in model_rest.iter().zip(reference_rest).enumerate() {
+            add(lane, model, reference);
+        }
+        for (total, lanes) in totals.iter_mut().zip(&lanes) {
+            *total += lanes.iter().map(|&lane| f64::from(lane)).sum::<f64>();
+        }
     }
-    for (lane, at) in (whole..count).enumerate() {
-        lanes[lane] += term(at);
-    }
-    lanes.iter().sum()
+    totals
 }
 
 #[cfg(test)]

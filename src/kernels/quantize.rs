@@ -67,11 +67,12 @@ pub fn fit(weights: &[f32], grid: Grid) -> (f32, u8) {
     }
     if grid.symmetric {
         let extreme = if high > -low { high } else { low };
-        return (stored_scale(extreme / -f32::from(middle), grid.scale_float), middle);
+        let scale = stored_scale(extreme / -f32::from(middle), grid.scale_float);
+        return (decodable(scale, f32::from(middle), grid.scale_float), middle);
     }
     let (low, high) = (low.min(0.0), high.max(0.0));
     let top = ((1u32 << grid.bits) - 1) as f32;
-    let scale = stored_scale(high / top - low / top, grid.scale_float);
+    let scale = decodable(stored_scale(high / top - low / top, grid.scale_float), top, grid.scale_float);
     let zero = (-low / scale).round_ties_even().clamp(0.0, top);
     (scale, zero as u8)
 }
@@ -84,10 +85,13 @@ fn stored_scale(scale: f32, float: Float) -> f32 {
         Float::BF16 | Float::F32 => f32::MIN_POSITIVE,
     };
     let rounded = float.round(scale);
-    if rounded.is_infinite() {
-        return f32::MAX.copysign(scale) * 0.99;
-    }
     if rounded.abs() < smallest { smallest.copysign(scale) } else { rounded }
+}
+
+/// A scale with which the farthest code, `reach` steps from the zero point, still decodes to a finite number.
+#[inline(always)]
+fn decodable(scale: f32, reach: f32, float: Float) -> f32 {
+    if (scale * reach).is_finite() { scale } else { float.round(f32::MAX / reach * 0.99).copysign(scale) }
 }
 
 #[inline(always)]

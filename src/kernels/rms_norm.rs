@@ -33,7 +33,7 @@ pub fn rms_norm_cpu(x: &[f32], weight: &[f32], epsilon: f32, one_plus: bool, out
             #[inline(always)]
             || {
                 for (out, x) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
-                    let squares = sum_lanes(width, |i| x[i] * x[i]);
+                    let squares = sum_lanes(x, |x| x * x);
                     let factor = 1.0 / (squares / width as f32 + epsilon).sqrt();
                     for ((out, &x), &weight) in out.iter_mut().zip(x).zip(weight) {
                         *out = x * factor * (weight + offset);

@@ -164,7 +164,7 @@ pub(crate) mod tests {
         prune(&mut row, &norms, 0.5, Pattern::Unstructured);
         let own = (0..8).filter(|&j| row.data[j] != 0.0).map(|j| 1 << j).sum();
         let best = (0u32..256).filter(|mask| mask.count_ones() == 4).map(cost).fold(f32::INFINITY, f32::min);
-        assert!(cost(own) <= best);
+        assert!(cost(own) <= best * 1.00001, "{} {best}", cost(own));
     }
 
     proptest::proptest! {
