@@ -9,6 +9,7 @@ pub mod source;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 
 pub use header::TensorInfo;
 use safetensors::Dtype;
@@ -18,7 +19,7 @@ pub use shard::{Bytes, Shard};
 
 use crate::error::{Error, Result, shown};
 use crate::matrix::Matrix;
-use crate::weight::Float;
+use crate::weight::{Float, Stored};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -156,6 +157,21 @@ impl Checkpoint {
         self.rows(name, shape, 0..shape[0])
     }
 
+    /// A matrix as it is stored, checked as in [`Self::matrix`].
+    ///
+    /// # Errors
+    /// As [`Self::matrix`].
+    pub fn stored(&self, name: &str, shape: [usize; 2]) -> Result<Stored> {
+        let float = self.float(name)?;
+        let (shard, info) = self.located(name)?;
+        expect(info, &shape).map_err(|error| error.tensor(name).file(&shard.path))?;
+        let bytes = shard.bytes(info, 0..info.bytes())?;
+        if let Some((first, count)) = decode::nonfinite_bytes(float, &bytes) {
+            return Err(nonfinite(first, count).tensor(name).file(&shard.path));
+        }
+        Ok(Stored { rows: shape[0], columns: shape[1], float, bytes: Arc::new(bytes), decode: decode::decode_chunk })
+    }
+
     /// Some rows of a matrix in f32, checked as in [`Self::matrix`].
     ///
     /// # Errors
@@ -176,18 +192,13 @@ impl Checkpoint {
     fn floats(&self, name: &str, shape: &[usize], entries: Range<usize>) -> Result<Vec<f32>> {
         let float = self.float(name)?;
         let (shard, info) = self.located(name)?;
-        if info.shape != shape {
-            return Err(Error::input(format!("has shape {:?}, config.json asks for {shape:?}", info.shape)).tensor(name).file(&shard.path));
-        }
+        expect(info, shape).map_err(|error| error.tensor(name).file(&shard.path))?;
         let width = float.bytes() as u64;
         let bytes = shard.bytes(info, entries.start as u64 * width..entries.end as u64 * width)?;
         let mut out = vec![0.0; entries.len()];
         decode::decode(float, &bytes, &mut out);
         if let Some((first, count)) = decode::nonfinite(&out) {
-            let first = entries.start + first;
-            return Err(Error::input(format!("{count} values are NaN or infinite, the first at index {first}; the model is damaged"))
-                .tensor(name)
-                .file(&shard.path));
+            return Err(nonfinite(entries.start + first, count).tensor(name).file(&shard.path));
         }
         Ok(out)
     }
@@ -212,6 +223,17 @@ impl Checkpoint {
         files.sort();
         Ok(files)
     }
+}
+
+fn expect(info: &TensorInfo, shape: &[usize]) -> Result<()> {
+    if info.shape == shape {
+        return Ok(());
+    }
+    Err(Error::input(format!("has shape {:?}, config.json asks for {shape:?}", info.shape)))
+}
+
+fn nonfinite(first: usize, count: usize) -> Error {
+    Error::input(format!("{count} values are NaN or infinite, the first at index {first}; the model is damaged"))
 }
 
 /// The float format of a safetensors type, where it is one that we compute with.

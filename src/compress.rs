@@ -177,7 +177,7 @@ impl Prepared {
 
     /// Copies every tensor that no method works on, byte for byte.
     fn carry(&self, output: &mut Output, run: &Run<'_>) -> Result<()> {
-        const PIECE: u64 = 32 << 20;
+        const PIECE: u64 = 8 << 20;
         let replaced: std::collections::HashSet<String> = self
             .plan
             .layers
@@ -189,7 +189,7 @@ impl Prepared {
             for (name, info) in shard.header.tensors.iter().filter(|(name, _)| !replaced.contains(*name)) {
                 run.check_stop()?;
                 for start in (0..info.bytes()).step_by(PIECE as usize) {
-                    output.write(name, &shard.bytes(info, start..(start + PIECE).min(info.bytes()))?)?;
+                    output.write(name, shard.bytes(info, start..(start + PIECE).min(info.bytes()))?.to_vec())?;
                 }
             }
         }

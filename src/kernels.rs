@@ -19,6 +19,8 @@ pub mod select;
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_flex::{Flex, FlexTensor};
 
+pub use crate::lanes::{maximum, sum_lanes, vectorized};
+
 /// The floats of a tensor that lies on the processor.
 #[derive(Debug)]
 pub struct Floats(FlexTensor);
@@ -46,47 +48,4 @@ pub fn tensor<const D: usize>(values: Vec<f32>, shape: [usize; D], device: &Devi
 /// The values of a tensor, row-major; without a copy when nobody else holds it.
 pub fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     tensor.into_data().try_into_vec().expect("a tensor of f32 read from its device")
-}
-
-/// Runs a closure compiled for the widest vector instructions of the processor. The closure must be `inline(always)`
-/// code; its arithmetic is the same at every width.
-#[inline(always)]
-pub fn vectorized<R>(work: impl FnOnce() -> R) -> R {
-    pulp::Arch::new().dispatch(work)
-}
-
-/// Sum of `term` over a slice in sixteen fixed lanes: the same value at every vector width.
-#[inline(always)]
-pub fn sum_lanes(values: &[f32], term: impl Fn(f32) -> f32) -> f32 {
-    let mut lanes = [0.0f32; 16];
-    let (chunks, rest) = values.as_chunks::<16>();
-    for chunk in chunks {
-        for (total, &value) in lanes.iter_mut().zip(chunk) {
-            *total += term(value);
-        }
-    }
-    for (total, &value) in lanes.iter_mut().zip(rest) {
-        *total += term(value);
-    }
-    let mut width = 8;
-    while width > 0 {
-        for lane in 0..width {
-            lanes[lane] += lanes[lane + width];
-        }
-        width /= 2;
-    }
-    lanes[0]
-}
-
-/// Largest value of a slice; −∞ of an empty one.
-#[inline(always)]
-pub fn maximum(values: &[f32]) -> f32 {
-    let mut lanes = [f32::NEG_INFINITY; 16];
-    let (chunks, rest) = values.as_chunks::<16>();
-    for chunk in chunks {
-        for (highest, &value) in lanes.iter_mut().zip(chunk) {
-            *highest = if value > *highest { value } else { *highest };
-        }
-    }
-    lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max)
 }

@@ -9,6 +9,7 @@ pub mod error;
 pub mod evaluate;
 pub mod formats;
 pub mod kernels;
+pub mod lanes;
 pub mod matrix;
 pub mod methods;
 pub mod model;

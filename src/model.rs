@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::matrix::Matrix;
 use crate::model::block::{Block, Linear, Norm, Place, Role};
 use crate::model::config::Config;
+use crate::weight::Weight;
 
 /// Largest slice of the head that is decoded at once, in bytes of f32.
 const HEAD_SLICE_BYTES: usize = 32 << 20;
@@ -143,7 +144,11 @@ impl<'a> Model<'a> {
             let (name, shape) = (self.linear_name(index, role), self.shape(role));
             let bias = format!("{name}.bias");
             let bias = if self.checkpoint.has(&bias) { Some(self.checkpoint.vector(&bias, shape[0])?) } else { None };
-            Ok(Linear { weight: self.source.weight(self.checkpoint, &name, shape)?, name, role, bias })
+            let weight = match self.source.weight(self.checkpoint, &name, shape)? {
+                Weight::Stored(stored) => Weight::Dense(stored.to_matrix()),
+                weight => weight,
+            };
+            Ok(Linear { weight, name, role, bias })
         };
         let norm = |(name, place, width): (String, Place, usize)| Ok(Norm { weight: self.checkpoint.vector(&name, width)?, name, place });
         Ok(Block {

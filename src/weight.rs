@@ -3,17 +3,21 @@
 
 pub mod ints;
 pub mod sparse;
+pub mod stored;
 
 use std::borrow::Cow;
 
 pub use ints::Ints;
 pub use sparse::{Pattern, Sparse};
+pub use stored::Stored;
 
 use crate::matrix::Matrix;
 
 /// The weight of a linear layer, `[outputs, inputs]`, in one of its representations.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Weight {
+    /// Every entry a float, as the checkpoint stores it.
+    Stored(Stored),
     /// Every entry a float.
     Dense(Matrix),
     /// Floats with entries fixed at zero.
@@ -84,7 +88,7 @@ impl Weight {
     /// The representation without its data.
     pub fn storage(&self) -> Storage {
         match self {
-            Self::Dense(_) => Storage::Dense,
+            Self::Stored(_) | Self::Dense(_) => Storage::Dense,
             Self::Sparse(sparse) => Storage::Sparse(sparse.pattern),
             Self::Ints(ints) => Storage::Ints { bits: ints.bits, group: ints.group, symmetric: ints.zeros.is_none() },
         }
@@ -93,6 +97,7 @@ impl Weight {
     /// `[rows, columns]`.
     pub fn shape(&self) -> [usize; 2] {
         match self {
+            Self::Stored(stored) => [stored.rows, stored.columns],
             Self::Dense(matrix) => [matrix.rows, matrix.columns],
             Self::Sparse(sparse) => [sparse.matrix.rows, sparse.matrix.columns],
             Self::Ints(ints) => [ints.rows, ints.columns],
@@ -103,6 +108,7 @@ impl Weight {
     pub fn to_matrix(&self) -> Cow<'_, Matrix> {
         match self {
             Self::Dense(matrix) | Self::Sparse(Sparse { matrix, .. }) => Cow::Borrowed(matrix),
+            Self::Stored(stored) => Cow::Owned(stored.to_matrix()),
             Self::Ints(ints) => Cow::Owned(ints.to_matrix()),
         }
     }
@@ -111,6 +117,7 @@ impl Weight {
     pub fn into_matrix(self) -> Matrix {
         match self {
             Self::Dense(matrix) | Self::Sparse(Sparse { matrix, .. }) => matrix,
+            Self::Stored(stored) => stored.to_matrix(),
             Self::Ints(ints) => ints.to_matrix(),
         }
     }

@@ -3,6 +3,7 @@
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use crate::lanes::vectorized;
 use crate::weight::Float;
 
 /// Entries handled by one task.
@@ -17,17 +18,55 @@ pub fn decode(float: Float, bytes: &[u8], out: &mut [f32]) {
 /// As [`decode`], on the calling thread.
 pub fn decode_chunk(float: Float, bytes: &[u8], out: &mut [f32]) {
     match float {
-        Float::BF16 => {
-            for (out, pair) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                *out = f32::from_bits(u32::from(u16::from_le_bytes(*pair)) << 16);
-            }
-        }
+        Float::BF16 => vectorized(
+            #[inline(always)]
+            || {
+                for (out, pair) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                    *out = f32::from_bits(u32::from(u16::from_le_bytes(*pair)) << 16);
+                }
+            },
+        ),
         Float::F16 => decode_f16(bytes, out),
         Float::F32 => {
             for (out, quad) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
                 *out = f32::from_le_bytes(*quad);
             }
         }
+    }
+}
+
+/// Index of the first stored float that is NaN or infinite, and how many there are, without decoding.
+pub fn nonfinite_bytes(float: Float, bytes: &[u8]) -> Option<(usize, usize)> {
+    let width = float.bytes();
+    let count: usize = bytes.par_chunks(CHUNK * width).map(|bytes| bad_bytes(float, bytes)).sum();
+    if count == 0 {
+        return None;
+    }
+    let first = (0..bytes.len() / width).find(|&index| bad_bytes(float, &bytes[index * width..][..width]) > 0);
+    first.map(|first| (first, count))
+}
+
+/// Number of stored floats whose exponent is all ones.
+fn bad_bytes(float: Float, bytes: &[u8]) -> usize {
+    let pairs = |mask: u16| {
+        vectorized(
+            #[inline(always)]
+            || {
+                let blocks = bytes.as_chunks::<2>().0.chunks(4096);
+                blocks
+                    .map(|block| {
+                        usize::from(
+                            block.iter().fold(0u16, |count, pair| count.wrapping_add(u16::from(u16::from_le_bytes(*pair) & mask == mask))),
+                        )
+                    })
+                    .sum()
+            },
+        )
+    };
+    match float {
+        Float::BF16 => pairs(0x7f80),
+        Float::F16 => pairs(0x7c00),
+        Float::F32 => bytes.as_chunks::<4>().0.iter().filter(|quad| u32::from_le_bytes(**quad) & 0x7f80_0000 == 0x7f80_0000).count(),
     }
 }
 
@@ -111,5 +150,9 @@ mod tests {
         values[70_001] = f32::NAN;
         values[70_003] = f32::NEG_INFINITY;
         assert_eq!(nonfinite(&values), Some((70_001, 2)));
+        for float in [Float::BF16, Float::F16, Float::F32] {
+            assert_eq!(nonfinite_bytes(float, &encode(float, &values)), Some((70_001, 2)), "{float:?}");
+            assert_eq!(nonfinite_bytes(float, &encode(float, &values[..70_000])), None);
+        }
     }
 }

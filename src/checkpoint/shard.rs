@@ -36,6 +36,12 @@ impl Deref for Bytes {
     }
 }
 
+impl AsRef<[u8]> for Bytes {
+    fn as_ref(&self) -> &[u8] {
+        self
+    }
+}
+
 impl Shard {
     /// Opens a file and checks its header against its size.
     ///

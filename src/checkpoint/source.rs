@@ -31,7 +31,7 @@ impl Source for Plain {
     }
 
     fn weight(&self, checkpoint: &Checkpoint, name: &str, shape: [usize; 2]) -> Result<Weight> {
-        checkpoint.matrix(&format!("{name}.weight"), shape).map(Weight::Dense)
+        checkpoint.stored(&format!("{name}.weight"), shape).map(Weight::Stored)
     }
 
     fn tensors(&self, _: &Checkpoint, name: &str) -> Vec<String> {

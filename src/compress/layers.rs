@@ -137,7 +137,7 @@ impl<'a> Compressor<'a> {
             return Err(Error::run("compression gave values that are not finite").tensor(&outlined.name));
         }
         let tensors = (self.plan.format.encode)(&weight, outlined.float);
-        for (entry, bytes) in (self.plan.format.entries)(outlined).iter().zip(&tensors) {
+        for (entry, bytes) in (self.plan.format.entries)(outlined).iter().zip(tensors) {
             self.output.write(&entry.name, bytes)?;
         }
         let storage = weight.storage();
@@ -183,6 +183,7 @@ fn ratio([change, total]: [f64; 2]) -> f64 {
 fn zeros(weight: &Weight) -> usize {
     match weight {
         Weight::Dense(matrix) | Weight::Sparse(crate::weight::Sparse { matrix, .. }) => matrix.zeros(),
+        Weight::Stored(stored) => stored.to_matrix().zeros(),
         Weight::Ints(ints) => ints.zero_codes(),
     }
 }

@@ -3,6 +3,8 @@
 
 use rayon::prelude::*;
 
+use crate::lanes::vectorized;
+
 /// Words of a stream of `count` codes.
 pub fn words(count: usize, bits: u8) -> usize {
     (count * usize::from(bits)).div_ceil(32)
@@ -26,9 +28,14 @@ pub fn pack(codes: &[u8], bits: u8, out: &mut [u8]) {
         8 => out[..codes.len()].copy_from_slice(codes),
         4 => {
             let (pairs, rest) = codes.as_chunks::<2>();
-            for (byte, pair) in out.iter_mut().zip(pairs) {
-                *byte = pair[0] | pair[1] << 4;
-            }
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (byte, pair) in out.iter_mut().zip(pairs) {
+                        *byte = pair[0] | pair[1] << 4;
+                    }
+                },
+            );
             rest.iter().for_each(|&last| out[pairs.len()] = last);
         }
         _ => {

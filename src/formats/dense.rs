@@ -19,6 +19,7 @@ pub const FORMAT: Format = Format {
 fn encode_weight(weight: &Weight, float: Float) -> Vec<Vec<u8>> {
     match weight {
         Weight::Dense(matrix) | Weight::Sparse(Sparse { matrix, .. }) => vec![encode(float, &matrix.data)],
+        Weight::Stored(stored) => vec![encode(float, &stored.to_matrix().data)],
         Weight::Ints(ints) => {
             let mut values = ints.to_matrix().data;
             let largest = float.largest();

@@ -5,18 +5,21 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::thread::JoinHandle;
 
 use serde_json::{Map, json};
 
 use crate::error::{Error, Fault, Result};
 use crate::formats::Entry;
 
-/// The weight files of an output.
+/// The weight files of an output. A thread of its own writes them, so that computing goes on meanwhile.
 #[derive(Debug)]
 pub struct Output {
     folder: PathBuf,
-    shards: Vec<(String, File)>,
     places: BTreeMap<String, Place>,
+    names: Vec<String>,
+    writer: Option<Writer>,
 }
 
 #[derive(Debug)]
@@ -25,6 +28,33 @@ struct Place {
     start: u64,
     bytes: u64,
     written: u64,
+}
+
+/// Bytes for an offset of a file.
+type Piece = (usize, u64, Vec<u8>);
+
+#[derive(Debug)]
+struct Writer {
+    pieces: SyncSender<Piece>,
+    thread: JoinHandle<(Vec<File>, Option<(usize, std::io::Error)>)>,
+}
+
+impl Writer {
+    /// At most this many pieces wait.
+    const WAITING: usize = 2;
+
+    fn start(files: Vec<File>) -> Self {
+        let (pieces, waiting) = sync_channel::<Piece>(Self::WAITING);
+        let thread = std::thread::spawn(move || {
+            for (shard, offset, bytes) in waiting {
+                if let Err(error) = files[shard].write_all_at(&bytes, offset) {
+                    return (files, Some((shard, error)));
+                }
+            }
+            (files, None)
+        });
+        Self { pieces, thread }
+    }
 }
 
 impl Output {
@@ -46,7 +76,8 @@ impl Output {
             filled += entry.bytes();
             plan.last_mut().expect("one shard at least").push(entry);
         }
-        let mut output = Self { folder: folder.to_path_buf(), shards: Vec::new(), places: BTreeMap::new() };
+        let mut output = Self { folder: folder.to_path_buf(), places: BTreeMap::new(), names: Vec::new(), writer: None };
+        let mut files = Vec::new();
         let mut map = Map::new();
         for (number, entries) in plan.iter().enumerate() {
             let name = match plan.len() {
@@ -54,7 +85,7 @@ impl Output {
                 count => format!("model-{:05}-of-{count:05}.safetensors", number + 1),
             };
             map.extend(entries.iter().map(|entry| (entry.name.clone(), json!(name))));
-            output.shard(name, entries)?;
+            files.push(output.shard(name, entries)?);
         }
         if plan.len() > 1 {
             let total: u64 = entries.iter().map(Entry::bytes).sum();
@@ -62,10 +93,11 @@ impl Output {
             let index = json!({"metadata": {"total_size": total}, "weight_map": map});
             write_json(&folder.join("model.safetensors.index.json"), &index)?;
         }
+        output.writer = Some(Writer::start(files));
         Ok(output)
     }
 
-    fn shard(&mut self, name: String, entries: &[&Entry]) -> Result<()> {
+    fn shard(&mut self, name: String, entries: &[&Entry]) -> Result<File> {
         let mut header = Map::new();
         header.insert("__metadata__".into(), json!({"format": "pt"}));
         let mut offset = 0;
@@ -87,39 +119,56 @@ impl Output {
         file.write_all_at(&text, 8).map_err(fail)?;
         let mut at = start;
         for entry in entries {
-            let place = Place { shard: self.shards.len(), start: at, bytes: entry.bytes(), written: 0 };
+            let place = Place { shard: self.names.len(), start: at, bytes: entry.bytes(), written: 0 };
             at += entry.bytes();
             assert!(self.places.insert(entry.name.clone(), place).is_none(), "two tensors named {}", entry.name);
         }
-        self.shards.push((name, file));
-        Ok(())
+        self.names.push(name);
+        Ok(file)
     }
 
-    /// Writes the next bytes of a tensor.
+    /// Takes the next bytes of a tensor.
     ///
     /// # Errors
-    /// When the disk refuses them, or the tensor is not part of the layout or already full.
-    pub fn write(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+    /// When the disk refused earlier bytes, or the tensor is not part of the layout or already full.
+    pub fn write(&mut self, name: &str, bytes: Vec<u8>) -> Result<()> {
         let place = self.places.get_mut(name).ok_or_else(|| Error::run("not part of the planned output").tensor(name))?;
         if place.written + bytes.len() as u64 > place.bytes {
             return Err(Error::run(format!("{} bytes planned, {} given", place.bytes, place.written + bytes.len() as u64)).tensor(name));
         }
-        let (file_name, file) = &self.shards[place.shard];
-        file.write_all_at(bytes, place.start + place.written).map_err(|error| Error::io(&self.folder.join(file_name), &error))?;
+        let offset = place.start + place.written;
         place.written += bytes.len() as u64;
-        Ok(())
+        let piece = (place.shard, offset, bytes);
+        match &self.writer {
+            Some(writer) if writer.pieces.send(piece).is_ok() => Ok(()),
+            _ => self.settle().map(drop),
+        }
+    }
+
+    /// Waits for the writer; gives the files, or the error that stopped it.
+    fn settle(&mut self) -> Result<Vec<File>> {
+        let Some(Writer { pieces, thread }) = self.writer.take() else {
+            return Err(Error::run("the output was given up after an earlier failure"));
+        };
+        drop(pieces);
+        match thread.join() {
+            Ok((files, None)) => Ok(files),
+            Ok((_, Some((shard, error)))) => Err(Error::io(&self.folder.join(&self.names[shard]), &error)),
+            Err(_) => Err(Error::run("the thread that writes the output failed")),
+        }
     }
 
     /// Checks that every byte was written and brings the files to the disk.
     ///
     /// # Errors
     /// When a tensor is incomplete or the disk fails.
-    pub fn finish(self) -> Result<()> {
+    pub fn finish(mut self) -> Result<()> {
+        let files = self.settle()?;
         if let Some((name, place)) = self.places.iter().find(|(_, place)| place.written != place.bytes) {
             let message = format!("{} of {} bytes were written", place.written, place.bytes);
             return Err(Error::new(Fault::Verification, message).tensor(name));
         }
-        for (name, file) in &self.shards {
+        for (name, file) in self.names.iter().zip(files) {
             file.sync_all().map_err(|error| Error::io(&self.folder.join(name), &error))?;
         }
         Ok(())
@@ -150,11 +199,11 @@ mod tests {
     fn bytes_written_in_any_order_and_pieces_are_read_back_from_shards() {
         let folder = tempfile::tempdir().unwrap();
         let mut output = Output::create(folder.path(), &[entry("a", 4), entry("b", 3), entry("c", 5)], 8).unwrap();
-        output.write("c", b"vwxyz").unwrap();
-        output.write("a", b"ab").unwrap();
-        output.write("b", b"123").unwrap();
-        output.write("a", b"cd").unwrap();
-        assert!(output.write("a", b"!").is_err() && output.write("d", b"!").is_err());
+        output.write("c", b"vwxyz".to_vec()).unwrap();
+        output.write("a", b"ab".to_vec()).unwrap();
+        output.write("b", b"123".to_vec()).unwrap();
+        output.write("a", b"cd".to_vec()).unwrap();
+        assert!(output.write("a", b"!".to_vec()).is_err() && output.write("d", b"!".to_vec()).is_err());
         output.finish().unwrap();
         let first = Shard::open(&folder.path().join("model-00001-of-00002.safetensors")).unwrap();
         let read =
@@ -167,7 +216,7 @@ mod tests {
     fn an_incomplete_tensor_is_a_failed_verification() {
         let folder = tempfile::tempdir().unwrap();
         let mut output = Output::create(folder.path(), &[entry("a", 4)], 8).unwrap();
-        output.write("a", b"ab").unwrap();
+        output.write("a", b"ab".to_vec()).unwrap();
         assert_eq!(output.finish().unwrap_err().exit_code(), 5);
     }
 }

@@ -6,9 +6,9 @@
 
 use rayon::prelude::*;
 
-use crate::kernels::vectorized;
+use crate::kernels::{sum_lanes, vectorized};
 use crate::matrix::Matrix;
-use crate::weight::{Float, Ints};
+use crate::weight::{Float, Ints, Stored};
 
 /// What grid to round to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,7 +26,24 @@ pub struct Grid {
 /// Rounds every weight to the nearest point of its group's grid. Gives the integers, and the sums of squares of the
 /// rounding error and of the weights.
 pub fn round_to_nearest(weight: &Matrix, grid: Grid) -> (Ints, [f64; 2]) {
-    let (rows, columns) = (weight.rows, weight.columns);
+    round_rows([weight.rows, weight.columns], grid, |row, _, work| work(weight.row(row)))
+}
+
+/// As [`round_to_nearest`], decoding row by row.
+pub fn round_stored(weight: &Stored, grid: Grid) -> (Ints, [f64; 2]) {
+    round_rows([weight.rows, weight.columns], grid, |row, scratch, work| {
+        scratch.resize(weight.columns, 0.0);
+        weight.rows_into(row, scratch);
+        work(scratch);
+    })
+}
+
+/// Rounds the rows that `lend` lends: it is given a row number and room to decode into, and calls back with the row.
+fn round_rows(
+    [rows, columns]: [usize; 2],
+    grid: Grid,
+    lend: impl Fn(usize, &mut Vec<f32>, &mut dyn FnMut(&[f32])) + Sync,
+) -> (Ints, [f64; 2]) {
     let groups = columns.div_ceil(grid.group);
     let middle = 1u8 << (grid.bits - 1);
     let mut codes = vec![0u8; rows * columns];
@@ -35,22 +52,24 @@ pub fn round_to_nearest(weight: &Matrix, grid: Grid) -> (Ints, [f64; 2]) {
     let mut sums = vec![[0.0f64; 2]; rows];
     codes
         .par_chunks_mut(columns)
-        .zip(weight.data.par_chunks(columns))
         .zip(scales.par_chunks_mut(groups).zip(zeros.par_chunks_mut(groups)))
         .zip(&mut sums)
-        .with_min_len(8)
-        .for_each(|(((codes, weights), (scales, zeros)), sums)| {
-            vectorized(
-                #[inline(always)]
-                || {
-                    for (group, (codes, weights)) in codes.chunks_mut(grid.group).zip(weights.chunks(grid.group)).enumerate() {
-                        let (scale, zero) = fit(weights, grid);
-                        let [error, total] = round_group(weights, scale, zero, grid.bits, codes);
-                        (scales[group], zeros[group]) = (scale, zero);
-                        *sums = [sums[0] + f64::from(error), sums[1] + f64::from(total)];
-                    }
-                },
-            );
+        .enumerate()
+        .with_min_len(16)
+        .for_each_init(Vec::new, |scratch, (row, ((codes, (scales, zeros)), sums))| {
+            lend(row, scratch, &mut |weights| {
+                vectorized(
+                    #[inline(always)]
+                    || {
+                        for (group, (codes, weights)) in codes.chunks_mut(grid.group).zip(weights.chunks(grid.group)).enumerate() {
+                            let (scale, zero) = fit(weights, grid);
+                            let [error, total] = round_group(weights, scale, zero, grid.bits, codes);
+                            (scales[group], zeros[group]) = (scale, zero);
+                            *sums = [sums[0] + f64::from(error), sums[1] + f64::from(total)];
+                        }
+                    },
+                );
+            });
         });
     let sums = sums.iter().fold([0.0; 2], |total, row| [total[0] + row[0], total[1] + row[1]]);
     let zeros = (!grid.symmetric).then_some(zeros);
@@ -94,45 +113,45 @@ fn decodable(scale: f32, reach: f32, float: Float) -> f32 {
     if (scale * reach).is_finite() { scale } else { float.round(f32::MAX / reach * 0.99).copysign(scale) }
 }
 
+/// Smallest and largest value. Integers in the order of the floats reduce in vector registers, floats do not.
 #[inline(always)]
 fn range(weights: &[f32]) -> (f32, f32) {
-    let (mut low, mut high) = ([f32::INFINITY; 16], [f32::NEG_INFINITY; 16]);
-    let (chunks, rest) = weights.as_chunks::<16>();
-    for chunk in chunks {
-        for lane in 0..16 {
-            low[lane] = if chunk[lane] < low[lane] { chunk[lane] } else { low[lane] };
-            high[lane] = if chunk[lane] > high[lane] { chunk[lane] } else { high[lane] };
-        }
-    }
-    let low = low.iter().chain(rest).copied().fold(f32::INFINITY, f32::min);
-    let high = high.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max);
-    (low, high)
+    let key = |value: f32| {
+        let bits = value.to_bits() as i32;
+        bits ^ ((bits >> 31) as u32 >> 1) as i32
+    };
+    let value = |key: i32| f32::from_bits((key ^ ((key >> 31) as u32 >> 1) as i32) as u32);
+    let low = weights.iter().map(|&weight| key(weight)).fold(i32::MAX, i32::min);
+    let high = weights.iter().map(|&weight| key(weight)).fold(i32::MIN, i32::max);
+    (value(low), value(high))
 }
 
 /// Codes of a group, and the sums of squares of error and weight.
 #[inline(always)]
 fn round_group(weights: &[f32], scale: f32, zero: u8, bits: u8, codes: &mut [u8]) -> [f32; 2] {
+    const BLOCK: usize = 128;
+    /// Adding 2^23 puts a small whole number into the low bits.
+    const WHOLE: f32 = 8_388_608.0;
     let (zero, top) = (f32::from(zero), ((1u32 << bits) - 1) as f32);
-    let mut sums = [[0.0f32; 16]; 2];
-    let mut one = |weight: f32, lane: usize| {
-        let code = ((weight / scale).round_ties_even() + zero).clamp(0.0, top);
-        let error = weight - (code - zero) * scale;
-        sums[0][lane] += error * error;
-        sums[1][lane] += weight * weight;
-        // The value lies in 0..=255 by the clamp; the detour over i32 is a vector instruction, the direct cast is not.
-        code as i32 as u8
-    };
-    let (weight_chunks, weight_rest) = weights.as_chunks::<16>();
-    let (code_chunks, code_rest) = codes.as_chunks_mut::<16>();
-    for (codes, weights) in code_chunks.iter_mut().zip(weight_chunks) {
-        for lane in 0..16 {
-            codes[lane] = one(weights[lane], lane);
+    let mut sums = [0.0f32; 2];
+    let mut rounded = [0.0f32; BLOCK];
+    for (weights, codes) in weights.chunks(BLOCK).zip(codes.chunks_mut(BLOCK)) {
+        let rounded = &mut rounded[..weights.len()];
+        for (rounded, &weight) in rounded.iter_mut().zip(weights) {
+            let code = (weight / scale).round_ties_even() + zero;
+            let code = if code > top { top } else { code };
+            *rounded = if code > 0.0 { code } else { 0.0 };
         }
+        for (code, &rounded) in codes.iter_mut().zip(&*rounded) {
+            *code = (rounded + WHOLE).to_bits() as u8;
+        }
+        for (rounded, &weight) in rounded.iter_mut().zip(weights) {
+            *rounded = weight - (*rounded - zero) * scale;
+        }
+        sums[0] += sum_lanes(rounded, |error| error * error);
+        sums[1] += sum_lanes(weights, |weight| weight * weight);
     }
-    for (lane, (code, &weight)) in code_rest.iter_mut().zip(weight_rest).enumerate() {
-        *code = one(weight, lane);
-    }
-    sums.map(|lanes| lanes.iter().sum())
+    sums
 }
 
 #[cfg(test)]

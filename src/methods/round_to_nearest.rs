@@ -4,7 +4,7 @@
 //! integers, keeps pruned weights exactly zero.
 
 use crate::error::{Error, Result};
-use crate::kernels::quantize::{Grid, round_to_nearest};
+use crate::kernels::quantize::{Grid, round_stored, round_to_nearest};
 use crate::methods::{Applied, Layer, Method};
 use crate::model::seen::Needs;
 use crate::weight::{Storage, Weight};
@@ -107,14 +107,17 @@ impl Method for RoundToNearest {
     }
 
     fn apply(&self, weight: Weight, layer: &Layer<'_>) -> Result<Applied> {
-        let matrix = weight.into_matrix();
+        let [_, columns] = weight.shape();
         let grid = Grid {
             bits: layer.bits.unwrap_or(self.bits),
-            group: self.group.fit(matrix.columns),
+            group: self.group.fit(columns),
             symmetric: self.symmetric,
             scale_float: layer.float,
         };
-        let (ints, change) = round_to_nearest(&matrix, grid);
+        let (ints, change) = match &weight {
+            Weight::Stored(stored) => round_stored(stored, grid),
+            weight => round_to_nearest(&weight.to_matrix(), grid),
+        };
         Ok(Applied { weight: Weight::Ints(ints), change })
     }
 

@@ -167,6 +167,7 @@ impl Parameters {
             let shape = linear.weight.shape();
             let floats = match &mut linear.weight {
                 Weight::Dense(matrix) | Weight::Sparse(Sparse { matrix, .. }) => std::mem::take(&mut matrix.data),
+                Weight::Stored(stored) => stored.to_matrix().data,
                 Weight::Ints(ints) => ints.to_matrix().data,
             };
             parameters.set_weight(linear.role, tensor(floats, shape, device));

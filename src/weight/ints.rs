@@ -42,10 +42,12 @@ impl Ints {
         let (groups, middle) = (self.groups(), self.middle());
         let of_row = |(row, codes): (usize, &[u8])| -> usize {
             let zero = |index: usize| self.zeros.as_ref().map_or(middle, |zeros| zeros[row * groups + index]);
-            let count = |(index, codes): (usize, &[u8])| codes.iter().filter(|&&code| code == zero(index)).count();
+            let equal = |codes: &[u8], zero: u8| codes.iter().fold(0u8, |count, &code| count.wrapping_add(u8::from(code == zero)));
+            let count =
+                |(index, codes): (usize, &[u8])| codes.chunks(128).map(|codes| usize::from(equal(codes, zero(index)))).sum::<usize>();
             codes.chunks(self.group).enumerate().map(count).sum()
         };
-        self.codes.par_chunks(self.columns.max(1)).enumerate().map(of_row).sum()
+        self.codes.par_chunks(self.columns.max(1)).enumerate().with_min_len(32).map(of_row).sum()
     }
 
     /// The floats that the codes stand for.
