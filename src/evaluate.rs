@@ -190,9 +190,11 @@ fn score(
             run.check_stop()?;
             let batch = first..(first + rayon::current_num_threads()).min(windows.len());
             pairs[batch.clone()].par_iter_mut().zip(batch.clone()).try_for_each(|(pairs, window)| -> Result<()> {
-                let own = logits(model, own.read(window)?, &own_norm, &own_head);
+                let own = logits(model, own.read(window..window + 1)?, &own_norm, &own_head);
                 let other = match (reference, &reference_norm, &reference_head) {
-                    (Some((reference, hidden)), Some(norm), Some(head)) => Some(logits(reference, hidden.read(window)?, norm, head)),
+                    (Some((reference, hidden)), Some(norm), Some(head)) => {
+                        Some(logits(reference, hidden.read(window..window + 1)?, norm, head))
+                    }
                     _ => None,
                 };
                 let width = slice.len();

@@ -5,11 +5,14 @@
 //! file costs little beside the forward that fills it.
 
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use rayon::prelude::*;
 
+use crate::checkpoint::decode::{decode_chunk, encode};
 use crate::error::{Error, Result};
+use crate::weight::Float;
 
 /// Bytes of hidden states that may lie in memory.
 pub const BUDGET_BYTES: u64 = 96 << 20;
@@ -68,50 +71,65 @@ impl Hidden {
         matches!(self.place, Store::Disk(_))
     }
 
-    /// The states of a window.
+    /// The states of consecutive windows, one after the other.
     ///
     /// # Errors
     /// When the temporary file cannot be read.
-    pub fn read(&self, window: usize) -> Result<Vec<f32>> {
-        let (start, end) = (self.starts[window], self.starts[window + 1]);
+    pub fn read(&self, windows: Range<usize>) -> Result<Vec<f32>> {
+        let (start, end) = (self.starts[windows.start], self.starts[windows.end]);
         match &self.place {
             Store::Memory(values) => Ok(values[start..end].to_vec()),
             Store::Disk(file) => {
                 let mut bytes = vec![0; (end - start) * 4];
                 file.read_exact_at(&mut bytes, start as u64 * 4).map_err(|error| spill_error(&error))?;
                 let mut values = vec![0.0; end - start];
-                crate::checkpoint::decode::decode_chunk(crate::weight::Float::F32, &bytes, &mut values);
+                decode_chunk(Float::F32, &bytes, &mut values);
                 Ok(values)
             }
         }
     }
 
-    /// Replaces the states of a window.
+    /// Replaces the states of consecutive windows.
     ///
     /// # Errors
     /// When the temporary file cannot be written.
     ///
     /// # Panics
-    /// When the number of values is not that of the window.
-    pub fn write(&mut self, window: usize, values: &[f32]) -> Result<()> {
-        let (start, end) = (self.starts[window], self.starts[window + 1]);
-        assert_eq!(values.len(), end - start, "states of window {window}");
+    /// When the number of values is not that of the windows.
+    pub fn write(&mut self, windows: Range<usize>, values: &[f32]) -> Result<()> {
+        let (start, end) = (self.starts[windows.start], self.starts[windows.end]);
+        assert_eq!(values.len(), end - start, "states of windows {windows:?}");
         match &mut self.place {
             Store::Memory(all) => all[start..end].copy_from_slice(values),
             Store::Disk(file) => {
-                let bytes = crate::checkpoint::decode::encode(crate::weight::Float::F32, values);
+                let bytes = encode(Float::F32, values);
                 file.write_all_at(&bytes, start as u64 * 4).map_err(|error| spill_error(&error))?;
             }
         }
         Ok(())
     }
 
-    /// Works on the windows `windows` in parallel and gives the results in order.
+    /// Cuts the windows into runs of equal length that hold at most `tokens` tokens, or one window each. The cut does
+    /// not depend on the number of threads.
+    pub fn runs(&self, tokens: usize) -> Vec<Range<usize>> {
+        let mut runs: Vec<Range<usize>> = Vec::new();
+        for window in 0..self.len() {
+            match runs.last_mut() {
+                Some(run) if self.tokens(run.start) == self.tokens(window) && (run.len() + 1) * self.tokens(window) <= tokens => {
+                    run.end += 1
+                }
+                _ => runs.push(window..window + 1),
+            }
+        }
+        runs
+    }
+
+    /// Works on runs of windows in parallel and gives the results in order.
     ///
     /// # Errors
     /// The first error of a read or of the work.
-    pub fn map<R: Send>(&self, windows: std::ops::Range<usize>, work: impl Fn(usize, Vec<f32>) -> Result<R> + Sync) -> Result<Vec<R>> {
-        windows.into_par_iter().map(|window| work(window, self.read(window)?)).collect()
+    pub fn map<R: Send>(&self, runs: &[Range<usize>], work: impl Fn(Range<usize>, Vec<f32>) -> Result<R> + Sync) -> Result<Vec<R>> {
+        runs.par_iter().map(|run| work(run.clone(), self.read(run.clone())?)).collect()
     }
 }
 
@@ -131,10 +149,17 @@ mod tests {
             assert_eq!(hidden.spilled(), budget == 0);
             for window in [2, 0, 1] {
                 let values: Vec<f32> = (0..hidden.tokens(window) * 5).map(|i| (i + 100 * window) as f32).collect();
-                hidden.write(window, &values).unwrap();
+                hidden.write(window..window + 1, &values).unwrap();
             }
-            let sums = hidden.map(0..3, |_, values| Ok(values.iter().sum::<f32>())).unwrap();
-            assert_eq!(sums, [105.0, 510.0, 2045.0]);
+            let sums = hidden.map(&[0..1, 1..3], |_, values| Ok(values.iter().sum::<f32>())).unwrap();
+            assert_eq!(sums, [105.0, 2555.0]);
         }
+    }
+
+    #[test]
+    fn runs_hold_windows_of_one_length_up_to_a_number_of_tokens() {
+        let hidden = Hidden::new(&[4, 4, 4, 2, 2, 9], 1, 0).unwrap();
+        assert_eq!(hidden.runs(8), [0..2, 2..3, 3..5, 5..6]);
+        assert_eq!(hidden.runs(0).len(), 6);
     }
 }

@@ -1,6 +1,7 @@
 //! The only loop over blocks. Compression, calibration and perplexity are visitors.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use burn::tensor::Tensor;
 
@@ -9,13 +10,17 @@ use crate::kernels::gram::{add_column_squares, add_gram};
 use crate::kernels::{Floats, tensor, values};
 use crate::model::Model;
 use crate::model::block::{Block, Parameters};
-use crate::model::forward::{self, Spec};
+use crate::model::forward::{self, Spec, Tap};
 use crate::model::hidden::Hidden;
 use crate::model::seen::{Needs, Seen, Statistics};
 use crate::run::Run;
 
 /// Windows whose block outputs are compared before and after the visit.
 const COMPARED: usize = 2;
+
+/// Memory that the activations of one run of windows may take, in bytes: many small windows share one matrix product,
+/// which reads the weights once.
+const RUN_BYTES: usize = 48 << 20;
 
 /// What happens to each block.
 pub trait Visitor {
@@ -53,7 +58,7 @@ pub fn embed(model: &Model<'_>, windows: &[Vec<u32>], budget_bytes: u64) -> Resu
     let lengths: Vec<usize> = windows.iter().map(Vec::len).collect();
     let mut hidden = Hidden::new(&lengths, model.config.hidden, budget_bytes)?;
     for (number, window) in windows.iter().enumerate() {
-        hidden.write(number, &model.embed(window)?)?;
+        hidden.write(number..number + 1, &model.embed(window)?)?;
     }
     Ok(hidden)
 }
@@ -104,24 +109,22 @@ fn observe(
 ) -> Result<(Seen, Vec<Vec<f32>>)> {
     let mut seen = Seen::default();
     let mut outputs = Vec::new();
-    for batch in batches(hidden, needs == Needs::Gram) {
+    for runs in batches(model, hidden, needs == Needs::Gram) {
         run.check_stop()?;
-        let results = hidden.map(batch.clone(), |window, x| {
+        let results = hidden.map(&runs, |windows, x| {
             let mut sites = BTreeMap::new();
-            let spec = Spec::new(&model.config, index, hidden.tokens(window));
-            let x: Tensor<2> = tensor(x, [spec.seq, model.config.hidden], &run.device.burn);
-            let y = forward::block(&spec, parameters, x, &mut |site, input| {
+            let y = forward_run(model, index, parameters, hidden.tokens(windows.start), x, run, &mut |site, input| {
                 sites.insert(site, statistics(input, needs));
             });
-            Ok((sites, if window < COMPARED { values(y) } else { Vec::new() }))
+            Ok((sites, y))
         })?;
-        for (sites, output) in results {
+        for (windows, (sites, y)) in runs.iter().zip(results) {
             for (site, statistics) in sites {
                 merge(seen.sites.entry(site).or_default(), statistics);
             }
-            outputs.extend(Some(output).filter(|output| !output.is_empty()));
+            keep_first(&mut outputs, windows, y);
         }
-        run.observer.step(batch.len() as u64, note);
+        run.observer.step(runs.iter().map(Range::len).sum::<usize>() as u64, note);
     }
     Ok((seen, outputs))
 }
@@ -136,32 +139,48 @@ fn advance(
     note: &str,
 ) -> Result<Vec<Vec<f32>>> {
     let mut first = Vec::new();
-    for batch in batches(hidden, false) {
+    for runs in batches(model, hidden, false) {
         run.check_stop()?;
-        let outputs = hidden.map(batch.clone(), |window, x| {
-            let spec = Spec::new(&model.config, index, hidden.tokens(window));
-            let x: Tensor<2> = tensor(x, [spec.seq, model.config.hidden], &run.device.burn);
-            let y = values(forward::block(&spec, parameters, x, &mut |_, _| {}));
+        let outputs = hidden.map(&runs, |windows, x| {
+            let y = forward_run(model, index, parameters, hidden.tokens(windows.start), x, run, &mut |_, _| {});
             match crate::checkpoint::decode::nonfinite(&y) {
-                Some((first, count)) => Err(Error::run(format!("block {index} gives {count} values that are NaN or infinite, the first at {first} of window {window}; the model is damaged or overflows"))),
+                Some((_, count)) => Err(Error::run(format!(
+                    "block {index} gives {count} values that are NaN or infinite for window {} or after; the model is damaged or overflows",
+                    windows.start
+                ))),
                 None => Ok(y),
             }
         })?;
-        for (window, output) in batch.clone().zip(outputs) {
-            hidden.write(window, &output)?;
-            if window < COMPARED {
-                first.push(output);
-            }
+        for (windows, y) in runs.iter().zip(outputs) {
+            hidden.write(windows.clone(), &y)?;
+            keep_first(&mut first, windows, y);
         }
-        run.observer.step(batch.len() as u64, note);
+        run.observer.step(runs.iter().map(Range::len).sum::<usize>() as u64, note);
     }
     Ok(first)
 }
 
-/// Windows that are worked on at once: one per thread, or one at all when each needs much memory.
-fn batches(hidden: &Hidden, single: bool) -> impl Iterator<Item = std::ops::Range<usize>> + use<> {
-    let (count, size) = (hidden.len(), if single { 1 } else { rayon::current_num_threads() });
-    (0..count).step_by(size).map(move |first| first..(first + size).min(count))
+/// The outputs of a block for windows of `seq` tokens.
+fn forward_run(model: &Model<'_>, index: usize, parameters: &Parameters, seq: usize, x: Vec<f32>, run: &Run<'_>, tap: Tap<'_>) -> Vec<f32> {
+    let tokens = x.len() / model.config.hidden;
+    let x: Tensor<2> = tensor(x, [tokens, model.config.hidden], &run.device.burn);
+    values(forward::block(&Spec::new(&model.config, index, seq), parameters, x, tap))
+}
+
+/// Keeps outputs until those of the windows that are compared are there.
+fn keep_first(kept: &mut Vec<Vec<f32>>, windows: &Range<usize>, output: Vec<f32>) {
+    if windows.start < COMPARED {
+        let each = output.len() / windows.len();
+        kept.push(output[..each * windows.len().min(COMPARED - windows.start)].to_vec());
+    }
+}
+
+/// Runs of windows that are worked on at once: one run per thread, or one at all when each needs much memory.
+fn batches(model: &Model<'_>, hidden: &Hidden, single: bool) -> Vec<Vec<Range<usize>>> {
+    let config = &model.config;
+    let floats_per_token = 3 * (config.hidden + config.query_width() + config.intermediate);
+    let runs = hidden.runs(RUN_BYTES / (4 * floats_per_token));
+    runs.chunks(if single { 1 } else { rayon::current_num_threads() }).map(<[_]>::to_vec).collect()
 }
 
 fn statistics(input: &Tensor<2>, needs: Needs) -> Statistics {

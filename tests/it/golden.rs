@@ -33,7 +33,7 @@ fn logits(folder: &Path, tokens: &[u32]) -> Vec<f32> {
     let mut hidden = embed(&model, &[tokens.to_vec()], u64::MAX).unwrap();
     walk(&model, &mut hidden, "golden", &run, &mut Pass).unwrap();
     let config = &model.config;
-    let x = tensor(hidden.read(0).unwrap(), [tokens.len(), config.hidden], &device.burn);
+    let x = tensor(hidden.read(0..1).unwrap(), [tokens.len(), config.hidden], &device.burn);
     let norm = tensor(model.final_norm().unwrap(), [config.hidden], &device.burn);
     let head = model.head_rows(0..config.vocabulary).unwrap();
     let head = tensor(head.data, [config.vocabulary, config.hidden], &device.burn);
