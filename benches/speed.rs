@@ -1,6 +1,8 @@
 //! Speed of the hot paths beside the limit of the machine, measured in one run: `cargo bench --bench speed`.
 //! Absolute figures depend on the machine; the ratios are what to compare.
 
+#![allow(clippy::print_stdout, reason = "a benchmark prints its figures")]
+
 use std::hint::black_box;
 use std::time::Instant;
 

@@ -280,7 +280,7 @@ pub fn read_json(path: &Path) -> Result<Value> {
 }
 
 /// The names of the weight files and, where there is one, the index's map from tensors to files.
-fn shard_names(folder: &Path) -> Result<(Vec<String>, Option<BTreeMap<String, String>>)> {
+fn shard_names(folder: &Path) -> Result<(Vec<String>, Option<WeightMap>)> {
     let index_path = folder.join(INDEX);
     if index_path.exists() {
         let index = read_index(&index_path)?;
@@ -320,7 +320,10 @@ fn shard_names(folder: &Path) -> Result<(Vec<String>, Option<BTreeMap<String, St
     Err(Error::input(format!("no {SINGLE} and no {INDEX}; give a Hugging Face model folder")).file(folder))
 }
 
-fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
+/// The index: from tensor to file.
+type WeightMap = BTreeMap<String, String>;
+
+fn read_index(path: &Path) -> Result<WeightMap> {
     struct Map(BTreeMap<String, String>);
     impl<'de> serde::Deserialize<'de> for Map {
         fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {

@@ -85,7 +85,7 @@ fn usage(error: &clap::Error) -> ExitCode {
         return if error.use_stderr() { ExitCode::from(2) } else { ExitCode::SUCCESS };
     }
     let rendered = error.render().to_string();
-    let lines = rendered.lines().map(str::trim).take_while(|line| !line.starts_with("Usage:"));
+    let lines = rendered.lines().map(str::trim).take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"));
     let parts: Vec<&str> = lines.filter(|line| !line.is_empty()).collect();
     text::complain(&format!("{}; see `drawknife --help`", parts.join(" ")));
     ExitCode::from(2)

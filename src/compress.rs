@@ -15,7 +15,7 @@ use crate::compress::layers::{Compressor, candidates};
 use crate::error::{Error, Result};
 use crate::evaluate::{self, Protocol, Quality};
 use crate::formats::output::{Output, write_json};
-use crate::formats::{self, Entry};
+use crate::formats::{self, Entry, Format};
 use crate::model::config::known_family;
 use crate::model::hidden::{BUDGET_BYTES, Hidden};
 use crate::model::seen::Needs;
@@ -55,6 +55,8 @@ pub struct Prepared {
     pub checkpoint: Checkpoint,
     /// What happens to every layer.
     pub plan: Plan,
+    /// The format to write.
+    pub format: &'static Format,
     /// The tensors of the output.
     pub entries: Vec<Entry>,
     /// Facts about the model.
@@ -86,6 +88,10 @@ impl Prepared {
         let model = if known { Some(Model::open(&checkpoint, &source)?) } else { None };
         let candidates = candidates(&checkpoint, model.as_ref())?;
         let plan = Plan::resolve(&job.recipe, &candidates)?;
+        let format = formats::find(job.recipe.format(plan.integers())?)?;
+        for layer in &plan.layers {
+            (format.holds)(&layer.outlined).map_err(|what| Error::input(what).tensor(&layer.outlined.name))?;
+        }
         let needs = needs(&job.recipe, &plan);
         let mut notes = plan.notes.clone();
         let model_type = crate::error::shown(config::model_type(&checkpoint.config));
@@ -113,7 +119,7 @@ impl Prepared {
                 }
             }
         }
-        let entries = entries(&checkpoint, &plan);
+        let entries = entries(&checkpoint, &plan, format);
         let tensors = || checkpoint.names().filter_map(|name| checkpoint.info(name));
         let size = Size {
             bytes_before: tensors().map(crate::checkpoint::TensorInfo::bytes).sum(),
@@ -127,7 +133,7 @@ impl Prepared {
             linears: candidates.len(),
             shards: checkpoint.shards.len(),
         };
-        Ok(Self { job, plan, entries, facts, size, calibration, evaluation, memory_bytes, notes, checkpoint })
+        Ok(Self { job, plan, format, entries, facts, size, calibration, evaluation, memory_bytes, notes, checkpoint })
     }
 
     /// Does the work and puts the finished folder into place.
@@ -139,14 +145,14 @@ impl Prepared {
         let side: u64 = self.checkpoint.side_files()?.iter().filter_map(|path| path.metadata().ok()).map(|file| file.len()).sum();
         destination.has_room(self.size.bytes_after + side)?;
         let mut output = Output::create(&folder, &self.entries, self.job.recipe.shard_bytes()?)?;
-        let mut compressor = Compressor::new(&self.plan, &mut output, self.job.recipe.report.layer_error);
+        let mut compressor = Compressor::new(&self.plan, self.format, &mut output, self.job.recipe.report.layer_error);
         let source = crate::checkpoint::source::Plain;
         if needs(&self.job.recipe, &self.plan) == Needs::Nothing {
             compressor.stream(&self.checkpoint, &source, run)?;
         } else {
             let model = Model::open(&self.checkpoint, &source)?;
             let windows = self.calibration.as_ref().map_or(&[][..], |packed| &packed.windows);
-            let mut hidden: Hidden = embed(&model, windows, BUDGET_BYTES)?;
+            let mut hidden: Hidden = embed(&model, windows, BUDGET_BYTES, run)?;
             walk(&model, &mut hidden, "compress", run, &mut compressor)?;
         }
         let (layers, blocks) = compressor.finish();
@@ -161,7 +167,7 @@ impl Prepared {
             drawknife: env!("CARGO_PKG_VERSION"),
             model: self.facts,
             recipe: self.job.recipe,
-            format: self.plan.format.name,
+            format: self.format.name,
             size: self.size,
             calibration: self.calibration.map(|packed| packed.counts),
             layers,
@@ -208,7 +214,7 @@ impl Prepared {
         }
         let outlined: Vec<_> = self.plan.layers.iter().map(|layer| layer.outlined.clone()).collect();
         let config = folder.join("config.json");
-        match (self.plan.format.config)(&outlined) {
+        match (self.format.config)(&outlined) {
             None => {
                 let bytes = read_file(&self.job.model.join("config.json"), 256 << 20)?;
                 std::fs::write(&config, bytes).map_err(|error| Error::io(&config, &error))
@@ -254,12 +260,12 @@ fn needs(recipe: &Recipe, plan: &Plan) -> Needs {
 }
 
 /// The tensors of the output, in the order of the input.
-fn entries(checkpoint: &Checkpoint, plan: &Plan) -> Vec<Entry> {
+fn entries(checkpoint: &Checkpoint, plan: &Plan, format: &Format) -> Vec<Entry> {
     let mut replaced: std::collections::HashMap<String, Vec<Entry>> = plan
         .layers
         .iter()
         .filter(|layer| layer.outlined.storage.is_some())
-        .map(|layer| (format!("{}.weight", layer.outlined.name), (plan.format.entries)(&layer.outlined)))
+        .map(|layer| (format!("{}.weight", layer.outlined.name), (format.entries)(&layer.outlined)))
         .collect();
     let mut entries = Vec::new();
     for shard in &checkpoint.shards {

@@ -136,7 +136,7 @@ pub fn measure(model: &Model<'_>, reference: Option<&Model<'_>>, windows: &[Vec<
         return Err(Error::input(format!("the model predicts {found} tokens, the reference {needed}; they cannot be compared")));
     }
     let last = |model: &Model<'_>, stage: &str| -> Result<Hidden> {
-        let mut hidden = embed(model, windows, BUDGET_BYTES)?;
+        let mut hidden = embed(model, windows, BUDGET_BYTES, run)?;
         walk(model, &mut hidden, stage, run, &mut Pass)?;
         Ok(hidden)
     };

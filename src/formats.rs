@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::source::{Plain, Source};
 use crate::error::{Error, Result, shown};
-use crate::weight::{Float, Storage, Weight};
+use crate::weight::{Float, Outlined, Weight};
 
 /// A tensor of the output, known before any weight is read.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,19 +30,6 @@ impl Entry {
     pub fn bytes(&self) -> u64 {
         (self.shape.iter().product::<usize>() as u64 * self.dtype.bitsize() as u64).div_ceil(8)
     }
-}
-
-/// What the output will hold of a linear layer.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Outlined {
-    /// Full name without `.weight`.
-    pub name: String,
-    /// `[outputs, inputs]`.
-    pub shape: [usize; 2],
-    /// Its representation; `None` when the layer is carried over as it is.
-    pub storage: Option<Storage>,
-    /// Number format of the model's floats.
-    pub float: Float,
 }
 
 /// A checkpoint format.

@@ -109,10 +109,9 @@ pub fn change(before: &[f32], after: &[f32]) -> [f64; 2] {
         .par_chunks(CHUNK)
         .zip(after.par_chunks(CHUNK))
         .map(|(before, after)| {
-            let sums = before.iter().zip(after).fold([0.0f64; 2], |[change, total], (&before, &after)| {
+            before.iter().zip(after).fold([0.0f64; 2], |[change, total], (&before, &after)| {
                 [change + f64::from(before - after).powi(2), total + f64::from(before).powi(2)]
-            });
-            sums
+            })
         })
         .collect();
     parts.iter().fold([0.0; 2], |total, part| [total[0] + part[0], total[1] + part[1]])
@@ -132,7 +131,7 @@ pub(crate) fn prunable(before: Storage, columns: usize, pattern: crate::weight::
         return Err(Error::input("pruning after quantization is unsound: put the pruning stage first"));
     }
     match pattern {
-        crate::weight::Pattern::Blocks { of, .. } if columns % of != 0 => Err(Error::input(format!(
+        crate::weight::Pattern::Blocks { of, .. } if !columns.is_multiple_of(of) => Err(Error::input(format!(
             "pattern {pattern}: {columns} columns are not a multiple of {of}; use another pattern or skip the layer"
         ))),
         _ => Ok(()),

@@ -5,11 +5,10 @@ pub mod recipe;
 use globset::{Glob, GlobMatcher};
 
 use crate::error::{Error, Result, shown};
-use crate::formats::{Format, Outlined};
 use crate::methods::{self, Method};
 use crate::model::seen::Needs;
 use crate::plan::recipe::Recipe;
-use crate::weight::{Float, Storage};
+use crate::weight::{Float, Outlined, Storage};
 
 /// One stage of a plan.
 #[derive(Debug)]
@@ -51,15 +50,13 @@ pub struct Plan {
     pub layers: Vec<Planned>,
     /// Deviations from what was asked for, each a sentence.
     pub notes: Vec<String>,
-    /// The format to write.
-    pub format: &'static Format,
 }
 
 impl Plan {
     /// Resolves a recipe for the linear layers of a model.
     ///
     /// # Errors
-    /// When a pattern matches nothing, a method cannot take a layer, or the format cannot hold the result.
+    /// When a pattern matches nothing, or a method cannot take a layer.
     pub fn resolve(recipe: &Recipe, candidates: &[Candidate]) -> Result<Self> {
         let skip = patterns(&recipe.skip.iter().map(|skip| skip.pattern.clone()).collect::<Vec<_>>(), candidates)?;
         let keep = recipe.overrides.iter().map(|one| Ok((pattern(&one.pattern, candidates)?, one.bits))).collect::<Result<Vec<_>>>()?;
@@ -75,7 +72,7 @@ impl Plan {
         let mut layers = Vec::new();
         let mut notes = Vec::new();
         for candidate in candidates {
-            let bits = keep.iter().filter(|(matcher, _)| matches(matcher, &candidate.name)).next_back().map(|&(_, bits)| bits);
+            let bits = keep.iter().rfind(|(matcher, _)| matches(matcher, &candidate.name)).map(|&(_, bits)| bits);
             let skipped = skip.iter().any(|matcher| matches(matcher, &candidate.name)) || bits == Some(16);
             let wanted =
                 |stage: &usize| targets[*stage].is_empty() || targets[*stage].iter().any(|matcher| matches(matcher, &candidate.name));
@@ -93,20 +90,21 @@ impl Plan {
             };
             layers.push(Planned { outlined, stages: chosen, bits });
         }
-        let format = recipe.format(layers.iter().any(|layer| matches!(layer.outlined.storage, Some(Storage::Ints { .. }))))?;
-        for layer in &layers {
-            (format.holds)(&layer.outlined).map_err(|what| Error::input(what).tensor(&layer.outlined.name))?;
-        }
         if layers.iter().all(|layer| layer.stages.is_empty()) {
             return Err(Error::input("nothing is left to compress: every linear layer is skipped"));
         }
         summarize(&mut notes);
-        Ok(Self { stages, layers, notes, format })
+        Ok(Self { stages, layers, notes })
     }
 
     /// The most that any stage needs to have been seen.
     pub fn needs(&self) -> Needs {
         self.stages.iter().map(|stage| stage.method.needs()).max().unwrap_or(Needs::Nothing)
+    }
+
+    /// Whether any layer becomes integers.
+    pub fn integers(&self) -> bool {
+        self.layers.iter().any(|layer| matches!(layer.outlined.storage, Some(Storage::Ints { .. })))
     }
 
     /// The plan of a layer.

@@ -1,5 +1,7 @@
 //! What every long computation is given: the device, the seed, and somebody who watches.
 
+use std::path::Path;
+
 use crate::device::Device;
 use crate::error::{Error, Fault, Result};
 
@@ -34,6 +36,9 @@ pub struct Run<'a> {
     pub seed: u64,
     /// Who watches.
     pub observer: &'a dyn Observer,
+    /// Where hidden states go that outgrow memory. It is here because nothing below the command line may ask the
+    /// environment for the temporary folder.
+    pub scratch: &'a Path,
 }
 
 impl std::fmt::Debug for Run<'_> {

@@ -44,6 +44,19 @@ pub enum Storage {
     },
 }
 
+/// What the output will hold of a linear layer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outlined {
+    /// Full name without `.weight`.
+    pub name: String,
+    /// `[outputs, inputs]`.
+    pub shape: [usize; 2],
+    /// Its representation; `None` when the layer is carried over as it is.
+    pub storage: Option<Storage>,
+    /// Number format of the model's floats.
+    pub float: Float,
+}
+
 /// Number format of a stored float.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Float {

@@ -1,6 +1,8 @@
 //! Trains the embedded model on the built-in calibration text, with the project's own forward under burn autodiff.
 //! Run by hand: `cargo run --release --example train_embedded -- FOLDER [steps]`; it writes a complete checkpoint.
 
+#![allow(clippy::print_stdout, reason = "it is run by hand and tells what it does")]
+
 use std::collections::HashMap;
 use std::path::Path;
 

@@ -231,6 +231,7 @@ fn checked(raw: RawInfo) -> Result<TensorInfo, String> {
 }
 
 /// A map of strings that refuses a key that occurs twice.
+#[derive(Debug)]
 pub struct UniqueStrings;
 
 impl<'de> DeserializeSeed<'de> for UniqueStrings {

@@ -50,7 +50,8 @@ pub fn run(arguments: &Compress, session: &Session, dry_run: bool) -> Result<()>
     let Some(destination) = destination else { return Ok(()) };
     let target = destination.target().to_path_buf();
     let gate = prepared.job.recipe.gate.clone();
-    let run = Run { device: &device, seed: prepared.job.recipe.calibration.seed, observer: &session.progress };
+    let run =
+        Run { device: &device, seed: prepared.job.recipe.calibration.seed, observer: &session.progress, scratch: &std::env::temp_dir() };
     let report = prepared.run(destination, &run)?;
     let seconds = started.elapsed().as_secs_f64();
     if session.json {
@@ -155,7 +156,7 @@ fn show_plan(prepared: &Prepared, device: &Device, session: &Session, embedded: 
         facts.tensors
     ));
     let stages: Vec<String> = plan.stages.iter().map(|stage| format!("{} ({})", stage.name, options(&stage.method.options()))).collect();
-    say(&format!("plan      {} -> {}", stages.join(", then "), plan.format.name));
+    say(&format!("plan      {} -> {}", stages.join(", then "), prepared.format.name));
     let mut kinds: Vec<(String, usize)> = Vec::new();
     for layer in &plan.layers {
         let kind = layer.outlined.storage.map_or("as they are".to_string(), |storage| storage.to_string());
@@ -204,7 +205,7 @@ fn plan_json(prepared: &Prepared) -> serde_json::Value {
         .map(|layer| json!({"name": layer.outlined.name, "shape": layer.outlined.shape, "storage": layer.outlined.storage.map(|storage| storage.to_string())}))
         .collect();
     json!({
-        "model": prepared.facts, "recipe": prepared.job.recipe, "format": prepared.plan.format.name, "size": prepared.size,
+        "model": prepared.facts, "recipe": prepared.job.recipe, "format": prepared.format.name, "size": prepared.size,
         "memory_bytes": prepared.memory_bytes, "calibration": prepared.calibration.as_ref().map(|packed| &packed.counts),
         "layers": layers, "notes": prepared.notes,
     })

@@ -45,7 +45,7 @@ pub fn run(arguments: &Eval, session: &Session) -> Result<()> {
     let bos = tokenizer.named_token("bos_token").or(model.config.bos);
     let windows = windows(&text, &tokenizer, protocol, bos)?;
     check_tokens(&windows, model.config.vocabulary)?;
-    let run = Run { device: &device, seed: session.seed.unwrap_or(0), observer: &session.progress };
+    let run = Run { device: &device, seed: session.seed.unwrap_or(0), observer: &session.progress, scratch: &std::env::temp_dir() };
     let quality = measure(&model, reference.as_ref(), &windows, arguments.bos, &run)?;
     if session.json {
         let mut object = serde_json::to_value(&quality).map_err(|error| Error::run(error.to_string()))?;

@@ -28,13 +28,7 @@ pub fn run(arguments: &Inspect, session: &Session) -> Result<()> {
         _ => None,
     };
     let linears = if quantized.is_none() { candidates(&checkpoint, model.as_ref()).map(|list| list.len()).ok() } else { None };
-    let mut dtypes: BTreeMap<String, (usize, u64, u64)> = BTreeMap::new();
-    for name in checkpoint.names() {
-        if let Some(info) = checkpoint.info(name) {
-            let row = dtypes.entry(format!("{:?}", info.dtype)).or_default();
-            *row = (row.0 + 1, row.1 + info.entries() as u64, row.2 + info.bytes());
-        }
-    }
+    let dtypes = dtypes(&checkpoint);
     let total = dtypes.values().fold((0, 0, 0), |total, row| (total.0 + row.0, total.1 + row.1, total.2 + row.2));
     let model_type = shown(config::model_type(&checkpoint.config));
     if session.json {
@@ -90,4 +84,16 @@ pub fn run(arguments: &Inspect, session: &Session) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Tensors, parameters and bytes by number format.
+fn dtypes(checkpoint: &Checkpoint) -> BTreeMap<String, (usize, u64, u64)> {
+    let mut dtypes: BTreeMap<String, (usize, u64, u64)> = BTreeMap::new();
+    for name in checkpoint.names() {
+        if let Some(info) = checkpoint.info(name) {
+            let row = dtypes.entry(format!("{:?}", info.dtype)).or_default();
+            *row = (row.0 + 1, row.1 + info.entries() as u64, row.2 + info.bytes());
+        }
+    }
+    dtypes
 }

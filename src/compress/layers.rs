@@ -3,6 +3,7 @@
 use crate::checkpoint::source::Source;
 use crate::checkpoint::{Checkpoint, float_of};
 use crate::error::{Error, Result};
+use crate::formats::Format;
 use crate::formats::output::Output;
 use crate::matrix::Matrix;
 use crate::methods::{self, Layer};
@@ -84,6 +85,7 @@ fn by_name(checkpoint: &Checkpoint) -> Result<Vec<Candidate>> {
 #[derive(Debug)]
 pub struct Compressor<'a> {
     plan: &'a Plan,
+    format: &'a Format,
     output: &'a mut Output,
     layer_error: bool,
     layers: Vec<LayerReport>,
@@ -92,8 +94,8 @@ pub struct Compressor<'a> {
 
 impl<'a> Compressor<'a> {
     /// A compressor that follows a plan and writes into an output.
-    pub fn new(plan: &'a Plan, output: &'a mut Output, layer_error: bool) -> Self {
-        Self { plan, output, layer_error, layers: Vec::new(), blocks: Vec::new() }
+    pub fn new(plan: &'a Plan, format: &'a Format, output: &'a mut Output, layer_error: bool) -> Self {
+        Self { plan, format, output, layer_error, layers: Vec::new(), blocks: Vec::new() }
     }
 
     /// Works on layer after layer without calibration.
@@ -136,8 +138,8 @@ impl<'a> Compressor<'a> {
         if !change[0].is_finite() {
             return Err(Error::run("compression gave values that are not finite").tensor(&outlined.name));
         }
-        let tensors = (self.plan.format.encode)(&weight, outlined.float);
-        for (entry, bytes) in (self.plan.format.entries)(outlined).iter().zip(tensors) {
+        let tensors = (self.format.encode)(&weight, outlined.float);
+        for (entry, bytes) in (self.format.entries)(outlined).iter().zip(tensors) {
             self.output.write(&entry.name, bytes)?;
         }
         let storage = weight.storage();

@@ -10,8 +10,8 @@ use crate::checkpoint::decode::{decode, encode, nonfinite};
 use crate::checkpoint::source::{Plain, Source};
 use crate::checkpoint::{Checkpoint, dtype_of, float_of};
 use crate::error::{Error, Result};
-use crate::formats::{Entry, Format, Outlined, bitstream};
-use crate::weight::{Float, Ints, Storage, Weight};
+use crate::formats::{Entry, Format, bitstream};
+use crate::weight::{Float, Ints, Outlined, Storage, Weight};
 
 /// The format.
 pub const FORMAT: Format = Format {

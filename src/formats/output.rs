@@ -30,13 +30,16 @@ struct Place {
     written: u64,
 }
 
+/// The files, and the error that stopped the writing with the number of its file.
+type Written = (Vec<File>, Option<(usize, std::io::Error)>);
+
 /// Bytes for an offset of a file.
 type Piece = (usize, u64, Vec<u8>);
 
 #[derive(Debug)]
 struct Writer {
     pieces: SyncSender<Piece>,
-    thread: JoinHandle<(Vec<File>, Option<(usize, std::io::Error)>)>,
+    thread: JoinHandle<Written>,
 }
 
 impl Writer {

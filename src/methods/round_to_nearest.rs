@@ -56,7 +56,7 @@ impl Group {
     /// whole row.
     pub fn fit(self, columns: usize) -> usize {
         let Self::Columns(wanted) = self else { return columns };
-        let divides = |size: &usize| columns % size == 0;
+        let divides = |size: &usize| columns.is_multiple_of(*size);
         let usual = [128, 64, 32].into_iter().filter(|&size| size < wanted);
         let divisors = (SMALLEST_FALLBACK..=wanted.min(columns)).rev();
         std::iter::once(wanted).chain(usual).chain(divisors).find(divides).unwrap_or(columns)

@@ -101,41 +101,9 @@ impl Config {
                 "config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
             )));
         }
-        let head_dim = match (keys.count("head_dim", 1 << 16)?, defaults.head_dim) {
-            (Some(found), _) => found,
-            (None, Some(default)) if !keys.0.contains_key("head_dim") => default,
-            _ if hidden % heads == 0 => hidden / heads,
-            _ => {
-                return Err(Error::input(format!(
-                    "config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and head_dim is absent"
-                )));
-            }
-        };
-        if head_dim % 2 != 0 {
-            return Err(Error::input(format!("config.json: head_dim {head_dim} is odd; rotation needs an even one")));
-        }
-        let (key, default) = family.activation;
-        let activation = match keys.text(key).or_else(|| keys.text("hidden_act")) {
-            None => default,
-            Some("silu" | "swish") => Activation::Silu,
-            Some("gelu_pytorch_tanh" | "gelu_tanh") => Activation::GeluTanh,
-            Some(other) => {
-                return Err(Error::input(format!(
-                    "config.json: {key} `{}` is not supported; known are silu and gelu_pytorch_tanh",
-                    shown(other)
-                )));
-            }
-        };
-        let scale = match family.scale {
-            Scale::HeadDim => (head_dim as f64).powf(-0.5),
-            Scale::InverseRoot(key) => keys.positive(key)?.unwrap_or(256.0).powf(-0.5),
-            Scale::Key(key) => keys.positive(key)?.unwrap_or(1.0),
-        };
-        let embed_factor = match family.embed {
-            Embed::One => 1.0,
-            Embed::RootHidden => (hidden as f64).sqrt(),
-            Embed::Key(key) => keys.positive(key)?.unwrap_or(1.0),
-        };
+        let head_dim = head_dim(&keys, family, hidden, heads)?;
+        let activation = activation(&keys, family)?;
+        let [scale, embed_factor] = factors(&keys, family, hidden, head_dim)?;
         let caps = |on: bool, key: &str| if on { keys.positive(key) } else { Ok(None) };
         let optional = |key: Option<&str>| key.map_or(Ok(None), |key| keys.positive(key));
         let max_positions = keys.count("max_position_embeddings", 1 << 31)?.unwrap_or(defaults.max_positions);
@@ -181,6 +149,50 @@ impl Config {
             QkNorm::Projection => Some([self.query_width(), self.kv_width()]),
         }
     }
+}
+
+fn head_dim(keys: &Keys<'_>, family: &Family, hidden: usize, heads: usize) -> Result<usize> {
+    let head_dim = match (keys.count("head_dim", 1 << 16)?, family.defaults.head_dim) {
+        (Some(found), _) => found,
+        (None, Some(default)) if !keys.0.contains_key("head_dim") => default,
+        _ if hidden % heads == 0 => hidden / heads,
+        _ => {
+            return Err(Error::input(format!(
+                "config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and head_dim is absent"
+            )));
+        }
+    };
+    if head_dim % 2 != 0 {
+        return Err(Error::input(format!("config.json: head_dim {head_dim} is odd; rotation needs an even one")));
+    }
+    Ok(head_dim)
+}
+
+fn activation(keys: &Keys<'_>, family: &Family) -> Result<Activation> {
+    let (key, default) = family.activation;
+    match keys.text(key).or_else(|| keys.text("hidden_act")) {
+        None => Ok(default),
+        Some("silu" | "swish") => Ok(Activation::Silu),
+        Some("gelu_pytorch_tanh" | "gelu_tanh") => Ok(Activation::GeluTanh),
+        Some(other) => {
+            Err(Error::input(format!("config.json: {key} `{}` is not supported; known are silu and gelu_pytorch_tanh", shown(other))))
+        }
+    }
+}
+
+/// Factor of the scores and of the embedding.
+fn factors(keys: &Keys<'_>, family: &Family, hidden: usize, head_dim: usize) -> Result<[f64; 2]> {
+    let scale = match family.scale {
+        Scale::HeadDim => (head_dim as f64).powf(-0.5),
+        Scale::InverseRoot(key) => keys.positive(key)?.unwrap_or(256.0).powf(-0.5),
+        Scale::Key(key) => keys.positive(key)?.unwrap_or(1.0),
+    };
+    let embed_factor = match family.embed {
+        Embed::One => 1.0,
+        Embed::RootHidden => (hidden as f64).sqrt(),
+        Embed::Key(key) => keys.positive(key)?.unwrap_or(1.0),
+    };
+    Ok([scale, embed_factor])
 }
 
 /// Keys that change the mathematics and that the forward does not know.
@@ -254,8 +266,8 @@ fn sliding(keys: &Keys<'_>, family: &Family, count: usize, rotates: &[bool]) -> 
     let slides = |layer: usize| match rule {
         SlidingRule::All => true,
         SlidingRule::FromMaxWindowLayers => layer >= first,
-        SlidingRule::Even => layer % 2 == 0,
-        SlidingRule::AllButEvery(every) => (layer + 1) % pattern.unwrap_or(every) != 0,
+        SlidingRule::Even => layer.is_multiple_of(2),
+        SlidingRule::AllButEvery(every) => !(layer + 1).is_multiple_of(pattern.unwrap_or(every)),
         SlidingRule::WithoutRope => !rotates[layer],
     };
     Ok((0..count).map(slides).collect())

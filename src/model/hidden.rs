@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 use rayon::prelude::*;
 
@@ -36,7 +37,7 @@ impl Hidden {
     ///
     /// # Errors
     /// When the temporary file cannot be made.
-    pub fn new(lengths: &[usize], width: usize, budget_bytes: u64) -> Result<Self> {
+    pub fn new(lengths: &[usize], width: usize, budget_bytes: u64, scratch: &Path) -> Result<Self> {
         let mut starts = vec![0];
         for length in lengths {
             starts.push(starts[starts.len() - 1] + length * width);
@@ -45,8 +46,7 @@ impl Hidden {
         let place = if 4 * total as u64 <= budget_bytes {
             Store::Memory(vec![0.0; total])
         } else {
-            let folder = std::env::temp_dir();
-            Store::Disk(tempfile::tempfile_in(&folder).map_err(|error| Error::io(&folder, &error))?)
+            Store::Disk(tempfile::tempfile_in(scratch).map_err(|error| Error::io(scratch, &error))?)
         };
         Ok(Self { width, starts, place })
     }
@@ -116,7 +116,7 @@ impl Hidden {
         for window in 0..self.len() {
             match runs.last_mut() {
                 Some(run) if self.tokens(run.start) == self.tokens(window) && (run.len() + 1) * self.tokens(window) <= tokens => {
-                    run.end += 1
+                    run.end += 1;
                 }
                 _ => runs.push(window..window + 1),
             }
@@ -134,8 +134,7 @@ impl Hidden {
 }
 
 fn spill_error(error: &std::io::Error) -> Error {
-    let folder = std::env::temp_dir();
-    Error::run(format!("hidden states on disk: {error}; set TMPDIR to a file system with more room, or use fewer --samples")).file(&folder)
+    Error::run(format!("hidden states on disk: {error}; set TMPDIR to a file system with more room, or use fewer --samples"))
 }
 
 #[cfg(test)]
@@ -145,7 +144,7 @@ mod tests {
     #[test]
     fn memory_and_disk_hold_the_same_states() {
         for budget in [u64::MAX, 0] {
-            let mut hidden = Hidden::new(&[3, 1, 2], 5, budget).unwrap();
+            let mut hidden = Hidden::new(&[3, 1, 2], 5, budget, Path::new(".")).unwrap();
             assert_eq!(hidden.spilled(), budget == 0);
             for window in [2, 0, 1] {
                 let values: Vec<f32> = (0..hidden.tokens(window) * 5).map(|i| (i + 100 * window) as f32).collect();
@@ -158,7 +157,7 @@ mod tests {
 
     #[test]
     fn runs_hold_windows_of_one_length_up_to_a_number_of_tokens() {
-        let hidden = Hidden::new(&[4, 4, 4, 2, 2, 9], 1, 0).unwrap();
+        let hidden = Hidden::new(&[4, 4, 4, 2, 2, 9], 1, u64::MAX, Path::new(".")).unwrap();
         assert_eq!(hidden.runs(8), [0..2, 2..3, 3..5, 5..6]);
         assert_eq!(hidden.runs(0).len(), 6);
     }

@@ -71,7 +71,7 @@ fn read(top: &Keys<'_>, keys: &Keys<'_>, theta: f64, head_dim: usize, max_positi
     let theta = keys.positive("rope_theta")?.unwrap_or(theta);
     let partial = keys.positive("partial_rotary_factor")?.or(top.positive("partial_rotary_factor")?).unwrap_or(1.0);
     let width = (head_dim as f64 * partial) as usize;
-    if width == 0 || width > head_dim || width % 2 != 0 {
+    if width == 0 || width > head_dim || !width.is_multiple_of(2) {
         return Err(Error::input(format!(
             "config.json: partial_rotary_factor {partial} of head_dim {head_dim} rotates {width} columns; it must be an even number of them"
         )));

@@ -54,9 +54,9 @@ impl Visitor for Pass {
 ///
 /// # Errors
 /// When a token is beyond the vocabulary or the store cannot be written.
-pub fn embed(model: &Model<'_>, windows: &[Vec<u32>], budget_bytes: u64) -> Result<Hidden> {
+pub fn embed(model: &Model<'_>, windows: &[Vec<u32>], budget_bytes: u64, run: &Run<'_>) -> Result<Hidden> {
     let lengths: Vec<usize> = windows.iter().map(Vec::len).collect();
-    let mut hidden = Hidden::new(&lengths, model.config.hidden, budget_bytes)?;
+    let mut hidden = Hidden::new(&lengths, model.config.hidden, budget_bytes, run.scratch)?;
     for (number, window) in windows.iter().enumerate() {
         hidden.write(number..number + 1, &model.embed(window)?)?;
     }

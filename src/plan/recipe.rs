@@ -7,7 +7,6 @@ use serde::{Deserialize, Serialize};
 use crate::calibrate::corpus::{Options, Source};
 use crate::checkpoint::read_file;
 use crate::error::{Error, Result, shown};
-use crate::formats::{self, Format};
 
 /// A preset: a name for a recipe.
 #[derive(Debug)]
@@ -226,15 +225,15 @@ impl Recipe {
         Self::parse(preset.recipe)
     }
 
-    /// The format to write; `integers` says whether the result holds integers.
+    /// Name of the format to write; `integers` says whether the result holds integers.
     ///
     /// # Errors
-    /// When the name is unknown, or several are asked for.
-    pub fn format(&self, integers: bool) -> Result<&'static Format> {
+    /// When several are asked for.
+    pub fn format(&self, integers: bool) -> Result<&str> {
         match self.export.format.as_ref().map(|names| names.0.as_slice()) {
-            None if integers => formats::find("compressed-tensors"),
-            None => formats::find("dense"),
-            Some([one]) => formats::find(one),
+            None if integers => Ok("compressed-tensors"),
+            None => Ok("dense"),
+            Some([one]) => Ok(one),
             Some(several) => Err(Error::input(format!("{} formats asked for; this version writes one per run", several.len()))),
         }
     }

@@ -29,8 +29,8 @@ fn logits(folder: &Path, tokens: &[u32]) -> Vec<f32> {
     let checkpoint = Checkpoint::open(folder).unwrap();
     let model = Model::open(&checkpoint, &Plain).unwrap();
     let device = Device::cpu();
-    let run = Run { device: &device, seed: 0, observer: &Silent };
-    let mut hidden = embed(&model, &[tokens.to_vec()], u64::MAX).unwrap();
+    let run = Run { device: &device, seed: 0, observer: &Silent, scratch: Path::new(".") };
+    let mut hidden = embed(&model, &[tokens.to_vec()], u64::MAX, &run).unwrap();
     walk(&model, &mut hidden, "golden", &run, &mut Pass).unwrap();
     let config = &model.config;
     let x = tensor(hidden.read(0..1).unwrap(), [tokens.len(), config.hidden], &device.burn);

@@ -1,3 +1,10 @@
 //! The one integration test binary.
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test that cannot go on fails, and a skipped one says so")]
 
+mod broken;
+mod command;
 mod golden;
+mod kernels;
+mod layering;
+mod shared;
+mod tidy;

@@ -1,0 +1,84 @@
+//! Every kernel of the forward: its CPU path against its definition in tensor algebra, on odd shapes.
+
+use burn::tensor::{Device, Distribution, Tensor};
+use drawknife::kernels::attention::Attention;
+use drawknife::kernels::gated::{Activation, gated, gated_reference};
+use drawknife::kernels::rms_norm::{rms_norm, rms_norm_reference};
+use drawknife::kernels::rope::{Table, rope, rope_reference};
+use drawknife::kernels::values;
+
+fn random<const D: usize>(shape: [usize; D]) -> Tensor<D> {
+    Tensor::random(shape, Distribution::Normal(0.0, 1.5), &Device::flex())
+}
+
+/// Largest difference, relative to the largest magnitude.
+fn difference<const D: usize>(a: Tensor<D>, b: Tensor<D>) -> f32 {
+    let (a, b) = (values(a), values(b));
+    assert_eq!(a.len(), b.len());
+    let largest = b.iter().fold(1e-20f32, |largest, value| largest.max(value.abs()));
+    a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / largest
+}
+
+#[test]
+fn rms_norm_follows_its_definition() {
+    for (rows, width) in [(1, 1), (3, 7), (65, 172), (130, 64)] {
+        for one_plus in [false, true] {
+            let (x, weight) = (random([rows, width]), random([width]));
+            let found = difference(rms_norm(&x, &weight, 1e-5, one_plus), rms_norm_reference(x, weight, 1e-5, one_plus));
+            assert!(found < 2e-6, "{rows} x {width}: {found}");
+        }
+    }
+}
+
+#[test]
+fn gated_follows_its_definition_also_where_it_saturates() {
+    for activation in [Activation::Silu, Activation::GeluTanh] {
+        for (rows, width) in [(1, 1), (5, 33), (70, 300)] {
+            let (gate, up) = (random([rows, width]) * 12.0, random([rows, width]));
+            let found = difference(gated(activation, gate.clone(), up.clone()), gated_reference(activation, gate, up));
+            assert!(found < 2e-6, "{activation:?} {rows} x {width}: {found}");
+        }
+    }
+}
+
+#[test]
+fn rope_follows_its_definition_with_partial_rotation() {
+    for (windows, seq, heads, head_dim, half) in [(1, 1, 1, 2, 1), (2, 9, 3, 10, 5), (3, 17, 2, 18, 4)] {
+        let frequencies: Vec<f32> = (0..half).map(|t| 10f32.powf(-(t as f32))).collect();
+        let table = Table::new(&frequencies, 1.2, seq);
+        let x = random([windows * seq, heads * head_dim]);
+        let found = difference(rope(x.clone(), head_dim, &table), rope_reference(x, head_dim, &table));
+        assert!(found < 1e-6, "{found}");
+    }
+}
+
+#[test]
+fn attention_follows_its_definition_with_groups_windows_and_caps() {
+    for (windows, seq, heads, kv_heads, head_dim) in
+        [(1, 1, 1, 1, 2), (2, 24, 4, 2, 10), (1, 130, 6, 3, 14), (2, 65, 4, 1, 8), (1, 64, 2, 2, 6)]
+    {
+        for window in [None, Some(1), Some(7), Some(64), Some(1000)] {
+            for softcap in [None, Some(2.0)] {
+                let attention = Attention { seq, heads, kv_heads, head_dim, scale: 0.3, softcap, window };
+                let q = random([windows * seq, heads * head_dim]);
+                let (k, v) = (random([windows * seq, kv_heads * head_dim]), random([windows * seq, kv_heads * head_dim]));
+                let found = difference(attention.run(q.clone(), k.clone(), v.clone()), attention.run_reference(q, k, v));
+                assert!(found < 5e-6, "{attention:?}: {found}");
+            }
+        }
+    }
+}
+
+#[test]
+fn gradients_flow_through_the_definitions() {
+    let device = Device::flex().autodiff();
+    let x = Tensor::<2>::random([6, 8], Distribution::Normal(0.0, 1.0), &device).require_grad();
+    let weight = Tensor::<1>::ones([8], &device);
+    let table = Table::new(&[1.0, 0.1], 1.0, 6);
+    let attention = Attention { seq: 6, heads: 2, kv_heads: 2, head_dim: 4, scale: 0.5, softcap: None, window: None };
+    let normed = rope(rms_norm(&x, &weight, 1e-5, false), 4, &table);
+    let mixed = gated(Activation::Silu, attention.run(normed.clone(), normed.clone(), normed.clone()), normed);
+    let gradients = mixed.sum().backward();
+    let gradient = values(x.grad(&gradients).unwrap());
+    assert!(gradient.iter().all(|value| value.is_finite()) && gradient.iter().any(|value| value.abs() > 1e-3));
+}

@@ -1,0 +1,91 @@
+//! The layers of the architecture (src/lib.rs): which module may use which, and what may stand only in one place.
+
+use std::path::Path;
+
+/// Modules in the order of the architecture, each with the modules that it may use.
+const LAYERS: &[(&str, &[&str])] = &[
+    ("error", &[]),
+    ("lanes", &[]),
+    ("matrix", &[]),
+    ("weight", &["matrix"]),
+    ("checkpoint", &["error", "lanes", "matrix", "weight"]),
+    ("device", &["error"]),
+    ("run", &["device", "error"]),
+    ("kernels", &["lanes", "matrix", "weight"]),
+    ("model", &["checkpoint", "error", "kernels", "matrix", "run", "weight"]),
+    ("calibrate", &["checkpoint", "error"]),
+    ("methods", &["error", "kernels", "matrix", "model", "weight"]),
+    ("formats", &["checkpoint", "error", "lanes", "weight"]),
+    ("plan", &["calibrate", "checkpoint", "error", "methods", "model", "weight"]),
+    ("evaluate", &["calibrate", "error", "kernels", "model", "run"]),
+    ("report", &["calibrate", "evaluate", "plan"]),
+    (
+        "compress",
+        &["calibrate", "checkpoint", "error", "evaluate", "formats", "matrix", "methods", "model", "plan", "report", "run", "weight"],
+    ),
+    ("embedded", &["error"]),
+];
+
+/// Modules that may use tensors.
+const TENSORS: &[&str] = &["device", "kernels", "model", "evaluate"];
+
+/// What is wrong with a source file of the library, given its path below `src/`.
+fn violations(path: &str, text: &str) -> Vec<String> {
+    let module = path.split(['/', '.']).next().unwrap_or("");
+    let code: String = text
+        .lines()
+        .take_while(|line| !line.contains("#[cfg(test)]"))
+        .filter(|line| !line.trim_start().starts_with("//"))
+        .collect::<Vec<_>>()
+        .join("\n");
+    let mut found = Vec::new();
+    if let Some((_, allowed)) = LAYERS.iter().find(|(name, _)| *name == module) {
+        for used in code.split("crate::").skip(1).map(|rest| rest.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap_or("")) {
+            let known = LAYERS.iter().any(|(name, _)| *name == used) || used == "cli";
+            if known && used != module && !allowed.contains(&used) {
+                found.push(format!("{path}: {module} may not use {used}"));
+            }
+        }
+        for forbidden in ["println!", "eprintln!", "process::exit", "env::var", "env::temp_dir", "env::args", "stdout()", "stderr()"] {
+            if code.contains(forbidden) {
+                found.push(format!("{path}: {forbidden} belongs to the command line"));
+            }
+        }
+    } else if !["lib", "main", "cli"].contains(&module) {
+        found.push(format!("{path}: a module without a place in the architecture"));
+    }
+    if (code.contains("burn::") || code.contains("burn_flex")) && !TENSORS.contains(&module) {
+        found.push(format!("{path}: {module} may not use tensors"));
+    }
+    if code.contains("load_block(") && !["model.rs", "model/walk.rs"].contains(&path) {
+        found.push(format!("{path}: only model/walk.rs loops over blocks"));
+    }
+    found
+}
+
+#[test]
+fn every_module_uses_only_what_is_below_it() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let found: Vec<String> = crate::tidy::sources(&root)
+        .iter()
+        .flat_map(|path| violations(path.strip_prefix(&root).unwrap().to_str().unwrap(), &std::fs::read_to_string(path).unwrap()))
+        .collect();
+    assert!(found.is_empty(), "{}", found.join("\n"));
+}
+
+#[test]
+fn planted_violations_are_found() {
+    for (path, text) in [
+        ("methods/wanda.rs", "use crate::formats::Format;"),
+        ("formats/dense.rs", "fn f() { crate::methods::read(); }"),
+        ("formats.rs", "use burn::tensor::Tensor;"),
+        ("model/forward.rs", "fn f() { println!(\"x\"); }"),
+        ("calibrate/corpus.rs", "fn f() { std::env::var(\"HOME\"); }"),
+        ("evaluate.rs", "let block = model.load_block(0)?;"),
+        ("weight/ints.rs", "use crate::checkpoint::Checkpoint;"),
+        ("utils.rs", ""),
+    ] {
+        assert!(!violations(path, text).is_empty(), "{path}: {text}");
+    }
+    assert!(violations("methods/wanda.rs", "use crate::kernels::select;\n// println!\n").is_empty());
+}
