@@ -39,17 +39,42 @@ pub struct Device {
 }
 
 impl Device {
-    /// Picks the device.
+    /// Picks the device. `auto` is the processor: until every kernel has its GPU twin, it is the faster of the two
+    /// for the small windows of calibration.
     ///
     /// # Errors
-    /// When a GPU is asked for: this version computes on the processor.
+    /// When the GPU asked for is not there, or the program was built without GPU support.
     pub fn pick(choice: Choice) -> Result<Self> {
         match choice {
             Choice::Auto | Choice::Cpu => Ok(Self::cpu()),
-            Choice::Gpu(number) => {
-                Err(Error::input(format!("--device gpu:{number}: this version computes on the processor only; use --device cpu")))
+            Choice::Gpu(number) => Self::gpu(number),
+        }
+    }
+
+    /// The GPU of this number, after it has computed something.
+    #[cfg(feature = "gpu")]
+    fn gpu(number: usize) -> Result<Self> {
+        use burn::tensor::{DeviceKind, Tensor};
+        let kinds = [DeviceKind::DiscreteGpu(number), DeviceKind::IntegratedGpu(number), DeviceKind::VirtualGpu(number), DeviceKind::Cpu];
+        for kind in kinds {
+            let name = format!("gpu:{number} ({kind:?})");
+            let works = std::panic::catch_unwind(|| {
+                let device = burn::tensor::Device::wgpu(kind);
+                let sum = Tensor::<1>::ones([4], &device).sum().into_data().try_into_vec::<f32>();
+                (sum == Ok(vec![4.0])).then_some(device)
+            });
+            if let Ok(Some(burn)) = works {
+                return Ok(Self { burn, name });
             }
         }
+        Err(Error::input(format!("--device gpu:{number}: no such adapter answers; use --device cpu")))
+    }
+
+    #[cfg(not(feature = "gpu"))]
+    fn gpu(number: usize) -> Result<Self> {
+        Err(Error::input(format!(
+            "--device gpu:{number}: this program was built without GPU support; build it with `--features gpu`, or use --device cpu"
+        )))
     }
 
     /// The processor.

@@ -1,4 +1,54 @@
-//! drawknife
+//! drawknife compresses large language models by quantization and pruning, and measures what that costs.
+//!
+//! # Bird's-eye view
+//!
+//! **Compression is a change of representation of a weight.** [`weight::Weight`] sits in the middle. [`methods`] turn one
+//! variant into another, [`formats`] write whichever variant they find, and neither knows the other. Decisions about the
+//! whole model are a [`plan`]: plain data that exists before any weight is read. There is one loop over blocks
+//! ([`model::walk`]), one transformer forward ([`model::forward`]), and one definition of every measure.
+//!
+//! # Data flow
+//!
+//! ```text
+//! recipe, preset, flags ──► Plan ──► tensors of the output ──► files laid out, headers written
+//! checkpoint (mapped, checked) ─┘                                   ▲
+//!     │                                                             │ bytes, as layers are done
+//!     ├─ Block ─► forward of the original ─► Seen (Σx², XᵀX) ─► methods ─► Block, compressed
+//! text ─► tokens ─► Hidden ─┴─ forward of the compressed ─► the next block's Hidden
+//! output, opened as a stranger would ─► evaluate against the original ─► report ─► rename into place
+//! ```
+//!
+//! Statistics hang on input *sites*, not on matrices: queries, keys and values read one input. Recipes that need no
+//! calibration never run a forward: they stream layer by layer, from stored bytes to packed integers.
+//!
+//! # Code map
+//!
+//! ```text
+//! cli ─► compress · evaluate · report                  the verbs: the only modules that know methods and formats
+//!           ├─► plan ─► methods ─► model ─► kernels     tensors: kernels, model, device, evaluate, nothing else
+//!           ├─► formats ─► checkpoint                   no tensors here
+//!           └─► calibrate ─► checkpoint                 text to windows of tokens
+//! everything ─► weight · matrix · lanes · error         plain data and plain loops
+//! ```
+//!
+//! Hidden states and statistics ([`model::hidden`], [`model::seen`]) stand beside the walk that owns them, so that
+//! `calibrate` is text alone and nothing depends in a circle.
+//!
+//! # Invariants
+//!
+//! - `methods` and `formats` never see each other; `formats` and `checkpoint` hold no tensors; `weight` does no input or
+//!   output. Nothing below `cli` prints, reads the environment or exits.
+//! - Only [`model::forward`] holds transformer mathematics, only [`model::walk`] loops over blocks, and an architecture is
+//!   a row of data ([`model::architecture`]).
+//! - On the processor, results do not depend on the number of threads or on the width of vector instructions: parallel
+//!   over rows, sums in fixed lanes, and windows cut into runs by their size alone.
+//! - A tensor's bytes are mapped while somebody holds them and no longer; one block is resident at a time.
+//! - The destination appears complete or not at all.
+//! - A new method, family, format or kernel is one file or row and one line in a table.
+//! - Unsafe code stands in [`checkpoint::shard`] (mapping) and [`kernels::gemm`] (calls of the gemm crate) alone.
+//!
+//! The tests `layering` and `tidy` check most of these.
+
 pub mod calibrate;
 pub mod checkpoint;
 pub mod cli;

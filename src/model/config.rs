@@ -155,7 +155,7 @@ fn head_dim(keys: &Keys<'_>, family: &Family, hidden: usize, heads: usize) -> Re
     let head_dim = match (keys.count("head_dim", 1 << 16)?, family.defaults.head_dim) {
         (Some(found), _) => found,
         (None, Some(default)) if !keys.0.contains_key("head_dim") => default,
-        _ if hidden % heads == 0 => hidden / heads,
+        _ if hidden.is_multiple_of(heads) => hidden / heads,
         _ => {
             return Err(Error::input(format!(
                 "config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and head_dim is absent"
