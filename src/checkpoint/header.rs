@@ -61,7 +61,8 @@ pub fn length(first: &[u8], file_bytes: u64) -> Result<u64, String> {
     };
     let length = u64::from_le_bytes(*word);
     let rest = file_bytes.saturating_sub(8);
-    if let Some(hint) = foreign(first) {
+    let plausible = (2..=rest).contains(&length) && first.get(8).is_none_or(|byte| b"{ \t\r\n".contains(byte));
+    if let Some(hint) = foreign(first).filter(|_| !plausible) {
         return Err(hint.into());
     }
     if length < 2 || length > rest {
@@ -339,6 +340,7 @@ mod tests {
             assert!(length(&word.to_le_bytes(), file).is_err(), "{word}");
         }
         assert_eq!(length(&92u64.to_le_bytes(), 100), Ok(92));
+        assert_eq!(length(b"\x80\x02\0\0\0\0\0\0{\"a", 1000), Ok(640), "a length that looks like the start of a pickle");
         assert!(length(b"abc", 3).unwrap_err().contains("3 bytes"));
         assert!(length(b"version https://git-lfs", 130).unwrap_err().contains("git lfs pull"));
         assert!(length(b"PK\x03\x04aaaaaa", 130).unwrap_err().contains("pickle"));
