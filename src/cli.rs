@@ -1,5 +1,6 @@
 //! The command line: arguments to one library call to a message.
 
+pub mod allocator;
 pub mod arguments;
 pub mod compress;
 pub mod eval;
@@ -35,6 +36,7 @@ pub struct Session {
 
 /// Runs the program and gives its exit code.
 pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    allocator::tune();
     let parsed = match Arguments::try_parse_from(arguments) {
         Ok(parsed) => parsed,
         Err(error) => return usage(&error),

@@ -288,7 +288,7 @@ fn evaluation_windows(options: &QualityOptions, folder: &Path, model: &Model<'_>
     };
     let tokenizer = Tokenizer::open(folder)?;
     let protocol = Protocol { seq: options.protocol.seq.min(model.config.max_positions), ..options.protocol };
-    let bos = tokenizer.named_token("bos_token").or(model.config.bos);
+    let bos = tokenizer.bos(model.config.bos);
     let windows = evaluate::windows(&text, &tokenizer, protocol, bos)?;
     corpus::check_tokens(&windows, model.config.vocabulary)?;
     Ok((windows, Evaluation { text: name, blake3: blake3::hash(text.as_bytes()).to_hex().to_string() }))

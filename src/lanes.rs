@@ -41,5 +41,15 @@ pub fn maximum(values: &[f32]) -> f32 {
             *highest = if value > *highest { value } else { *highest };
         }
     }
-    lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max)
+    for (highest, &value) in lanes.iter_mut().zip(rest) {
+        *highest = if value > *highest { value } else { *highest };
+    }
+    let mut width = 8;
+    while width > 0 {
+        for lane in 0..width {
+            lanes[lane] = if lanes[lane + width] > lanes[lane] { lanes[lane + width] } else { lanes[lane] };
+        }
+        width /= 2;
+    }
+    lanes[0]
 }

@@ -72,6 +72,12 @@ impl Tokenizer {
         self.inner.token_to_id(&self.named_text(key)?)
     }
 
+    /// The token that begins a text: what tokenizer_config.json says, also when it says none; without that file,
+    /// `fallback`.
+    pub fn bos(&self, fallback: Option<u32>) -> Option<u32> {
+        if self.config.is_null() { fallback } else { self.named_token("bos_token") }
+    }
+
     fn named_text(&self, key: &str) -> Option<String> {
         let value = &self.config[key];
         value.as_str().or_else(|| value["content"].as_str()).map(str::to_string)

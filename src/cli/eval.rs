@@ -42,7 +42,7 @@ pub fn run(arguments: &Eval, session: &Session) -> Result<()> {
         Some(path) => (shown_path(path), read_text(path)?),
         None => (format!("{} evaluation", builtin::VERSION), builtin::evaluation_text()),
     };
-    let bos = tokenizer.named_token("bos_token").or(model.config.bos);
+    let bos = tokenizer.bos(model.config.bos);
     let windows = windows(&text, &tokenizer, protocol, bos)?;
     check_tokens(&windows, model.config.vocabulary)?;
     let run = Run { device: &device, seed: session.seed.unwrap_or(0), observer: &session.progress, scratch: &std::env::temp_dir() };

@@ -20,7 +20,7 @@ const COMPARED: usize = 2;
 
 /// Memory that the activations of one run of windows may take, in bytes: many small windows share one matrix product,
 /// which reads the weights once.
-const RUN_BYTES: usize = 48 << 20;
+const RUN_BYTES: usize = 32 << 20;
 
 /// What happens to each block.
 pub trait Visitor {
