@@ -22,6 +22,9 @@ use crate::weight::Weight;
 /// Largest slice of the head that is decoded at once, in bytes of f32.
 const HEAD_SLICE_BYTES: usize = 32 << 20;
 
+/// What may stand before the names of a decoder's tensors.
+const PREFIXES: &[&str] = &["model.", "language_model.model.", "model.language_model.", ""];
+
 /// A decoder whose tensors were checked against its description.
 #[derive(Debug)]
 pub struct Model<'a> {
@@ -41,9 +44,7 @@ impl<'a> Model<'a> {
     /// One line naming the first tensor that is missing or wrong.
     pub fn open(checkpoint: &'a Checkpoint, source: &'a dyn Source) -> Result<Self> {
         let config = Config::read(&checkpoint.config).map_err(|error| error.file(&checkpoint.folder))?;
-        let norm =
-            checkpoint.names().find_map(|name| name.strip_suffix("norm.weight").filter(|rest| rest.is_empty() || rest.ends_with("model.")));
-        let prefix = norm.unwrap_or("model.").to_string();
+        let prefix = PREFIXES.iter().find(|prefix| checkpoint.has(&format!("{prefix}norm.weight"))).unwrap_or(&PREFIXES[0]).to_string();
         let own = format!("{prefix}embed_tokens.weight");
         let separate = if checkpoint.has("lm_head.weight") {
             "lm_head.weight".to_string()

@@ -170,7 +170,7 @@ fn head_dim(keys: &Keys<'_>, family: &Family, hidden: usize, heads: usize) -> Re
 
 fn activation(keys: &Keys<'_>, family: &Family) -> Result<Activation> {
     let (key, default) = family.activation;
-    match keys.text(key).or_else(|| keys.text("hidden_act")) {
+    match keys.text(key) {
         None => Ok(default),
         Some("silu" | "swish") => Ok(Activation::Silu),
         Some("gelu_pytorch_tanh" | "gelu_tanh") => Ok(Activation::GeluTanh),
