@@ -7,10 +7,15 @@ use drawknife::kernels::rms_norm::{rms_norm, rms_norm_reference};
 use drawknife::kernels::rope::{Table, rope, rope_reference};
 use drawknife::kernels::{tensor, values};
 
+thread_local! {
+    /// Every tensor of a test differs from the others.
+    static CALLS: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
+}
+
 /// Numbers of about normal spread, the same in every run.
 fn random<const D: usize>(shape: [usize; D]) -> Tensor<D> {
     let count: usize = shape.iter().product();
-    let mut state = 0x2545_f491_4f6c_dd1du64 ^ count as u64;
+    let mut state = CALLS.replace(CALLS.get() + 1) ^ 0x2545_f491_4f6c_dd1d;
     let mut uniform = || {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (state >> 40) as f32 / (1u64 << 24) as f32 - 0.5
