@@ -13,24 +13,24 @@ use crate::evaluate::Bos;
     name = "drawknife",
     version,
     about,
-    long_about = "Compresses Hugging Face checkpoints by quantization and pruning, block by block, so that a model\nfar larger than memory fits, and measures the quality of what it wrote.\n\nStart with `drawknife compress` alone: it compresses a small built-in model.",
-    after_help = "Exit codes: 0 done, 1 failure while running, 2 wrong usage or input, 3 gate failed, 4 gate inconclusive,\n5 output does not verify, 130/143 interrupted."
+    long_about = "Compresses Hugging Face checkpoints by quantization and pruning, block by block, so that\na model far larger than memory fits, and measures the quality of what it wrote.\n\nStart with `drawknife compress` alone: it compresses a small built-in model.",
+    after_help = "Exit codes: 0 done, 1 failure while running, 2 wrong usage or input, 3 gate failed,\n4 gate inconclusive, 5 output does not verify, 130/143 interrupted."
 )]
 pub struct Arguments {
     /// Print one JSON object and nothing else on standard output.
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = "General")]
     pub json: bool,
     /// Print only results and errors.
-    #[arg(long, short, global = true)]
+    #[arg(long, short, global = true, help_heading = "General")]
     pub quiet: bool,
     /// Print every layer.
-    #[arg(long, short, global = true)]
+    #[arg(long, short, global = true, help_heading = "General")]
     pub verbose: bool,
     /// Threads to compute with [default: one per core]; results do not depend on it.
-    #[arg(long, global = true, value_name = "N")]
+    #[arg(long, global = true, help_heading = "General", value_name = "N")]
     pub threads: Option<usize>,
     /// Seed of random choices [default: that of the recipe, 0].
-    #[arg(long, global = true, value_name = "N")]
+    #[arg(long, global = true, help_heading = "General", value_name = "N")]
     pub seed: Option<u64>,
     /// What to do.
     #[command(subcommand)]
@@ -49,7 +49,7 @@ pub enum Command {
     Plan(Compress),
     /// Measure perplexity, and divergence from a reference model on the same tokens.
     #[command(
-        after_help = "Windows do not overlap, the tail is dropped, and the first token of a window is not scored. Perplexities\nare comparable only with equal text, --seq and --bos."
+        after_help = "Windows do not overlap, the tail is dropped, and the first token of a window is not\nscored. Perplexities are comparable only with equal text, --seq and --bos."
     )]
     Eval(Eval),
     /// Show what a checkpoint is: architecture, sizes, what would be compressed.

@@ -54,13 +54,14 @@ pub fn doctor(session: &Session) -> Result<()> {
         say_json(&json!({
             "version": env!("CARGO_PKG_VERSION"), "device": device.name, "simd": simd(), "threads": rayon::current_num_threads(),
             "memory_bytes": total, "memory_available_bytes": available, "disk_free_bytes": free_here,
-            "temporary_folder": temporary, "temporary_free_bytes": free_temporary, "gpus": [],
+            "temporary_folder": temporary, "temporary_free_bytes": free_temporary, "gpu_support": cfg!(feature = "gpu"),
         }));
         return Ok(());
     }
     say(&format!("drawknife  {}", env!("CARGO_PKG_VERSION")));
     say(&format!("compute    {}", device.name));
-    say("gpu        not used by this version");
+    let gpu = if cfg!(feature = "gpu") { "used with --device gpu" } else { "not used: this program was built without GPU support" };
+    say(&format!("gpu        {gpu}"));
     say(&format!("memory     {} of {} available", bytes(available), bytes(total)));
     say(&format!(
         "disk       {} free here, {} free in {} (hidden states go there when they outgrow memory)",
