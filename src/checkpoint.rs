@@ -23,8 +23,10 @@ use crate::weight::{Float, Stored};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
-/// Longest JSON side file that is parsed, in bytes.
-const JSON_BYTES: u64 = 256 << 20;
+/// Longest configuration that is parsed, in bytes.
+const JSON_BYTES: u64 = 4 << 20;
+/// Longest index that is parsed, in bytes.
+const INDEX_BYTES: u64 = 256 << 20;
 
 /// An opened and checked model folder.
 #[derive(Debug)]
@@ -208,21 +210,40 @@ impl Checkpoint {
     /// # Errors
     /// When the folder cannot be listed.
     pub fn side_files(&self) -> Result<Vec<PathBuf>> {
-        let entries = std::fs::read_dir(&self.folder).map_err(|error| Error::unreadable(&self.folder, &error))?;
-        let mut files = Vec::new();
-        for entry in entries {
-            let path = entry.map_err(|error| Error::unreadable(&self.folder, &error))?.path();
-            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            let weights =
-                [".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"].iter().any(|end| name.ends_with(end));
-            let index = name.ends_with(".safetensors.index.json") || name.ends_with(".bin.index.json");
-            if path.is_file() && !weights && !index && !name.starts_with('.') && name != "config.json" {
-                files.push(path);
-            }
-        }
-        files.sort();
-        Ok(files)
+        Ok(self.listing()?.into_iter().filter(|path| is_side_file(path)).collect())
     }
+
+    /// Names of what is in the folder and is neither read nor a side file: folders, weights in other formats, weight
+    /// files that the index does not name.
+    ///
+    /// # Errors
+    /// When the folder cannot be listed.
+    pub fn left_behind(&self) -> Result<Vec<String>> {
+        let read = |path: &PathBuf| self.shards.iter().any(|shard| shard.path.file_name() == path.file_name());
+        let name = |path: &PathBuf| shown(&path.file_name().unwrap_or_default().to_string_lossy());
+        let known = |name: &String| name == "config.json" || name == INDEX || name.starts_with('.');
+        Ok(self.listing()?.iter().filter(|path| !is_side_file(path) && !read(path)).map(name).filter(|name| !known(name)).collect())
+    }
+
+    fn listing(&self) -> Result<Vec<PathBuf>> {
+        let entries = std::fs::read_dir(&self.folder).map_err(|error| Error::unreadable(&self.folder, &error))?;
+        let mut paths =
+            entries.map(|entry| Ok(entry.map_err(|error| Error::unreadable(&self.folder, &error))?.path())).collect::<Result<Vec<_>>>()?;
+        paths.sort();
+        Ok(paths)
+    }
+
+    /// `__metadata__` of all files together.
+    pub fn metadata(&self) -> BTreeMap<String, String> {
+        self.shards.iter().flat_map(|shard| shard.header.metadata.clone()).collect()
+    }
+}
+
+fn is_side_file(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let weights = [".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"].iter().any(|end| name.ends_with(end));
+    let index = name.ends_with(".safetensors.index.json") || name.ends_with(".bin.index.json");
+    path.is_file() && !weights && !index && !name.starts_with('.') && name != "config.json"
 }
 
 fn expect(info: &TensorInfo, shape: &[usize]) -> Result<()> {
@@ -334,7 +355,7 @@ fn read_index(path: &Path) -> Result<WeightMap> {
     struct Index {
         weight_map: Map,
     }
-    let bytes = read_file(path, JSON_BYTES)?;
+    let bytes = read_file(path, INDEX_BYTES)?;
     let index: Index = serde_json::from_slice(&bytes).map_err(|error| Error::input(format!("{error}")).file(path))?;
     if index.weight_map.0.is_empty() {
         return Err(Error::input("weight_map is empty").file(path));

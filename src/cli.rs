@@ -11,6 +11,7 @@ pub mod text;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
+use std::sync::Mutex;
 
 use clap::Parser;
 use clap::error::ErrorKind;
@@ -34,6 +35,9 @@ pub struct Session {
     pub progress: Progress,
 }
 
+/// What a library said when it failed; shown only when nothing catches the failure, so that an error stays one line.
+static LAST_PANIC: Mutex<String> = Mutex::new(String::new());
+
 /// Runs the program and gives its exit code.
 pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     allocator::tune();
@@ -41,6 +45,11 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(parsed) => parsed,
         Err(error) => return usage(&error),
     };
+    std::panic::set_hook(Box::new(|info| {
+        if let Ok(mut last) = LAST_PANIC.lock() {
+            *last = info.to_string();
+        }
+    }));
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(parsed)));
     match result {
         Ok(Ok(())) => ExitCode::SUCCESS,
@@ -49,7 +58,8 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             ExitCode::from(error.exit_code())
         }
         Err(_) => {
-            text::complain("error: internal failure, the lines above say where; nothing was written. Please report it");
+            let what = LAST_PANIC.lock().map(|last| last.clone()).unwrap_or_default();
+            text::complain(&format!("error: {}", Error::run(format!("internal failure, nothing was written; please report it: {what}"))));
             ExitCode::from(1)
         }
     }

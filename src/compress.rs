@@ -3,13 +3,14 @@
 pub mod destination;
 pub mod layers;
 
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use crate::calibrate::corpus::{self, Packed};
 use crate::calibrate::tokens::Tokenizer;
 use crate::calibrate::{builtin, corpus::Source as Text};
 use crate::checkpoint::source::Source;
-use crate::checkpoint::{Checkpoint, read_file};
+use crate::checkpoint::{Checkpoint, float_of, read_file};
 use crate::compress::destination::Destination;
 use crate::compress::layers::{Compressor, candidates};
 use crate::error::{Error, Result};
@@ -25,6 +26,7 @@ use crate::plan::Plan;
 use crate::plan::recipe::Recipe;
 use crate::report::{self, Evaluation, ModelFacts, Report, SCHEMA, Size};
 use crate::run::Run;
+use crate::weight::Storage;
 
 /// What to compress, how, and where to.
 #[derive(Debug, Clone)]
@@ -78,7 +80,7 @@ impl Prepared {
     ///
     /// # Errors
     /// One line that names the first thing that is wrong.
-    pub fn new(job: Job) -> Result<Self> {
+    pub fn new(mut job: Job) -> Result<Self> {
         let checkpoint = Checkpoint::open(&job.model)?;
         if formats::quantization(&checkpoint).is_some() {
             return Err(Error::input("config.json: the model is quantized already; compress the original checkpoint").file(&job.model));
@@ -103,23 +105,24 @@ impl Prepared {
                 "model_type `{model_type}` is unknown: layers were chosen by name and shape, and quality cannot be measured"
             ));
         }
-        let (mut calibration, mut evaluation, mut memory_bytes) = (None, None, 200 << 20);
+        let (mut calibration, mut evaluation, mut memory_bytes) = (None, None, 230 << 20);
         if let Some(model) = &model {
-            let options = job.recipe.packing(model.config.max_positions)?;
-            let tokenizer = || Tokenizer::open(&job.model);
-            if needs > Needs::Nothing {
-                calibration = Some(corpus::pack(&options, tokenizer, model.config.eos.first().copied(), model.config.vocabulary)?);
-            }
+            calibration = calibration_windows(&mut job, model, needs, &mut notes)?;
+            evaluation = evaluation_windows(&job, model, &mut notes)?;
             memory_bytes += 2 * model.block_bytes();
-            if let Some(options) = &job.quality {
-                match evaluation_windows(options, &job.model, model) {
-                    Ok(windows) => evaluation = Some(windows),
-                    Err(error) if options.text.is_none() => notes.push(format!("quality was not measured: {error}")),
-                    Err(error) => return Err(error),
-                }
-            }
+        }
+        notes.extend(side_notes(&checkpoint, &plan, format)?);
+        if overlaps(&job) {
+            notes.push("quality is measured on the calibration text itself: the figures flatter".into());
+        }
+        if !job.recipe.gate.is_empty() && evaluation.is_none() {
+            return Err(Error::input(format!(
+                "the gate cannot be decided: {}",
+                notes.last().map_or("quality is not measured", String::as_str)
+            )));
         }
         let entries = entries(&checkpoint, &plan, format);
+        unique(&entries).map_err(|error| error.file(&job.model))?;
         let tensors = || checkpoint.names().filter_map(|name| checkpoint.info(name));
         let size = Size {
             bytes_before: tensors().map(crate::checkpoint::TensorInfo::bytes).sum(),
@@ -144,7 +147,7 @@ impl Prepared {
         let folder = destination.folder().to_path_buf();
         let side: u64 = self.checkpoint.side_files()?.iter().filter_map(|path| path.metadata().ok()).map(|file| file.len()).sum();
         destination.has_room(self.size.bytes_after + side)?;
-        let mut output = Output::create(&folder, &self.entries, self.job.recipe.shard_bytes()?)?;
+        let mut output = Output::create(&folder, &self.entries, self.job.recipe.shard_bytes()?, &self.checkpoint.metadata())?;
         let mut compressor = Compressor::new(&self.plan, self.format, &mut output, self.job.recipe.report.layer_error);
         let source = crate::checkpoint::source::Plain;
         if needs(&self.job.recipe, &self.plan) == Needs::Nothing {
@@ -184,7 +187,7 @@ impl Prepared {
     /// Copies every tensor that no method works on, byte for byte.
     fn carry(&self, output: &mut Output, run: &Run<'_>) -> Result<()> {
         const PIECE: u64 = 8 << 20;
-        let replaced: std::collections::HashSet<String> = self
+        let replaced: HashSet<String> = self
             .plan
             .layers
             .iter()
@@ -214,7 +217,7 @@ impl Prepared {
         }
         let outlined: Vec<_> = self.plan.layers.iter().map(|layer| layer.outlined.clone()).collect();
         let config = folder.join("config.json");
-        match (self.format.config)(&outlined) {
+        match (self.format.config)(&outlined, &self.carried_matrices()) {
             None => {
                 let bytes = read_file(&self.job.model.join("config.json"), 256 << 20)?;
                 std::fs::write(&config, bytes).map_err(|error| Error::io(&config, &error))
@@ -225,6 +228,14 @@ impl Prepared {
                 write_json(&config, &value)
             }
         }
+    }
+
+    /// Modules with a matrix of floats that no plan speaks of, embeddings aside: a loader must not expect them packed.
+    fn carried_matrices(&self) -> Vec<String> {
+        let planned: HashSet<&str> = self.plan.layers.iter().map(|layer| layer.outlined.name.as_str()).collect();
+        let matrix = |name: &&str| self.checkpoint.info(name).is_some_and(|info| info.shape.len() == 2 && float_of(info.dtype).is_some());
+        let modules = self.checkpoint.names().filter(matrix).filter_map(|name| name.strip_suffix(".weight"));
+        modules.filter(|name| !planned.contains(name) && !name.contains("embed") && !name.contains("wte")).map(str::to_string).collect()
     }
 
     /// Opens what was written as a stranger would and compares it with the plan.
@@ -261,7 +272,7 @@ fn needs(recipe: &Recipe, plan: &Plan) -> Needs {
 
 /// The tensors of the output, in the order of the input.
 fn entries(checkpoint: &Checkpoint, plan: &Plan, format: &Format) -> Vec<Entry> {
-    let mut replaced: std::collections::HashMap<String, Vec<Entry>> = plan
+    let mut replaced: HashMap<String, Vec<Entry>> = plan
         .layers
         .iter()
         .filter(|layer| layer.outlined.storage.is_some())
@@ -281,7 +292,46 @@ fn entries(checkpoint: &Checkpoint, plan: &Plan, format: &Format) -> Vec<Entry> 
     entries
 }
 
-fn evaluation_windows(options: &QualityOptions, folder: &Path, model: &Model<'_>) -> Result<(Vec<Vec<u32>>, Evaluation)> {
+/// Refuses an output in which two tensors would have one name.
+fn unique(entries: &[Entry]) -> Result<()> {
+    let mut names = HashSet::new();
+    match entries.iter().find(|entry| !names.insert(entry.name.as_str())) {
+        Some(twice) => {
+            Err(Error::input("already in the checkpoint, but the output needs this name; remove the stray tensor").tensor(&twice.name))
+        }
+        None => Ok(()),
+    }
+}
+
+/// The calibration windows, when a method needs them; the recipe then says how long they are.
+fn calibration_windows(job: &mut Job, model: &Model<'_>, needs: Needs, notes: &mut Vec<String>) -> Result<Option<Packed>> {
+    let options = job.recipe.packing(model.config.max_positions)?;
+    if needs == Needs::Nothing {
+        return Ok(None);
+    }
+    let packed = corpus::pack(&options, || Tokenizer::open(&job.model), model.config.eos.first().copied(), model.config.vocabulary)?;
+    fits(&packed.windows, model.config.max_positions)?;
+    if packed.counts.end_of_text.is_none() && packed.counts.documents > 1 {
+        notes.push("the model names no end-of-text token: documents follow each other without one".into());
+    }
+    job.recipe.calibration.seq = Some(options.seq);
+    Ok(Some(packed))
+}
+
+/// The evaluation windows; without a tokenizer or with too short a built-in text there are none, and a note says so.
+fn evaluation_windows(job: &Job, model: &Model<'_>, notes: &mut Vec<String>) -> Result<Option<(Vec<Vec<u32>>, Evaluation)>> {
+    let Some(options) = &job.quality else { return Ok(None) };
+    match tokenized(options, &job.model, model) {
+        Ok(windows) => Ok(Some(windows)),
+        Err(error) if options.text.is_none() => {
+            notes.push(format!("quality cannot be measured: {error}"));
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+fn tokenized(options: &QualityOptions, folder: &Path, model: &Model<'_>) -> Result<(Vec<Vec<u32>>, Evaluation)> {
     let (name, text) = match &options.text {
         Some(path) => (path.file_name().unwrap_or_default().to_string_lossy().into_owned(), corpus::read_text(path)?),
         None => (format!("{} evaluation", builtin::VERSION), builtin::evaluation_text()),
@@ -295,10 +345,48 @@ fn evaluation_windows(options: &QualityOptions, folder: &Path, model: &Model<'_>
 }
 
 /// Whether a recipe calibrates on the file that quality is to be measured on.
-pub fn overlaps(job: &Job) -> bool {
-    let text = job.quality.as_ref().and_then(|options| options.text.as_ref());
-    let sources = job.recipe.calibration.source.0.iter().filter_map(|source| source.parse::<Text>().ok());
-    text.is_some_and(|text| sources.into_iter().any(|source| source == Text::File(text.clone())))
+fn overlaps(job: &Job) -> bool {
+    let same = |a: &Path, b: &Path| a.canonicalize().ok().is_some_and(|a| b.canonicalize().ok() == Some(a));
+    let text = job.quality.as_ref().and_then(|options| options.text.as_deref());
+    let sources =
+        job.recipe.calibration.source.0.iter().flat_map(|source| source.split(',')).filter_map(|source| source.trim().parse::<Text>().ok());
+    text.is_some_and(|text| sources.into_iter().any(|source| matches!(source, Text::File(path) if same(&path, text))))
+}
+
+/// Refuses windows that are longer than the model takes.
+fn fits(windows: &[Vec<u32>], max_positions: usize) -> Result<()> {
+    match windows.iter().position(|window| window.len() > max_positions) {
+        Some(number) => {
+            let length = windows[number].len();
+            Err(Error::input(format!("calibration: window {number} has {length} tokens, the model takes {max_positions}; cut it")))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Names what of the folder stays behind, and sets of layers that servers fuse but that now differ.
+fn side_notes(checkpoint: &Checkpoint, plan: &Plan, format: &Format) -> Result<Vec<String>> {
+    let mut notes = Vec::new();
+    let behind = checkpoint.left_behind()?;
+    if !behind.is_empty() {
+        notes.push(format!("not copied: {}", behind.join(", ")));
+    }
+    let mut sets: BTreeMap<String, Vec<Option<Storage>>> = BTreeMap::new();
+    for layer in &plan.layers {
+        let (parent, last) = layer.outlined.name.rsplit_once('.').unwrap_or(("", &layer.outlined.name));
+        let set = match last {
+            "q_proj" | "k_proj" | "v_proj" => "q_proj, k_proj and v_proj",
+            "gate_proj" | "up_proj" => "gate_proj and up_proj",
+            _ => continue,
+        };
+        sets.entry(format!("{set} of {parent}")).or_default().push(layer.outlined.storage);
+    }
+    let mixed: Vec<&String> =
+        sets.iter().filter(|(_, storages)| storages.iter().any(|one| one != &storages[0])).map(|(set, _)| set).collect();
+    if let (Some(first), "compressed-tensors") = (mixed.first(), format.name) {
+        notes.push(format!("{first} have different schemes, which vLLM cannot load because it fuses them ({} such sets)", mixed.len()));
+    }
+    Ok(notes)
 }
 
 /// The expected peak memory as a person reads it.

@@ -98,8 +98,23 @@ pub fn shown_path(path: &Path) -> String {
     path.to_string_lossy().chars().flat_map(|c| if c.is_control() { c.escape_debug().collect::<Vec<_>>() } else { vec![c] }).collect()
 }
 
+/// One line of bounded length without anything that controls a terminal.
 fn one_line(message: &str) -> String {
-    message.split(['\n', '\r']).map(str::trim).filter(|part| !part.is_empty()).collect::<Vec<_>>().join("; ")
+    const LONGEST: usize = 800;
+    let joined = message.split(['\n', '\r']).map(str::trim).filter(|part| !part.is_empty()).collect::<Vec<_>>().join("; ");
+    let controls = |c: char| c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    let mut out = String::new();
+    for c in joined.chars().take(LONGEST) {
+        if controls(c) {
+            out.extend(c.escape_unicode());
+        } else {
+            out.push(c);
+        }
+    }
+    if joined.chars().nth(LONGEST).is_some() {
+        out.push('…');
+    }
+    out
 }
 
 #[cfg(test)]
@@ -112,6 +127,12 @@ mod tests {
         assert_eq!(error.to_string(), "x/y.safetensors: tensor a\\u{1b}[31m: found 3; needed 4");
         assert_eq!(error.exit_code(), 2);
         assert_eq!(Error::new(Fault::Interrupted(15), "").exit_code(), 143);
+    }
+
+    #[test]
+    fn nothing_in_a_message_controls_a_terminal_or_floods_it() {
+        let error = Error::input(format!("a\u{1b}[2Jb\u{202e}c\u{9b}{}", "x".repeat(5000))).to_string();
+        assert!(error.starts_with("a\\u{1b}[2Jb\\u{202e}c\\u{9b}xxx") && error.chars().count() < 900);
     }
 
     #[test]

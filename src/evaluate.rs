@@ -1,6 +1,7 @@
 //! Perplexity and, against a reference model, divergence: paired on the same tokens, streamed block by block and
 //! through the head slice by slice (protocol: methods-pruning §6).
 
+use std::ops::Range;
 use std::str::FromStr;
 
 use burn::tensor::Tensor;
@@ -15,6 +16,9 @@ use crate::model::hidden::{BUDGET_BYTES, Hidden};
 use crate::model::walk::{Pass, embed, walk};
 use crate::model::{Model, forward};
 use crate::run::Run;
+
+/// Tokens whose logits exist at once, per thread.
+const TOKENS_AT_ONCE: usize = 512;
 
 /// Where the token that begins a text goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -105,6 +109,9 @@ pub struct Against {
 /// # Errors
 /// When the text is shorter than one window or the tokenizer fails.
 pub fn windows(text: &str, tokenizer: &Tokenizer, protocol: Protocol, bos: Option<u32>) -> Result<Vec<Vec<u32>>> {
+    if protocol.seq < 2 {
+        return Err(Error::input(format!("windows of {} tokens predict nothing; use --seq 2 or more", protocol.seq)));
+    }
     let mut tokens = tokenizer.encode(text, protocol.bos == Bos::Once)?;
     if let Some(limit) = protocol.max_tokens {
         tokens.truncate(limit);
@@ -181,30 +188,28 @@ fn score(
         };
         let own_head = rows(model)?;
         let reference_head = reference.map(|(reference, _)| rows(reference)).transpose()?;
-        let logits = |model: &Model<'_>, x: Vec<f32>, norm: &Tensor<1>, head: &Tensor<2>| {
-            let tokens = x.len() / model.config.hidden - 1;
-            let x: Tensor<2> = tensor(x[..tokens * model.config.hidden].to_vec(), [tokens, model.config.hidden], device);
+        let logits = |model: &Model<'_>, states: &[f32], tokens: Range<usize>, norm: &Tensor<1>, head: &Tensor<2>| {
+            let (width, count) = (model.config.hidden, tokens.len());
+            let x: Tensor<2> = tensor(states[tokens.start * width..tokens.end * width].to_vec(), [count, width], device);
             values(forward::logits(&model.config, forward::final_norm(&model.config, &x, norm), head.clone()))
         };
         for first in (0..windows.len()).step_by(rayon::current_num_threads()) {
             run.check_stop()?;
             let batch = first..(first + rayon::current_num_threads()).min(windows.len());
             pairs[batch.clone()].par_iter_mut().zip(batch.clone()).try_for_each(|(pairs, window)| -> Result<()> {
-                let own = logits(model, own.read(window..window + 1)?, &own_norm, &own_head);
-                let other = match (reference, &reference_norm, &reference_head) {
-                    (Some((reference, hidden)), Some(norm), Some(head)) => {
-                        Some(logits(reference, hidden.read(window..window + 1)?, norm, head))
-                    }
-                    _ => None,
-                };
-                let width = slice.len();
-                pairs.par_iter_mut().enumerate().with_min_len(32).for_each(|(token, pair)| {
-                    let (target, row) = (windows[window][token + 1], token * width..(token + 1) * width);
-                    match &other {
-                        Some(other) => pair.add(&own[row.clone()], &other[row], slice.start as u32, target),
-                        None => pair.model.add(&own[row], slice.start as u32, target),
-                    }
-                });
+                let states = own.read(window..window + 1)?;
+                let other_states = reference.map(|(_, hidden)| hidden.read(window..window + 1)).transpose()?;
+                for (number, pairs) in pairs.chunks_mut(TOKENS_AT_ONCE).enumerate() {
+                    let first = number * TOKENS_AT_ONCE;
+                    let tokens = first..first + pairs.len();
+                    let own = logits(model, &states, tokens.clone(), &own_norm, &own_head);
+                    let other = match (reference, &other_states, &reference_norm, &reference_head) {
+                        (Some((reference, _)), Some(states), Some(norm), Some(head)) => Some(logits(reference, states, tokens, norm, head)),
+                        _ => None,
+                    };
+                    let targets = &windows[window][first + 1..];
+                    add_logits(pairs, &own, other.as_deref(), slice.start as u32, targets);
+                }
                 Ok(())
             })?;
             run.observer.step(batch.len() as u64, "");
@@ -219,10 +224,22 @@ fn score(
         agrees: pair.model.best() == pair.reference.best(),
     };
     let scores: Vec<Vec<Score>> = pairs.iter().map(|pairs| pairs.iter().map(score).collect()).collect();
-    match scores.iter().flatten().find(|score| !score.nll.is_finite() || !score.divergence.is_finite()) {
+    match scores.iter().flatten().find(|score| ![score.nll, score.reference_nll, score.divergence].iter().all(|value| value.is_finite())) {
         Some(_) => Err(Error::run("the model gives predictions that are not finite; it is damaged")),
         None => Ok(scores),
     }
+}
+
+/// Takes the logits of one slice of the vocabulary, which begins at `first`, into the predictions of some tokens.
+fn add_logits(pairs: &mut [Pair], own: &[f32], other: Option<&[f32]>, first: u32, targets: &[u32]) {
+    let width = own.len() / pairs.len().max(1);
+    pairs.par_iter_mut().enumerate().with_min_len(32).for_each(|(token, pair)| {
+        let row = token * width..(token + 1) * width;
+        match other {
+            Some(other) => pair.add(&own[row.clone()], &other[row], first, targets[token]),
+            None => pair.model.add(&own[row], first, targets[token]),
+        }
+    });
 }
 
 fn summary(scores: &[Vec<Score>], seq: usize, bos: Bos, paired: bool) -> Quality {

@@ -44,8 +44,8 @@ pub struct Format {
     pub entries: fn(&Outlined) -> Vec<Entry>,
     /// The bytes of those tensors, in the same order.
     pub encode: fn(&Weight, Float) -> Vec<Vec<u8>>,
-    /// What config.json says of the format, as `quantization_config`.
-    pub config: fn(&[Outlined]) -> Option<Value>,
+    /// What config.json says of the format, as `quantization_config`; `carried` names the other matrices of the model.
+    pub config: fn(&[Outlined], carried: &[String]) -> Option<Value>,
 }
 
 impl std::fmt::Debug for Format {
@@ -88,5 +88,5 @@ pub fn open(checkpoint: &Checkpoint) -> Result<Box<dyn Source>> {
 
 /// The quantization section of a checkpoint's config.json.
 pub fn quantization(checkpoint: &Checkpoint) -> Option<&Value> {
-    ["quantization_config", "compression_config"].iter().find_map(|key| checkpoint.config.get(*key)).filter(|config| !config.is_null())
+    ["quantization_config", "compression_config"].iter().filter_map(|key| checkpoint.config.get(*key)).find(|config| !config.is_null())
 }

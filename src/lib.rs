@@ -40,8 +40,8 @@
 //!   output. Nothing below `cli` prints, reads the environment or exits.
 //! - Only [`model::forward`] holds transformer mathematics, only [`model::walk`] loops over blocks, and an architecture is
 //!   a row of data ([`model::architecture`]).
-//! - On the processor, results do not depend on the number of threads or on the width of vector instructions: parallel
-//!   over rows, sums in fixed lanes, and windows cut into runs by their size alone.
+//! - On the processor, results do not depend on the number of threads: parallel over rows, sums in fixed lanes, and
+//!   windows cut into runs by their size alone. Matrix products may round differently on another kind of processor.
 //! - A tensor's bytes are mapped while somebody holds them and no longer; one block is resident at a time.
 //! - The destination appears complete or not at all.
 //! - A new method, family, format or kernel is one file or row and one line in a table.

@@ -9,7 +9,7 @@ use std::fmt::Debug;
 
 use crate::error::{Error, Result};
 use crate::model::seen::{Needs, Statistics};
-use crate::weight::{Float, Storage, Weight};
+use crate::weight::{Float, Pattern, Storage, Weight};
 
 /// What a method is told about one linear layer.
 #[derive(Debug, Clone, Copy)]
@@ -117,21 +117,30 @@ pub fn change(before: &[f32], after: &[f32]) -> [f64; 2] {
     parts.iter().fold([0.0; 2], |total, part| [total[0] + part[0], total[1] + part[1]])
 }
 
-/// Refuses a share of weights to prune outside 0..1.
-pub(crate) fn sound_sparsity(sparsity: f64) -> Result<()> {
-    if (0.0..1.0).contains(&sparsity) {
-        return Ok(());
+/// The share of weights to prune: what is asked for, 0.5 when nothing is; an N:M pattern has its own.
+pub(crate) fn share(sparsity: Option<f64>, pattern: Pattern) -> Result<f64> {
+    let own = match pattern {
+        Pattern::Unstructured => None,
+        Pattern::Blocks { kept, of } => Some(1.0 - kept as f64 / of as f64),
+    };
+    match (sparsity, own) {
+        (Some(asked), _) if !(0.0..1.0).contains(&asked) => {
+            Err(Error::input(format!("sparsity is {asked}, it must be at least 0 and below 1, like 0.5")))
+        }
+        (Some(asked), Some(own)) if (asked - own).abs() > 1e-9 => {
+            Err(Error::input(format!("sparsity {asked} contradicts the pattern {pattern}, which prunes {own}; leave sparsity out")))
+        }
+        (asked, own) => Ok(own.or(asked).unwrap_or(0.5)),
     }
-    Err(Error::input(format!("sparsity is {sparsity}, it must be at least 0 and below 1, like 0.5")))
 }
 
 /// Refuses pruning what is no longer floats, and an N:M pattern whose blocks do not divide the columns.
-pub(crate) fn prunable(before: Storage, columns: usize, pattern: crate::weight::Pattern) -> Result<()> {
+pub(crate) fn prunable(before: Storage, columns: usize, pattern: Pattern) -> Result<()> {
     if let Storage::Ints { .. } = before {
         return Err(Error::input("pruning after quantization is unsound: put the pruning stage first"));
     }
     match pattern {
-        crate::weight::Pattern::Blocks { of, .. } if !columns.is_multiple_of(of) => Err(Error::input(format!(
+        Pattern::Blocks { of, .. } if !columns.is_multiple_of(of) => Err(Error::input(format!(
             "pattern {pattern}: {columns} columns are not a multiple of {of}; use another pattern or skip the layer"
         ))),
         _ => Ok(()),

@@ -25,6 +25,9 @@ const HEAD_SLICE_BYTES: usize = 32 << 20;
 /// What may stand before the names of a decoder's tensors.
 const PREFIXES: &[&str] = &["model.", "language_model.model.", "model.language_model.", ""];
 
+/// Most rows of a slice of the head: logits exist for so many tokens of the vocabulary at once.
+const HEAD_SLICE_ROWS: usize = 8192;
+
 /// A decoder whose tensors were checked against its description.
 #[derive(Debug)]
 pub struct Model<'a> {
@@ -49,7 +52,7 @@ impl<'a> Model<'a> {
         let separate = if checkpoint.has("lm_head.weight") {
             "lm_head.weight".to_string()
         } else {
-            format!("{}lm_head.weight", prefix.trim_end_matches("model."))
+            format!("{}lm_head.weight", prefix.strip_suffix("model.").unwrap_or(prefix.as_str()))
         };
         let (embedding, head) = match (checkpoint.has(&own), checkpoint.has(&separate), config.tied) {
             (true, true, _) => (own, separate),
@@ -82,6 +85,11 @@ impl<'a> Model<'a> {
                 let needed = self.shape(role);
                 let found = self.source.shape(self.checkpoint, &name);
                 expect_shape(self.checkpoint, &format!("{name}.weight"), found, needed)?;
+                self.source.check(self.checkpoint, &name, needed)?;
+                let (bias, required) = (format!("{name}.bias"), config.biases[role.bias_class()]);
+                if required || self.checkpoint.has(&bias) {
+                    self.vector_shape(&bias, needed[0])?;
+                }
             }
             for (name, _, width) in self.norms(index) {
                 self.vector_shape(&name, width)?;
@@ -181,7 +189,7 @@ impl<'a> Model<'a> {
 
     /// Ranges of the vocabulary that are decoded one at a time.
     pub fn head_slices(&self) -> impl Iterator<Item = Range<usize>> + use<> {
-        let (vocabulary, rows) = (self.config.vocabulary, (HEAD_SLICE_BYTES / (4 * self.config.hidden)).max(1));
+        let (vocabulary, rows) = (self.config.vocabulary, (HEAD_SLICE_BYTES / (4 * self.config.hidden)).clamp(1, HEAD_SLICE_ROWS));
         (0..vocabulary).step_by(rows).map(move |first| first..(first + rows).min(vocabulary))
     }
 

@@ -2,7 +2,8 @@
 
 pub mod recipe;
 
-use globset::{Glob, GlobMatcher};
+use globset::Glob;
+use regex::bytes::Regex;
 
 use crate::error::{Error, Result, shown};
 use crate::methods::{self, Method};
@@ -125,21 +126,25 @@ impl Plan {
     }
 }
 
-fn matches(matcher: &GlobMatcher, name: &str) -> bool {
-    matcher.is_match(name)
+fn matches(matcher: &Regex, name: &str) -> bool {
+    matcher.is_match(name.as_bytes())
 }
 
-fn patterns(patterns: &[String], candidates: &[Candidate]) -> Result<Vec<GlobMatcher>> {
+fn patterns(patterns: &[String], candidates: &[Candidate]) -> Result<Vec<Regex>> {
     patterns.iter().map(|one| pattern(one, candidates)).collect()
 }
 
-/// A glob over layer names; one that matches nothing is an error, because it is a typing mistake.
-fn pattern(text: &str, candidates: &[Candidate]) -> Result<GlobMatcher> {
+/// A glob over layer names, or a regular expression after `re:`; one that matches nothing is an error, because it is a typing mistake.
+fn pattern(text: &str, candidates: &[Candidate]) -> Result<Regex> {
     let text = text.strip_suffix(".weight").unwrap_or(text);
-    let glob = Glob::new(text).map_err(|error| Error::input(format!("pattern `{}`: {}", shown(text), error.kind())))?;
-    let matcher = glob.compile_matcher();
+    let wrong = |what: String| Error::input(format!("pattern `{}`: {what}", shown(text)));
+    let expression = match text.strip_prefix("re:") {
+        Some(expression) => format!("^(?:{expression})"),
+        None => Glob::new(text).map_err(|error| wrong(error.kind().to_string()))?.regex().to_string(),
+    };
+    let matcher = Regex::new(&expression).map_err(|error| wrong(error.to_string()))?;
     // Modules that are never compressed may be named in a skip list all the same.
-    if text == "lm_head" || candidates.iter().any(|candidate| matcher.is_match(&candidate.name)) {
+    if text == "lm_head" || candidates.iter().any(|candidate| matcher.is_match(candidate.name.as_bytes())) {
         return Ok(matcher);
     }
     let example = candidates.iter().map(|candidate| candidate.name.as_str()).max_by_key(|name| similarity(name, text));

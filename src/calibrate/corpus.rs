@@ -73,6 +73,8 @@ pub struct Counts {
     pub token_windows: usize,
     /// Documents that hold no token.
     pub empty: usize,
+    /// The token between documents: that of config.json, else that of the tokenizer, else none.
+    pub end_of_text: Option<u32>,
     /// Tokens of all documents, end-of-text between documents included.
     pub tokens: usize,
     /// Windows used.
@@ -116,6 +118,8 @@ pub fn pack(options: &Options, tokenizer: impl Fn() -> Result<Tokenizer>, eos: O
     let mut stream = Vec::new();
     let needs_text = documents.iter().any(|document| !matches!(document, Document::Tokens(_)));
     let tokenizer = if needs_text { Some(tokenizer()?) } else { None };
+    let eos = eos.or_else(|| tokenizer.as_ref()?.named_token("eos_token"));
+    counts.end_of_text = eos;
     for document in documents {
         let tokens = match (document, &tokenizer) {
             (Document::Tokens(tokens), _) => {

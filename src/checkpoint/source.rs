@@ -11,6 +11,14 @@ pub trait Source: Debug + Send + Sync {
     /// `[outputs, inputs]` of the linear layer `name` (without `.weight`), from headers alone; `None` when absent.
     fn shape(&self, checkpoint: &Checkpoint, name: &str) -> Option<[usize; 2]>;
 
+    /// Checks, from headers alone, that the tensors of the linear layer `name` fit together.
+    ///
+    /// # Errors
+    /// Naming the tensor that does not.
+    fn check(&self, _checkpoint: &Checkpoint, _name: &str, _shape: [usize; 2]) -> Result<()> {
+        Ok(())
+    }
+
     /// The weight of the linear layer `name`, checked to be finite and of this shape.
     ///
     /// # Errors

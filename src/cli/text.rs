@@ -1,12 +1,16 @@
 //! Standard output and standard error: a closed pipe is no failure, a table is aligned.
 
 use std::io::{IsTerminal, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Prints a line; a reader that has gone ends the program quietly.
+/// Set when standard output takes no more; the work goes on, because somebody may wait for its result on disk.
+static GONE: AtomicBool = AtomicBool::new(false);
+
+/// Prints a line; nothing more once the reader has gone.
 pub fn say(line: &str) {
     let mut out = std::io::stdout().lock();
-    if writeln!(out, "{line}").and_then(|()| out.flush()).is_err() {
-        std::process::exit(0);
+    if !GONE.load(Ordering::Relaxed) && writeln!(out, "{line}").and_then(|()| out.flush()).is_err() {
+        GONE.store(true, Ordering::Relaxed);
     }
 }
 

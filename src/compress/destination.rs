@@ -40,6 +40,11 @@ impl Destination {
             if !replace {
                 return Err(Error::input("the destination exists; give another with -o, or replace it with --force").file(&target));
             }
+            let ours = target.join("report.json").exists() || std::fs::read_dir(&target).is_ok_and(|mut entries| entries.next().is_none());
+            if metadata.is_dir() && !ours {
+                let what = "the destination holds something that this program did not write; --force replaces only its own outputs";
+                return Err(Error::input(what).file(&target));
+            }
             if !metadata.is_dir() {
                 return Err(Error::input("the destination is not a folder; --force replaces only folders").file(&target));
             }
@@ -86,18 +91,22 @@ impl Destination {
     /// # Errors
     /// When somebody else made the destination meanwhile, or the rename fails.
     pub fn publish(self) -> Result<()> {
-        use rustix::fs::{CWD, RenameFlags, renameat_with};
-        sync_folder(&self.folder())?;
-        let flags = if self.replace && self.target.exists() { RenameFlags::EXCHANGE } else { RenameFlags::NOREPLACE };
-        match renameat_with(CWD, self.folder(), CWD, &self.target, flags) {
-            Ok(()) => {}
-            // A file system without these flags: plain rename refuses a folder that is not empty.
-            Err(rustix::io::Errno::INVAL) if flags == RenameFlags::NOREPLACE => {
-                std::fs::rename(self.folder(), &self.target).map_err(|error| Error::io(&self.target, &error))?;
-            }
-            Err(error) => return Err(Error::run(format!("cannot put the output into place: {error}")).file(&self.target)),
+        use rustix::fs::{CWD, RenameFlags, rename, renameat_with};
+        use rustix::io::Errno;
+        for entry in std::fs::read_dir(self.folder()).map_err(|error| Error::io(&self.folder(), &error))?.flatten() {
+            sync(&entry.path())?;
         }
-        sync_folder(self.target.parent().unwrap_or(Path::new("/")))
+        sync(&self.folder())?;
+        let fail = |error: Errno| Error::run(format!("cannot put the output into place: {error}")).file(&self.target);
+        if self.replace && self.target.exists() {
+            // Into the hidden folder, which is removed with all it holds; the moment without a destination is short.
+            renameat_with(CWD, &self.target, CWD, self.work.path().join("old"), RenameFlags::empty()).map_err(fail)?;
+        }
+        match renameat_with(CWD, self.folder(), CWD, &self.target, RenameFlags::NOREPLACE) {
+            Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => rename(self.folder(), &self.target).map_err(fail)?,
+            done => done.map_err(fail)?,
+        }
+        sync(self.target.parent().unwrap_or(Path::new("/")))
     }
 }
 
@@ -110,7 +119,7 @@ pub fn free_bytes(path: &Path) -> Result<u64> {
     Ok(stat.f_bavail * stat.f_frsize)
 }
 
-fn sync_folder(path: &Path) -> Result<()> {
+fn sync(path: &Path) -> Result<()> {
     std::fs::File::open(path).and_then(|folder| folder.sync_all()).map_err(|error| Error::io(path, &error))
 }
 
@@ -130,6 +139,7 @@ mod tests {
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
         let destination = Destination::claim(&out, &model, false).unwrap();
         std::fs::write(destination.folder().join("a"), "1").unwrap();
+        std::fs::write(destination.folder().join("report.json"), "{}").unwrap();
         assert!(!out.exists());
         destination.publish().unwrap();
         assert_eq!(std::fs::read(out.join("a")).unwrap(), b"1");
@@ -138,6 +148,7 @@ mod tests {
         std::fs::write(again.folder().join("b"), "2").unwrap();
         again.publish().unwrap();
         assert!(out.join("b").exists() && !out.join("a").exists());
+        assert!(Destination::claim(&out, &model, true).unwrap_err().to_string().contains("did not write"));
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
     }
 }

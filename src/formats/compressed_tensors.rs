@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::checkpoint::decode::{decode, encode, nonfinite};
 use crate::checkpoint::source::{Plain, Source};
 use crate::checkpoint::{Checkpoint, dtype_of, float_of};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shown};
 use crate::formats::{Entry, Format, bitstream};
 use crate::weight::{Float, Ints, Outlined, Storage, Weight};
 
@@ -20,7 +20,7 @@ pub const FORMAT: Format = Format {
     holds,
     entries,
     encode: encode_weight,
-    config: |layers| Some(config(layers)),
+    config: |layers, carried| Some(config(layers, carried)),
 };
 
 fn holds(layer: &Outlined) -> Result<(), String> {
@@ -93,7 +93,7 @@ fn unpack_columns(bytes: &[u8], rows: usize, groups: usize, bits: u8) -> Vec<u8>
 type Scheme = (u8, Option<usize>, bool);
 
 /// `quantization_config`. One scheme for everything targets the class Linear; several target their layers by name.
-fn config(layers: &[Outlined]) -> Value {
+fn config(layers: &[Outlined], carried: &[String]) -> Value {
     let whole_rows = |layer: &&Outlined| matches!(layer.storage, Some(Storage::Ints { group, .. }) if group < layer.shape[1]);
     let sizes: BTreeSet<usize> = layers.iter().filter(whole_rows).filter_map(|layer| ints(layer).map(|(_, group, _)| group)).collect();
     let mut schemes: BTreeMap<Scheme, Vec<&str>> = BTreeMap::new();
@@ -107,6 +107,7 @@ fn config(layers: &[Outlined]) -> Value {
             None => ignore.push(layer.name.clone()),
         }
     }
+    ignore.extend(carried.iter().cloned());
     if !ignore.iter().any(|name| name == "lm_head") {
         ignore.push("lm_head".into());
     }
@@ -158,7 +159,7 @@ fn group((bits, group, symmetric): Scheme, targets: Value) -> Value {
 /// Reads `pack-quantized` linear layers; those that are not packed are plain.
 #[derive(Debug)]
 pub struct PackQuantized {
-    groups: Vec<(Vec<Target>, u8)>,
+    groups: Vec<(Vec<Target>, Scheme)>,
 }
 
 #[derive(Debug)]
@@ -166,6 +167,16 @@ enum Target {
     Exact(String),
     Pattern(regex::Regex),
     AnyLinear,
+}
+
+/// How the tensors of one packed layer are laid out.
+struct Layout {
+    scheme: Scheme,
+    group: usize,
+    groups: usize,
+    /// Words per row.
+    words: usize,
+    scale_float: Float,
 }
 
 impl PackQuantized {
@@ -178,16 +189,12 @@ impl PackQuantized {
         let groups = config["config_groups"].as_object().ok_or_else(|| wrong("config_groups is missing".into()))?;
         let mut read = Vec::new();
         for (name, group) in groups {
+            let name = shown(name);
             let format = group["format"].as_str().or(config["format"].as_str()).unwrap_or("?");
             if format != "pack-quantized" {
-                return Err(wrong(format!(
-                    "{name}: format `{}` is not read by this version, only pack-quantized",
-                    crate::error::shown(format)
-                )));
+                return Err(wrong(format!("{name}: format `{}` is not read by this version, only pack-quantized", shown(format))));
             }
-            let weights = &group["weights"];
-            let bits = weights["num_bits"].as_u64().and_then(|bits| u8::try_from(bits).ok()).filter(|bits| (2..=8).contains(bits));
-            let bits = bits.ok_or_else(|| wrong(format!("{name}: num_bits is {}, it must be 2 to 8", weights["num_bits"])))?;
+            let scheme = scheme(&group["weights"]).map_err(|what| wrong(format!("{name}: {what}")))?;
             let targets = group["targets"].as_array().ok_or_else(|| wrong(format!("{name}: targets is missing")))?;
             let target = |target: &Value| match target.as_str() {
                 Some("Linear") => Ok(Target::AnyLinear),
@@ -199,12 +206,12 @@ impl PackQuantized {
                 },
                 None => Err(wrong(format!("{name}: a target is not a string"))),
             };
-            read.push((targets.iter().map(target).collect::<Result<_>>()?, bits));
+            read.push((targets.iter().map(target).collect::<Result<_>>()?, scheme));
         }
         Ok(Self { groups: read })
     }
 
-    fn bits(&self, name: &str) -> Option<u8> {
+    fn scheme(&self, name: &str) -> Option<Scheme> {
         let class = |targets: &[Target]| targets.iter().any(|target| matches!(target, Target::AnyLinear));
         let named = |targets: &[Target]| {
             targets.iter().any(|target| match target {
@@ -213,9 +220,61 @@ impl PackQuantized {
                 Target::AnyLinear => false,
             })
         };
-        let find = |test: &dyn Fn(&[Target]) -> bool| self.groups.iter().find(|(targets, _)| test(targets)).map(|&(_, bits)| bits);
+        let find = |test: &dyn Fn(&[Target]) -> bool| self.groups.iter().find(|(targets, _)| test(targets)).map(|&(_, scheme)| scheme);
         find(&named).or_else(|| find(&class))
     }
+
+    /// Checks the tensors of a packed layer against its scheme, from headers alone.
+    fn layout(&self, checkpoint: &Checkpoint, name: &str, shape: [usize; 2]) -> Result<Layout> {
+        let wrong = |suffix: &str, what: String| Error::input(what).tensor(&format!("{name}.weight_{suffix}")).file(&checkpoint.folder);
+        let info = |suffix: &str| {
+            let info = checkpoint.info(&format!("{name}.weight_{suffix}"));
+            info.ok_or_else(|| wrong(suffix, "missing; the checkpoint is incomplete".into()))
+        };
+        if checkpoint.has(&format!("{name}.weight_g_idx")) {
+            return Err(wrong("g_idx", "activation order by group is not supported; export it with static groups".into()));
+        }
+        let scheme = self.scheme(name).ok_or_else(|| wrong("packed", "no group of quantization_config targets this layer".into()))?;
+        let ((bits, group, symmetric), [rows, columns]) = (scheme, shape);
+        let group = group.unwrap_or(columns);
+        let groups = columns.div_ceil(group);
+        let (packed, scale) = (info("packed")?, info("scale")?);
+        let (dense, padded) = (bitstream::words(columns, bits), columns.div_ceil(32 / usize::from(bits)));
+        let words = packed.shape.get(1).copied().unwrap_or(0);
+        if packed.dtype != Dtype::I32 || packed.shape != [rows, words] || ![dense, padded].contains(&words) {
+            let (dtype, found) = (packed.dtype, &packed.shape);
+            return Err(wrong("packed", format!("is {dtype:?} {found:?}, {bits} bits of {shape:?} need I32 [{rows}, {dense}]")));
+        }
+        let scale_float = float_of(scale.dtype).filter(|_| scale.shape == [rows, groups]);
+        let scale_float = scale_float.ok_or_else(|| {
+            wrong("scale", format!("is {:?} {:?}, groups of {group} need floats of shape [{rows}, {groups}]", scale.dtype, scale.shape))
+        })?;
+        if !symmetric {
+            let (zero, needed) = (info("zero_point")?, [bitstream::words(rows, bits), groups]);
+            if zero.dtype != Dtype::I32 || zero.shape != needed {
+                return Err(wrong("zero_point", format!("is {:?} {:?}, it must be I32 {needed:?}", zero.dtype, zero.shape)));
+            }
+        }
+        Ok(Layout { scheme, group, groups, words, scale_float })
+    }
+}
+
+/// The scheme of a group's `weights`.
+fn scheme(weights: &Value) -> Result<Scheme, String> {
+    let known = |key: &str| shown(&weights[key].to_string());
+    let bits = weights["num_bits"].as_u64().and_then(|bits| u8::try_from(bits).ok()).filter(|bits| (2..=8).contains(bits));
+    let bits = bits.ok_or_else(|| format!("num_bits is {}, it must be 2 to 8", known("num_bits")))?;
+    let symmetric = weights["symmetric"].as_bool().unwrap_or(true);
+    let group = match weights["strategy"].as_str() {
+        Some("channel") => None,
+        Some("group") | None => match weights["group_size"].as_i64() {
+            Some(-1) | None if weights["strategy"].is_null() => None,
+            Some(size @ 1..=1_048_576) => Some(size as usize),
+            _ => return Err(format!("group_size is {}, it must be 1 to 1048576", known("group_size"))),
+        },
+        Some(_) => return Err(format!("strategy {} is not read by this version, only group and channel", known("strategy"))),
+    };
+    Ok((bits, group, symmetric))
 }
 
 impl Source for PackQuantized {
@@ -230,68 +289,32 @@ impl Source for PackQuantized {
         sizes.as_slice().try_into().ok()
     }
 
+    fn check(&self, checkpoint: &Checkpoint, name: &str, shape: [usize; 2]) -> Result<()> {
+        if checkpoint.has(&format!("{name}.weight")) { Ok(()) } else { self.layout(checkpoint, name, shape).map(drop) }
+    }
+
     fn weight(&self, checkpoint: &Checkpoint, name: &str, shape: [usize; 2]) -> Result<Weight> {
         if checkpoint.has(&format!("{name}.weight")) {
             return Plain.weight(checkpoint, name, shape);
         }
-        let wrong = |suffix: &str, what: String| Error::input(what).tensor(&format!("{name}.weight_{suffix}")).file(&checkpoint.folder);
-        let info = |suffix: &str| {
-            checkpoint.info(&format!("{name}.weight_{suffix}")).ok_or_else(|| wrong(suffix, "missing; the checkpoint is incomplete".into()))
-        };
-        if checkpoint.has(&format!("{name}.weight_g_idx")) {
-            return Err(wrong("g_idx", "activation order by group is not supported; export it with static groups".into()));
-        }
-        let bits = self.bits(name).ok_or_else(|| wrong("packed", "no group of quantization_config targets this layer".into()))?;
+        let Layout { scheme: (bits, _, symmetric), group, groups, words, scale_float } = self.layout(checkpoint, name, shape)?;
         let [rows, columns] = shape;
-        let (packed, scale) = (info("packed")?, info("scale")?);
-        let dense = bitstream::words(columns, bits);
-        let padded = columns.div_ceil(32 / usize::from(bits));
-        if packed.dtype != Dtype::I32 || packed.shape.len() != 2 || packed.shape[0] != rows || ![dense, padded].contains(&packed.shape[1]) {
-            return Err(wrong(
-                "packed",
-                format!("is {:?} {:?}, {bits} bits of {shape:?} need I32 [{rows}, {dense}]", packed.dtype, packed.shape),
-            ));
-        }
-        let float = float_of(scale.dtype)
-            .filter(|_| scale.shape.len() == 2 && scale.shape[0] == rows && scale.shape[1] > 0 && scale.shape[1] <= columns);
-        let float = float.ok_or_else(|| {
-            wrong("scale", format!("is {:?} {:?}, it must hold floats of shape [{rows}, groups]", scale.dtype, scale.shape))
-        })?;
-        let groups = scale.shape[1];
-        let group = columns.div_ceil(groups);
-        if columns.div_ceil(group) != groups {
-            return Err(wrong("scale", format!("has {groups} groups, which do not divide {columns} columns")));
-        }
         let mut scales = vec![0.0; rows * groups];
-        decode(float, &checkpoint.bytes(&format!("{name}.weight_scale"))?, &mut scales);
+        let scale_name = format!("{name}.weight_scale");
+        decode(scale_float, &checkpoint.bytes(&scale_name)?, &mut scales);
         if let Some((first, count)) = nonfinite(&scales) {
-            return Err(wrong("scale", format!("{count} scales are NaN or infinite, the first at index {first}")));
+            let what = format!("{count} scales are NaN or infinite, the first at index {first}");
+            return Err(Error::input(what).tensor(&scale_name).file(&checkpoint.folder));
         }
         let mut codes = vec![0; rows * columns];
         let bytes = checkpoint.bytes(&format!("{name}.weight_packed"))?;
-        for (codes, bytes) in codes.chunks_exact_mut(columns).zip(bytes.chunks_exact(4 * packed.shape[1])) {
-            let unpack = if packed.shape[1] == dense { bitstream::unpack } else { bitstream::unpack_padded };
+        let unpack = if words == bitstream::words(columns, bits) { bitstream::unpack } else { bitstream::unpack_padded };
+        for (codes, bytes) in codes.chunks_exact_mut(columns).zip(bytes.chunks_exact(4 * words)) {
             unpack(bytes, bits, codes);
         }
-        let zero_name = format!("{name}.weight_zero_point");
-        let zeros = match checkpoint.info(&zero_name) {
-            None => None,
-            Some(info) if info.dtype == Dtype::I32 && info.shape == [bitstream::words(rows, bits), groups] => {
-                Some(unpack_columns(&checkpoint.bytes(&zero_name)?, rows, groups, bits))
-            }
-            Some(info) => {
-                return Err(wrong(
-                    "zero_point",
-                    format!(
-                        "is {:?} {:?}, {rows} rows of {groups} groups need I32 [{}, {groups}]",
-                        info.dtype,
-                        info.shape,
-                        bitstream::words(rows, bits)
-                    ),
-                ));
-            }
-        };
-        Ok(Weight::Ints(Ints { rows, columns, bits, group, codes, scales, scale_float: float, zeros }))
+        let zeros = || Ok(unpack_columns(&checkpoint.bytes(&format!("{name}.weight_zero_point"))?, rows, groups, bits));
+        let zeros = if symmetric { None } else { Some(zeros()?) };
+        Ok(Weight::Ints(Ints { rows, columns, bits, group, codes, scales, scale_float, zeros }))
     }
 
     fn tensors(&self, checkpoint: &Checkpoint, name: &str) -> Vec<String> {
@@ -312,12 +335,12 @@ mod tests {
     fn one_scheme_targets_linear_and_several_target_names() {
         let ints = |group| Some(Storage::Ints { bits: 4, group, symmetric: true });
         let layers = [layer("a", [4, 128], ints(128)), layer("b", [4, 256], ints(128)), layer("c", [4, 256], None)];
-        let found = config(&layers);
+        let found = config(&layers, &["router".to_string()]);
         assert_eq!(found["config_groups"]["group_0"]["targets"], json!(["Linear"]));
         assert_eq!(found["config_groups"]["group_0"]["weights"]["group_size"], 128);
-        assert_eq!(found["ignore"], json!(["c", "lm_head"]));
+        assert_eq!(found["ignore"], json!(["c", "router", "lm_head"]));
         let layers = [layer("a", [4, 64], ints(64)), layer("b", [4, 172], ints(86))];
-        let found = config(&layers);
+        let found = config(&layers, &["router".to_string()]);
         assert_eq!(found["config_groups"]["group_0"]["targets"], json!(["a"]));
         assert_eq!(found["config_groups"]["group_0"]["weights"]["strategy"], "channel");
         assert_eq!(found["config_groups"]["group_1"]["targets"], json!(["b"]));
@@ -334,10 +357,11 @@ mod tests {
 
     #[test]
     fn targets_match_by_name_pattern_and_class() {
-        let group = |targets: Value, bits: u8| json!({"targets": targets, "format": "pack-quantized", "weights": {"num_bits": bits}});
+        let group = |targets: Value, bits: u8| json!({"targets": targets, "format": "pack-quantized", "weights": {"num_bits": bits, "strategy": "channel"}});
         let config = json!({"config_groups": {"x": group(json!(["Linear"]), 4), "y": group(json!(["re:.*down_proj", "a.b"]), 8)}});
         let read = PackQuantized::read(&config).unwrap();
-        assert_eq!((read.bits("m.q_proj"), read.bits("m.down_proj"), read.bits("a.b")), (Some(4), Some(8), Some(8)));
+        let bits = |name: &str| read.scheme(name).map(|(bits, _, _)| bits);
+        assert_eq!((bits("m.q_proj"), bits("m.down_proj"), bits("a.b")), (Some(4), Some(8), Some(8)));
         let wrong = json!({"config_groups": {"x": {"targets": ["Linear"], "format": "float-quantized", "weights": {"num_bits": 8}}}});
         assert!(PackQuantized::read(&wrong).unwrap_err().to_string().contains("float-quantized"));
     }

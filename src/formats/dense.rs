@@ -13,7 +13,7 @@ pub const FORMAT: Format = Format {
     holds: |_| Ok(()),
     entries: |layer| vec![Entry { name: format!("{}.weight", layer.name), dtype: dtype_of(layer.float), shape: layer.shape.to_vec() }],
     encode: encode_weight,
-    config: |_| None,
+    config: |_, _| None,
 };
 
 fn encode_weight(weight: &Weight, float: Float) -> Vec<Vec<u8>> {

@@ -68,7 +68,7 @@ impl Output {
     ///
     /// # Panics
     /// When two entries have one name.
-    pub fn create(folder: &Path, entries: &[Entry], shard_bytes: u64) -> Result<Self> {
+    pub fn create(folder: &Path, entries: &[Entry], shard_bytes: u64, metadata: &BTreeMap<String, String>) -> Result<Self> {
         let mut plan: Vec<Vec<&Entry>> = vec![Vec::new()];
         let mut filled = 0;
         for entry in entries {
@@ -88,7 +88,7 @@ impl Output {
                 count => format!("model-{:05}-of-{count:05}.safetensors", number + 1),
             };
             map.extend(entries.iter().map(|entry| (entry.name.clone(), json!(name))));
-            files.push(output.shard(name, entries)?);
+            files.push(output.shard(name, entries, metadata)?);
         }
         if plan.len() > 1 {
             let total: u64 = entries.iter().map(Entry::bytes).sum();
@@ -100,9 +100,11 @@ impl Output {
         Ok(output)
     }
 
-    fn shard(&mut self, name: String, entries: &[&Entry]) -> Result<File> {
+    fn shard(&mut self, name: String, entries: &[&Entry], metadata: &BTreeMap<String, String>) -> Result<File> {
         let mut header = Map::new();
-        header.insert("__metadata__".into(), json!({"format": "pt"}));
+        let mut strings = json!({"format": "pt"});
+        metadata.iter().for_each(|(key, value)| strings[key] = json!(value));
+        header.insert("__metadata__".into(), strings);
         let mut offset = 0;
         for entry in entries {
             let end = offset + entry.bytes();
@@ -201,7 +203,7 @@ mod tests {
     #[test]
     fn bytes_written_in_any_order_and_pieces_are_read_back_from_shards() {
         let folder = tempfile::tempdir().unwrap();
-        let mut output = Output::create(folder.path(), &[entry("a", 4), entry("b", 3), entry("c", 5)], 8).unwrap();
+        let mut output = Output::create(folder.path(), &[entry("a", 4), entry("b", 3), entry("c", 5)], 8, &BTreeMap::new()).unwrap();
         output.write("c", b"vwxyz".to_vec()).unwrap();
         output.write("a", b"ab".to_vec()).unwrap();
         output.write("b", b"123".to_vec()).unwrap();
@@ -218,7 +220,7 @@ mod tests {
     #[test]
     fn an_incomplete_tensor_is_a_failed_verification() {
         let folder = tempfile::tempdir().unwrap();
-        let mut output = Output::create(folder.path(), &[entry("a", 4)], 8).unwrap();
+        let mut output = Output::create(folder.path(), &[entry("a", 4)], 8, &BTreeMap::new()).unwrap();
         output.write("a", b"ab".to_vec()).unwrap();
         assert_eq!(output.finish().unwrap_err().exit_code(), 5);
     }

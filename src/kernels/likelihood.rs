@@ -98,7 +98,7 @@ impl Pair {
     /// KL(reference ‖ model) in nats, never below zero.
     pub fn divergence(&self) -> f64 {
         let value = self.cross / self.reference.total - self.reference.log_total() + self.model.log_total();
-        value.max(0.0)
+        if value < 0.0 { 0.0 } else { value }
     }
 }
 

@@ -63,9 +63,11 @@ fn round_rows(
                     || {
                         for (group, (codes, weights)) in codes.chunks_mut(grid.group).zip(weights.chunks(grid.group)).enumerate() {
                             let (scale, zero) = fit(weights, grid);
-                            let [error, total] = round_group(weights, scale, zero, grid.bits, codes);
+                            let [error, total] = round_group(weights, scale, zero, grid.bits, codes).map(f64::from);
+                            let [error, total] =
+                                if (error + total).is_finite() { [error, total] } else { wide_sums(weights, scale, zero, codes) };
                             (scales[group], zeros[group]) = (scale, zero);
-                            *sums = [sums[0] + f64::from(error), sums[1] + f64::from(total)];
+                            *sums = [sums[0] + error, sums[1] + total];
                         }
                     },
                 );
@@ -124,6 +126,14 @@ fn range(weights: &[f32]) -> (f32, f32) {
     let low = weights.iter().map(|&weight| key(weight)).fold(i32::MAX, i32::min);
     let high = weights.iter().map(|&weight| key(weight)).fold(i32::MIN, i32::max);
     (value(low), value(high))
+}
+
+/// The sums of squares of error and weight where f32 overflows.
+fn wide_sums(weights: &[f32], scale: f32, zero: u8, codes: &[u8]) -> [f64; 2] {
+    weights.iter().zip(codes).fold([0.0; 2], |[error, total], (&weight, &code)| {
+        let step = f64::from(code) - f64::from(zero);
+        [error + (f64::from(weight) - step * f64::from(scale)).powi(2), total + f64::from(weight).powi(2)]
+    })
 }
 
 /// Codes of a group, and the sums of squares of error and weight.
@@ -210,7 +220,8 @@ mod tests {
         let weight = Matrix::new(4, 4, values);
         for float in [Float::BF16, Float::F16, Float::F32] {
             for (bits, symmetric) in (2..=8).flat_map(|bits| [(bits, true), (bits, false)]) {
-                let (ints, _) = round_to_nearest(&weight, Grid { scale_float: float, ..grid(bits, symmetric) });
+                let (ints, sums) = round_to_nearest(&weight, Grid { scale_float: float, ..grid(bits, symmetric) });
+                assert!(sums.iter().all(|sum| sum.is_finite()));
                 assert!(ints.scales.iter().all(|scale| scale.is_finite() && *scale != 0.0));
                 let back = ints.to_matrix();
                 for (exact, got) in weight.data.iter().zip(&back.data) {

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use crate::error::Result;
 use crate::kernels::select::{smallest, smallest_in_blocks};
 use crate::matrix::Matrix;
-use crate::methods::{Applied, Layer, Method, prunable, sound_sparsity};
+use crate::methods::{Applied, Layer, Method, prunable, share};
 use crate::model::seen::Needs;
 use crate::weight::{Pattern, Sparse, Storage, Weight};
 
@@ -17,19 +17,15 @@ use crate::weight::{Pattern, Sparse, Storage, Weight};
 #[derive(Debug, Clone, serde::Deserialize, serde::Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Magnitude {
-    /// Share of the weights of the matrix to prune; N:M patterns imply theirs.
-    #[serde(default = "half")]
-    pub sparsity: f64,
+    /// Share of the weights of the matrix to prune; 0.5 by default; N:M patterns imply theirs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sparsity: Option<f64>,
     /// Where zeros may lie.
     #[serde(default = "unstructured")]
     pub pattern: Pattern,
     /// Prune one entry and all ties more, as the released code does.
     #[serde(default)]
     pub reference_code: bool,
-}
-
-fn half() -> f64 {
-    0.5
 }
 
 fn unstructured() -> Pattern {
@@ -42,14 +38,14 @@ impl Method for Magnitude {
     }
 
     fn leaves(&self, before: Storage, [_, columns]: [usize; 2], _: Option<u8>) -> Result<Storage> {
-        sound_sparsity(self.sparsity)?;
+        share(self.sparsity, self.pattern)?;
         prunable(before, columns, self.pattern)?;
         Ok(Storage::Sparse(self.pattern))
     }
 
     fn apply(&self, weight: Weight, _: &Layer<'_>) -> Result<Applied> {
         let mut matrix = weight.into_matrix();
-        let change = prune(&mut matrix, self.sparsity, self.pattern, self.reference_code);
+        let change = prune(&mut matrix, share(self.sparsity, self.pattern)?, self.pattern, self.reference_code);
         Ok(Applied { weight: Weight::Sparse(Sparse { matrix, pattern: self.pattern }), change })
     }
 

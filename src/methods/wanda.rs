@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use crate::error::{Error, Result};
 use crate::kernels::select::{smallest, smallest_in_blocks};
 use crate::matrix::Matrix;
-use crate::methods::{Applied, Layer, Method, prunable, sound_sparsity};
+use crate::methods::{Applied, Layer, Method, prunable, share};
 use crate::model::seen::Needs;
 use crate::weight::{Pattern, Sparse, Storage, Weight};
 
@@ -17,16 +17,12 @@ use crate::weight::{Pattern, Sparse, Storage, Weight};
 #[derive(Debug, Clone, serde::Deserialize, serde::Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Wanda {
-    /// Share of the weights of every row to prune; N:M patterns imply theirs.
-    #[serde(default = "half")]
-    pub sparsity: f64,
+    /// Share of the weights of every row to prune; 0.5 by default; N:M patterns imply theirs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sparsity: Option<f64>,
     /// Where zeros may lie.
     #[serde(default = "unstructured")]
     pub pattern: Pattern,
-}
-
-fn half() -> f64 {
-    0.5
 }
 
 fn unstructured() -> Pattern {
@@ -39,7 +35,7 @@ impl Method for Wanda {
     }
 
     fn leaves(&self, before: Storage, [_, columns]: [usize; 2], _: Option<u8>) -> Result<Storage> {
-        sound_sparsity(self.sparsity)?;
+        share(self.sparsity, self.pattern)?;
         prunable(before, columns, self.pattern)?;
         Ok(Storage::Sparse(self.pattern))
     }
@@ -47,7 +43,7 @@ impl Method for Wanda {
     fn apply(&self, weight: Weight, layer: &Layer<'_>) -> Result<Applied> {
         let statistics = layer.statistics.ok_or_else(|| Error::run("wanda needs calibration").tensor(layer.name))?;
         let mut matrix = weight.into_matrix();
-        let change = prune(&mut matrix, &statistics.norms(), self.sparsity, self.pattern);
+        let change = prune(&mut matrix, &statistics.norms(), share(self.sparsity, self.pattern)?, self.pattern);
         Ok(Applied { weight: Weight::Sparse(Sparse { matrix, pattern: self.pattern }), change })
     }
 

@@ -118,6 +118,8 @@ pub struct Defaults {
     pub window: Option<usize>,
     /// `max_position_embeddings`.
     pub max_positions: usize,
+    /// `attn_logit_softcapping` and `final_logit_softcapping`.
+    pub caps: [Option<f64>; 2],
 }
 
 const DEFAULTS: Defaults = Defaults {
@@ -129,6 +131,7 @@ const DEFAULTS: Defaults = Defaults {
     tied: false,
     window: None,
     max_positions: 2048,
+    caps: [None; 2],
 };
 
 /// One decoder family.
@@ -158,6 +161,8 @@ pub struct Family {
     pub logits_over: Option<&'static str>,
     /// Key of the list that says which layers rotate (1) or not (0).
     pub rope_list: Option<&'static str>,
+    /// Whether queries, keys and values always have biases.
+    pub qkv_bias: bool,
     /// Key and default of the activation.
     pub activation: (&'static str, Activation),
     /// What config.json leaves out.
@@ -177,12 +182,14 @@ const LLAMA: Family = Family {
     residual: None,
     logits_over: None,
     rope_list: None,
+    qkv_bias: false,
     activation: ("hidden_act", Activation::Silu),
     defaults: DEFAULTS,
 };
 
 const QWEN2: Family = Family {
     model_type: "qwen2",
+    qkv_bias: true,
     windows: Windows::ByType(SlidingRule::FromMaxWindowLayers),
     defaults: Defaults { kv_heads: Some(32), window: Some(4096), max_positions: 32768, ..DEFAULTS },
     ..LLAMA
@@ -198,7 +205,15 @@ const GEMMA2: Family = Family {
     logits_cap: true,
     embed: Embed::RootHidden,
     activation: ("hidden_activation", Activation::GeluTanh),
-    defaults: Defaults { head_dim: Some(256), kv_heads: Some(4), tied: true, window: Some(4096), max_positions: 8192, ..DEFAULTS },
+    defaults: Defaults {
+        head_dim: Some(256),
+        kv_heads: Some(4),
+        tied: true,
+        window: Some(4096),
+        max_positions: 8192,
+        caps: [Some(50.0), Some(30.0)],
+        ..DEFAULTS
+    },
     ..LLAMA
 };
 
@@ -221,14 +236,20 @@ pub const FAMILIES: &[Family] = &[
         ..LLAMA
     },
     QWEN2,
-    Family { model_type: "qwen3", qk_norm: QkNorm::Head, defaults: Defaults { head_dim: Some(128), ..QWEN2.defaults }, ..QWEN2 },
+    Family {
+        model_type: "qwen3",
+        qk_norm: QkNorm::Head,
+        qkv_bias: false,
+        defaults: Defaults { head_dim: Some(128), ..QWEN2.defaults },
+        ..QWEN2
+    },
     GEMMA2,
     Family {
         model_type: "gemma3_text",
         qk_norm: QkNorm::Head,
         windows: Windows::ByType(SlidingRule::AllButEvery(6)),
         attention_cap: false,
-        defaults: Defaults { theta: 1e6, local_theta: Some(1e4), max_positions: 131_072, ..GEMMA2.defaults },
+        defaults: Defaults { theta: 1e6, local_theta: Some(1e4), max_positions: 131_072, caps: [None; 2], ..GEMMA2.defaults },
         ..GEMMA2
     },
     OLMO2,

@@ -42,6 +42,15 @@ impl Role {
         }
     }
 
+    /// Which of the configuration's flags speaks of its bias: 0 queries, keys and values, 1 output, 2 MLP.
+    pub fn bias_class(self) -> usize {
+        match self {
+            Self::Query | Self::Key | Self::Value => 0,
+            Self::Output => 1,
+            Self::Gate | Self::Up | Self::Down => 2,
+        }
+    }
+
     /// The input that the layer reads.
     pub fn site(self) -> Site {
         match self {

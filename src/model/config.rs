@@ -45,6 +45,8 @@ pub struct Config {
     pub residual_factor: f32,
     /// Factor of the logits.
     pub logits_factor: f32,
+    /// Whether the linear layers of attention (queries, keys, values; output) and of the MLP must have biases.
+    pub biases: [bool; 3],
     /// One entry per layer.
     pub layers: Vec<Layer>,
     /// The token that begins a text.
@@ -104,9 +106,16 @@ impl Config {
         let head_dim = head_dim(&keys, family, hidden, heads)?;
         let activation = activation(&keys, family)?;
         let [scale, embed_factor] = factors(&keys, family, hidden, head_dim)?;
-        let caps = |on: bool, key: &str| if on { keys.positive(key) } else { Ok(None) };
+        let cap = |on: bool, key: &str, default: Option<f64>| match keys.0.contains_key(key) {
+            true if on => keys.positive(key),
+            false if on => Ok(default),
+            _ => Ok(None),
+        };
         let optional = |key: Option<&str>| key.map_or(Ok(None), |key| keys.positive(key));
         let max_positions = keys.count("max_position_embeddings", 1 << 31)?.unwrap_or(defaults.max_positions);
+        if max_positions < 2 {
+            return Err(Error::input(format!("config.json: max_position_embeddings is {max_positions}, a prediction needs 2")));
+        }
         Ok(Self {
             family,
             hidden,
@@ -120,11 +129,12 @@ impl Config {
             tied: keys.flag("tie_word_embeddings").unwrap_or(defaults.tied),
             activation,
             scale: scale as f32,
-            attention_cap: caps(family.attention_cap, "attn_logit_softcapping")?.map(|cap| cap as f32),
-            logits_cap: caps(family.logits_cap, "final_logit_softcapping")?.map(|cap| cap as f32),
+            attention_cap: cap(family.attention_cap, "attn_logit_softcapping", defaults.caps[0])?.map(|cap| cap as f32),
+            logits_cap: cap(family.logits_cap, "final_logit_softcapping", defaults.caps[1])?.map(|cap| cap as f32),
             embed_factor: embed_factor as f32,
             residual_factor: optional(family.residual)?.unwrap_or(1.0) as f32,
             logits_factor: 1.0 / optional(family.logits_over)?.unwrap_or(1.0) as f32,
+            biases: biases(&keys, family),
             layers: layers(&keys, family, head_dim, max_positions)?,
             bos: tokens(keys.0.get("bos_token_id")).first().copied(),
             eos: tokens(keys.0.get("eos_token_id")),
@@ -149,6 +159,12 @@ impl Config {
             QkNorm::Projection => Some([self.query_width(), self.kv_width()]),
         }
     }
+}
+
+/// Which linear layers must have biases; families that always have those of attention do not look at the flag.
+fn biases(keys: &Keys<'_>, family: &Family) -> [bool; 3] {
+    let [attention, mlp] = ["attention_bias", "mlp_bias"].map(|key| keys.flag(key) == Some(true));
+    if family.qkv_bias { [true, false, false] } else { [attention, attention, mlp] }
 }
 
 fn head_dim(keys: &Keys<'_>, family: &Family, hidden: usize, heads: usize) -> Result<usize> {
@@ -373,6 +389,20 @@ mod tests {
             let error = Config::read(&base(extra)).unwrap_err().to_string();
             assert!(error.contains(reason), "{reason}: {error}");
         }
+    }
+
+    #[test]
+    fn soft_caps_that_are_absent_have_the_family_s_default_and_null_means_none() {
+        let caps = |extra| {
+            let config = Config::read(&base(extra)).unwrap();
+            (config.attention_cap, config.logits_cap)
+        };
+        let gemma = json!({"model_type": "gemma2", "num_key_value_heads": 2});
+        assert_eq!(caps(gemma.clone()), (Some(50.0), Some(30.0)));
+        let mut null = gemma;
+        null["final_logit_softcapping"] = Value::Null;
+        assert_eq!(caps(null), (Some(50.0), None));
+        assert_eq!(caps(json!({"model_type": "gemma3_text", "num_key_value_heads": 2})), (None, None));
     }
 
     #[test]

@@ -197,10 +197,33 @@ impl Recipe {
         if recipe.version != 1 {
             return Err(Error::input(format!("recipe version {}, this program reads version 1", recipe.version)));
         }
-        if recipe.calibration.samples == 0 || recipe.calibration.seq.is_some_and(|seq| !(2..=1 << 20).contains(&seq)) {
-            return Err(Error::input("calibration: samples must be at least 1 and seq from 2 to 1048576"));
-        }
+        recipe.check()?;
         Ok(recipe)
+    }
+
+    /// Checks the numbers.
+    ///
+    /// # Errors
+    /// Naming the one that is out of its range.
+    pub fn check(&self) -> Result<()> {
+        let Calibration { samples, seq, .. } = self.calibration;
+        if samples == 0 {
+            return Err(Error::input("calibration: samples is 0, use at least 1"));
+        }
+        if let Some(seq) = seq.filter(|seq| !(2..=1 << 20).contains(seq)) {
+            return Err(Error::input(format!("calibration: seq is {seq}, use 2 to 1048576")));
+        }
+        for (name, limit) in [("kld_mean", self.gate.kld_mean), ("ppl_ratio", self.gate.ppl_ratio)] {
+            if let Some(limit) = limit.filter(|limit| !(limit.is_finite() && *limit > 0.0)) {
+                return Err(Error::input(format!("gate: {name} is {limit}, it must be a number above 0")));
+            }
+        }
+        match self.overrides.iter().find(|one| !(2..=8).contains(&one.bits) && one.bits != 16) {
+            Some(one) => {
+                Err(Error::input(format!("override {}: {} bits; use 2 to 8, or 16 to leave the layers as they are", one.pattern, one.bits)))
+            }
+            None => Ok(()),
+        }
     }
 
     /// Reads a recipe file.

@@ -103,7 +103,7 @@ fn every_grid_is_written_read_back_and_measured_without_loss() {
 fn pruning_zeroes_exactly_and_leaves_survivors_bit_for_bit() {
     let (folder, model) = workplace();
     for (pattern, kept, of) in [("unstructured", 0, 0), ("2:4", 2, 4), ("4:8", 4, 8), ("1:4", 1, 4)] {
-        let stage = format!("[[stage]]\nmethod = \"wanda\"\nsparsity = 0.5\npattern = \"{pattern}\"\n");
+        let stage = format!("[[stage]]\nmethod = \"wanda\"\npattern = \"{pattern}\"\n");
         let (out, _) =
             compress(folder.path(), &model, &pattern.replace(':', "of"), &stage, &["--samples", "4", "--seq", "128", "--no-eval"]);
         for (name, shape) in [("model.layers.0.self_attn.k_proj", [128, 128]), ("model.layers.2.mlp.down_proj", [128, 256])] {
