@@ -132,6 +132,16 @@ const BROKEN: &[(&str, Breakage, &str)] = &[
         },
         "ghost",
     ),
+    (
+        "too few positions",
+        |folder| edit(&folder.join("config.json"), "\"max_position_embeddings\": 1024", "\"max_position_embeddings\": 1"),
+        "max_position_embeddings is 1",
+    ),
+    (
+        "biases that are missing",
+        |folder| edit(&folder.join("config.json"), "\"attention_bias\": false", "\"attention_bias\": true"),
+        "q_proj.bias",
+    ),
     ("NaN in a weight", |folder| last_value(folder, [0xc0, 0x7f]), "NaN or infinite"),
     ("an infinite weight", |folder| last_value(folder, [0x80, 0x7f]), "NaN or infinite"),
     ("a tokenizer that is none", |folder| std::fs::write(folder.join("tokenizer.json"), "{}").unwrap(), "tokenizer.json"),

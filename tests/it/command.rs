@@ -193,6 +193,72 @@ fn an_unknown_architecture_is_quantized_without_data_and_not_calibrated() {
 }
 
 #[test]
+fn a_reader_that_goes_away_does_not_stop_the_work() {
+    let (folder, model) = workplace();
+    let out = folder.path().join("o");
+    let mut child = Command::new(env!("CARGO_BIN_EXE_drawknife"))
+        .args(["compress", &model, "-o", out.to_str().unwrap(), "--gate", "kld_mean=0.0001"])
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    assert_eq!(child.wait().unwrap().code(), Some(3), "the gate still decides");
+    assert!(out.join("report.json").exists());
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
+}
+
+#[test]
+fn a_packed_checkpoint_that_lost_a_tensor_is_refused() {
+    let (folder, model) = workplace();
+    let (out, _) = compress(folder.path(), &model, "o", "[[stage]]\nmethod = \"round-to-nearest\"\nsymmetric = false\n", &["--no-eval"]);
+    let path = out.join("model.safetensors");
+    let bytes = std::fs::read(&path).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    for lost in ["weight_zero_point", "weight_scale", "weight_packed"] {
+        let name = format!("model.layers.1.mlp.up_proj.{lost}");
+        let kept = tensors.tensors().into_iter().filter(|(other, _)| *other != name);
+        std::fs::write(&path, safetensors::serialize(kept, None).unwrap()).unwrap();
+        let output = drawknife(&["eval", out.to_str().unwrap(), "--max-tokens", "512"]);
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.code() == Some(2) && error.contains(&name) && error.contains("missing"), "{lost}: {error}");
+    }
+}
+
+#[test]
+fn a_stray_tensor_with_a_name_of_the_output_is_refused() {
+    let (folder, model) = workplace();
+    let path = Path::new(&model).join("model.safetensors");
+    let bytes = std::fs::read(&path).unwrap();
+    let mut views = safetensors::SafeTensors::deserialize(&bytes).unwrap().tensors();
+    let data = [0u8; 4];
+    let stray = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, vec![1], &data).unwrap();
+    views.push(("model.layers.0.mlp.up_proj.weight_scale".into(), stray));
+    std::fs::write(&path, safetensors::serialize(views, None).unwrap()).unwrap();
+    let output = drawknife(&["compress", &model, "-o", folder.path().join("o").to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(2), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn gates_and_recipes_with_nonsense_are_refused() {
+    let (folder, model) = workplace();
+    let refused = |recipe: &str, more: &[&str]| {
+        let file = folder.path().join("r.toml");
+        std::fs::write(&file, format!("version = 1\n{recipe}\n[[stage]]\nmethod = \"wanda\"\n")).unwrap();
+        let out = folder.path().join("o");
+        let fixed = ["compress", &model, "-o", out.to_str().unwrap(), "--recipe", file.to_str().unwrap()];
+        let output = drawknife(&[&fixed, more].concat());
+        assert_eq!(output.status.code(), Some(2), "{recipe} {more:?}");
+    };
+    refused("[gate]\nkld_mean = nan", &[]);
+    refused("[gate]\nppl_ratio = -1.0", &[]);
+    refused("", &["--gate", "kld_mean=inf"]);
+    refused("[[override]]\nmatch = \"*\"\nbits = 99", &[]);
+    refused("[[stage]]\nmethod = \"wanda\"\npattern = \"1:4\"\nsparsity = 0.5", &[]);
+    refused("[[skip]]\nmatch = \"re:.*visual\"", &[]);
+}
+
+#[test]
 fn gates_decide_the_exit_code() {
     let (folder, model) = workplace();
     let code = |name: &str, gate: &str, tokens: &str| {
