@@ -52,6 +52,10 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     }));
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(parsed)));
     match result {
+        Ok(Ok(())) if text::lost() => {
+            text::complain("error: standard output takes no more, part of the result was not printed");
+            ExitCode::from(1)
+        }
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(error)) => {
             text::complain(&format!("error: {error}"));

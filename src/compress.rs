@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use crate::calibrate::corpus::{self, Packed};
 use crate::calibrate::tokens::Tokenizer;
 use crate::calibrate::{builtin, corpus::Source as Text};
+use crate::checkpoint::decode::nonfinite_bytes;
 use crate::checkpoint::source::Source;
 use crate::checkpoint::{Checkpoint, float_of, read_file};
 use crate::compress::destination::Destination;
@@ -107,8 +108,8 @@ impl Prepared {
         }
         let (mut calibration, mut evaluation, mut memory_bytes) = (None, None, 230 << 20);
         if let Some(model) = &model {
-            calibration = calibration_windows(&mut job, model, needs, &mut notes)?;
             evaluation = evaluation_windows(&job, model, &mut notes)?;
+            calibration = calibration_windows(&mut job, model, needs, &mut notes)?;
             memory_bytes += 2 * model.block_bytes();
         }
         notes.extend(side_notes(&checkpoint, &plan, format)?);
@@ -148,6 +149,7 @@ impl Prepared {
         let side: u64 = self.checkpoint.side_files()?.iter().filter_map(|path| path.metadata().ok()).map(|file| file.len()).sum();
         destination.has_room(self.size.bytes_after + side)?;
         let mut output = Output::create(&folder, &self.entries, self.job.recipe.shard_bytes()?, &self.checkpoint.metadata())?;
+        self.carry(&mut output, run)?;
         let mut compressor = Compressor::new(&self.plan, self.format, &mut output, self.job.recipe.report.layer_error);
         let source = crate::checkpoint::source::Plain;
         if needs(&self.job.recipe, &self.plan) == Needs::Nothing {
@@ -159,7 +161,6 @@ impl Prepared {
             walk(&model, &mut hidden, "compress", run, &mut compressor)?;
         }
         let (layers, blocks) = compressor.finish();
-        self.carry(&mut output, run)?;
         output.finish()?;
         self.side_files(&folder)?;
         self.verify(&folder)?;
@@ -194,14 +195,23 @@ impl Prepared {
             .filter(|layer| layer.outlined.storage.is_some())
             .map(|layer| format!("{}.weight", layer.outlined.name))
             .collect();
+        run.observer.begin("copy the rest", self.checkpoint.shards.len() as u64);
         for shard in &self.checkpoint.shards {
             for (name, info) in shard.header.tensors.iter().filter(|(name, _)| !replaced.contains(*name)) {
                 run.check_stop()?;
                 for start in (0..info.bytes()).step_by(PIECE as usize) {
-                    output.write(name, shard.bytes(info, start..(start + PIECE).min(info.bytes()))?.to_vec())?;
+                    let bytes = shard.bytes(info, start..(start + PIECE).min(info.bytes()))?;
+                    if let Some((first, count)) = float_of(info.dtype).and_then(|float| nonfinite_bytes(float, &bytes)) {
+                        let what =
+                            format!("{count} values are NaN or infinite, the first {first} after byte {start}; the model is damaged");
+                        return Err(Error::input(what).tensor(name).file(&shard.path));
+                    }
+                    output.write(name, bytes.to_vec())?;
                 }
             }
+            run.observer.step(1, "");
         }
+        run.observer.end();
         Ok(())
     }
 

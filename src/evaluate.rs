@@ -112,10 +112,7 @@ pub fn windows(text: &str, tokenizer: &Tokenizer, protocol: Protocol, bos: Optio
     if protocol.seq < 2 {
         return Err(Error::input(format!("windows of {} tokens predict nothing; use --seq 2 or more", protocol.seq)));
     }
-    let mut tokens = tokenizer.encode(text, protocol.bos == Bos::Once)?;
-    if let Some(limit) = protocol.max_tokens {
-        tokens.truncate(limit);
-    }
+    let tokens = tokenizer.encode(text, protocol.bos == Bos::Once, protocol.max_tokens)?;
     let mut windows: Vec<Vec<u32>> = tokens.chunks_exact(protocol.seq).map(<[u32]>::to_vec).collect();
     if windows.is_empty() {
         return Err(Error::input(format!(
@@ -253,9 +250,9 @@ fn summary(scores: &[Vec<Score>], seq: usize, bos: Bos, paired: bool) -> Quality
         let at = |rank: f64| divergences[(rank.max(0.0) as usize).min(tokens - 1)];
         let (rank, spread) = (0.99 * tokens as f64, (0.99 * 0.01 * tokens as f64).sqrt());
         let reference_nll = mean(|score| score.reference_nll);
-        let ratio = (nll - reference_nll).exp();
+        let ratio = (nll - reference_nll).exp().min(f64::MAX);
         Against {
-            reference_perplexity: reference_nll.exp(),
+            reference_perplexity: reference_nll.exp().min(f64::MAX),
             reference_nll,
             perplexity_ratio: ratio,
             perplexity_ratio_stderr: stderr(|score| score.nll - score.reference_nll).map(|error| error * ratio),
@@ -268,7 +265,16 @@ fn summary(scores: &[Vec<Score>], seq: usize, bos: Bos, paired: bool) -> Quality
             top1_agreement_stderr: stderr(|score| f64::from(u8::from(score.agrees))),
         }
     });
-    Quality { perplexity: nll.exp(), nll, nll_stderr: stderr(|score| score.nll), tokens, windows: scores.len(), seq, bos, against }
+    Quality {
+        perplexity: nll.exp().min(f64::MAX),
+        nll,
+        nll_stderr: stderr(|score| score.nll),
+        tokens,
+        windows: scores.len(),
+        seq,
+        bos,
+        against,
+    }
 }
 
 /// Standard error of a mean over windows; `None` with fewer than two.

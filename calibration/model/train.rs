@@ -50,7 +50,7 @@ fn main() -> Result<(), Failure> {
     let options = Options { sources: vec![Source::Builtin], samples: 1, seq: usize::MAX / 8, seed: 0 };
     let packed = pack(&options, || Tokenizer::open(folder), Some(1), VOCABULARY)?;
     let train = &packed.windows[0];
-    let held_out = Tokenizer::open(folder)?.encode(&builtin::evaluation_text(), true)?;
+    let held_out = Tokenizer::open(folder)?.encode(&builtin::evaluation_text(), true, None)?;
     println!("{} training tokens, {} held out", train.len(), held_out.len());
     let device = Device::flex();
     device.seed(1);

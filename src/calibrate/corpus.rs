@@ -128,15 +128,15 @@ pub fn pack(options: &Options, tokenizer: impl Fn() -> Result<Tokenizer>, eos: O
                 windows.push(tokens);
                 continue;
             }
-            (Document::Text(text), Some(tokenizer)) => tokenizer.encode(&text, true)?,
+            (Document::Text(text), Some(tokenizer)) => tokenizer.encode(&text, true, None)?,
             (Document::Chat(messages), Some(tokenizer)) => match tokenizer.render(&messages)? {
                 Some(text) => {
                     counts.chats_by_template += 1;
-                    tokenizer.encode(&text, false)?
+                    tokenizer.encode(&text, false, None)?
                 }
                 None => {
                     counts.chats_as_plain_text += 1;
-                    tokenizer.encode(&plain_chat(&messages), true)?
+                    tokenizer.encode(&plain_chat(&messages), true, None)?
                 }
             },
             (_, None) => Vec::new(),

@@ -11,6 +11,22 @@ use crate::error::{Error, Result};
 /// Largest tokenizer.json that is read, in bytes.
 const TOKENIZER_BYTES: u64 = 256 << 20;
 
+/// Text that is encoded at once, in bytes.
+const PIECE: usize = 4 << 20;
+/// Bytes that one token hardly ever exceeds on average.
+const BYTES_PER_TOKEN: usize = 16;
+
+/// Where to cut a text so that the first part holds about `bytes` bytes: behind the end of a line, where no token reaches
+/// across; without lines, behind a character.
+fn line_end(text: &str, bytes: usize) -> usize {
+    if text.len() <= bytes {
+        return text.len();
+    }
+    let end = (bytes..=text.len()).find(|&end| text.is_char_boundary(end)).unwrap_or(text.len());
+    let line = text[..end].char_indices().rev().find(|&(at, c)| c == '\n' && !text[at + 1..].starts_with(['\n', '\r', ' ', '\t']));
+    line.map_or(end, |(at, _)| at + 1)
+}
+
 /// A model's tokenizer.
 pub struct Tokenizer {
     path: PathBuf,
@@ -55,15 +71,33 @@ impl Tokenizer {
         Ok(Self { path, inner, config, template })
     }
 
-    /// Token numbers of a text, with the tokenizer's own special tokens around it when `special`.
+    /// Token numbers of a text, with the tokenizer's own special tokens around it when `special`; at most `limit` of
+    /// them where there is one. The library needs a hundred bytes of memory per byte of text, so no more is fed to it
+    /// than is needed, and never more than [`PIECE`] bytes at once, cut at the end of a line.
     ///
     /// # Errors
     /// When the tokenizer fails on the text.
-    pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
+    pub fn encode(&self, text: &str, special: bool, limit: Option<usize>) -> Result<Vec<u32>> {
+        let piece = limit.map_or(PIECE, |limit| limit.saturating_mul(BYTES_PER_TOKEN).clamp(1 << 16, PIECE));
+        let mut tokens = Vec::new();
+        let mut rest = text;
+        while !rest.is_empty() {
+            let end = line_end(rest, piece);
+            tokens.extend(self.encode_piece(&rest[..end], special && tokens.is_empty())?);
+            rest = &rest[end..];
+            if let Some(limit) = limit.filter(|&limit| tokens.len() >= limit) {
+                tokens.truncate(limit);
+                break;
+            }
+        }
+        Ok(tokens)
+    }
+
+    fn encode_piece(&self, text: &str, special: bool) -> Result<Vec<u32>> {
         match catch_unwind(AssertUnwindSafe(|| self.inner.encode_fast(text, special))) {
             Ok(Ok(encoding)) => Ok(encoding.get_ids().to_vec()),
             Ok(Err(error)) => Err(Error::input(format!("cannot encode the text: {error}")).file(&self.path)),
-            Err(_) => Err(Error::input("cannot encode the text: a pattern in it does not come to an end").file(&self.path)),
+            Err(_) => Err(Error::input("cannot encode the text: the tokenizer makes its library fail").file(&self.path)),
         }
     }
 
@@ -119,4 +153,18 @@ impl Tokenizer {
 fn template(value: &Value) -> Option<String> {
     let named = || value.as_array()?.iter().find(|entry| entry["name"] == "default")?["template"].as_str();
     value.as_str().or_else(named).map(str::to_string)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts_are_cut_behind_lines_and_characters() {
+        assert_eq!(line_end("ab\ncd\nef", 7), 6);
+        assert_eq!(line_end("ab\n\ncd", 4), 4, "not between two line ends");
+        assert_eq!(line_end("ab\n\ncd", 3), 3 + 1 - 1, "nowhere better");
+        assert_eq!(line_end("äöü", 3), 4);
+        assert_eq!(line_end("ab", 3), 2);
+    }
 }

@@ -30,10 +30,11 @@ pub fn run(arguments: &Compress, session: &Session, dry_run: bool) -> Result<()>
     let started = Instant::now();
     let embedded = embedded(arguments)?;
     let model = embedded.as_ref().map(tempfile::TempDir::path).or(arguments.model.as_deref()).unwrap_or(Path::new("."));
-    let destination = match dry_run {
-        true => None,
-        false => Some(Destination::claim(&target(arguments)?, model, arguments.force)?),
-    };
+    let target = if dry_run { None } else { Some(target(arguments)?) };
+    if let Some(target) = &target {
+        // Checked first and claimed later, so that nothing lies beside the destination while inputs are examined.
+        drop(Destination::claim(target, model, arguments.force)?);
+    }
     let job = Job { model: model.to_path_buf(), recipe, quality: quality(arguments)? };
     let prepared = Prepared::new(job)?;
     if session.json && dry_run {
@@ -43,7 +44,8 @@ pub fn run(arguments: &Compress, session: &Session, dry_run: bool) -> Result<()>
     if !session.json && !session.quiet {
         show_plan(&prepared, &device, session, embedded.is_some());
     }
-    let Some(destination) = destination else { return Ok(()) };
+    let Some(target) = target else { return Ok(()) };
+    let destination = Destination::claim(&target, &prepared.job.model, arguments.force)?;
     let target = destination.target().to_path_buf();
     let gate = prepared.job.recipe.gate.clone();
     let run =

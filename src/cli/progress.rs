@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
 
 use crate::error::{Error, Result};
 use crate::run::Observer;
@@ -36,6 +36,8 @@ impl Progress {
             signal_hook::flag::register(number, again).map_err(fail)?;
             signal_hook::flag::register_usize(number, Arc::clone(&signal), number as usize).map_err(fail)?;
         }
+        // A file-size limit shall be an error of the write, not the end of the program.
+        signal_hook::flag::register(SIGXFSZ, Arc::new(AtomicBool::new(false))).map_err(|error| Error::run(format!("signals: {error}")))?;
         Ok(Self { shown, bar: Mutex::new(None), signal })
     }
 

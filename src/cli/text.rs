@@ -1,17 +1,28 @@
 //! Standard output and standard error: a closed pipe is no failure, a table is aligned.
 
-use std::io::{IsTerminal, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Set when standard output takes no more; the work goes on, because somebody may wait for its result on disk.
 static GONE: AtomicBool = AtomicBool::new(false);
+/// Set when that was no closed pipe.
+static LOST: AtomicBool = AtomicBool::new(false);
 
 /// Prints a line; nothing more once the reader has gone.
 pub fn say(line: &str) {
     let mut out = std::io::stdout().lock();
-    if !GONE.load(Ordering::Relaxed) && writeln!(out, "{line}").and_then(|()| out.flush()).is_err() {
-        GONE.store(true, Ordering::Relaxed);
+    if GONE.load(Ordering::Relaxed) {
+        return;
     }
+    if let Err(error) = writeln!(out, "{line}").and_then(|()| out.flush()) {
+        GONE.store(true, Ordering::Relaxed);
+        LOST.store(error.kind() != ErrorKind::BrokenPipe, Ordering::Relaxed);
+    }
+}
+
+/// Whether something that should have been printed was lost, other than by a reader that went away.
+pub fn lost() -> bool {
+    LOST.load(Ordering::Relaxed)
 }
 
 /// Prints a line on standard error.

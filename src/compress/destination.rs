@@ -49,7 +49,8 @@ impl Destination {
                 return Err(Error::input("the destination is not a folder; --force replaces only folders").file(&target));
             }
         }
-        let prefix = format!(".{}.drawknife-", name.to_string_lossy());
+        let short: String = name.to_string_lossy().chars().take(40).collect();
+        let prefix = format!(".{short}.drawknife-");
         let work = tempfile::Builder::new()
             .prefix(&prefix)
             .tempdir_in(&parent)

@@ -167,7 +167,8 @@ impl Visitor for Compressor<'_> {
         for linear in &mut block.linears {
             let Some(planned) = plan.layer(&linear.name).filter(|planned| !planned.stages.is_empty()) else { continue };
             let weight = std::mem::replace(&mut linear.weight, Weight::Dense(Matrix::new(0, 0, Vec::new())));
-            linear.weight = self.compress(planned, weight, Some(seen.at(linear.role.site())?))?;
+            linear.weight =
+                self.compress(planned, weight, Some(seen.at(linear.role.site()).map_err(|error| error.tensor(&linear.name))?))?;
         }
         Ok(block)
     }

@@ -64,8 +64,11 @@ fn round_rows(
                         for (group, (codes, weights)) in codes.chunks_mut(grid.group).zip(weights.chunks(grid.group)).enumerate() {
                             let (scale, zero) = fit(weights, grid);
                             let [error, total] = round_group(weights, scale, zero, grid.bits, codes).map(f64::from);
-                            let [error, total] =
-                                if (error + total).is_finite() { [error, total] } else { wide_sums(weights, scale, zero, codes) };
+                            let [error, total] = if (1e-20..1e30).contains(&total) && error.is_finite() {
+                                [error, total]
+                            } else {
+                                wide_sums(weights, scale, zero, codes)
+                            };
                             (scales[group], zeros[group]) = (scale, zero);
                             *sums = [sums[0] + error, sums[1] + total];
                         }
@@ -98,11 +101,11 @@ pub fn fit(weights: &[f32], grid: Grid) -> (f32, u8) {
     (scale, zero as u8)
 }
 
-/// A scale as its format stores it: what would round to zero becomes the smallest normal number.
+/// A scale as its format stores it: what would round to zero becomes the smallest number, in f16 a subnormal one.
 #[inline(always)]
 fn stored_scale(scale: f32, float: Float) -> f32 {
     let smallest = match float {
-        Float::F16 => 6.103_515_6e-5,
+        Float::F16 => 5.960_464_5e-8,
         Float::BF16 | Float::F32 => f32::MIN_POSITIVE,
     };
     let rounded = float.round(scale);
@@ -128,7 +131,7 @@ fn range(weights: &[f32]) -> (f32, f32) {
     (value(low), value(high))
 }
 
-/// The sums of squares of error and weight where f32 overflows.
+/// The sums of squares of error and weight where those in f32 overflow or vanish.
 fn wide_sums(weights: &[f32], scale: f32, zero: u8, codes: &[u8]) -> [f64; 2] {
     weights.iter().zip(codes).fold([0.0; 2], |[error, total], (&weight, &code)| {
         let step = f64::from(code) - f64::from(zero);

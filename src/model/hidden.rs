@@ -46,7 +46,12 @@ impl Hidden {
         let place = if 4 * total as u64 <= budget_bytes {
             Store::Memory(vec![0.0; total])
         } else {
-            Store::Disk(tempfile::tempfile_in(scratch).map_err(|error| Error::io(scratch, &error))?)
+            let file = tempfile::tempfile_in(scratch).map_err(|error| Error::io(scratch, &error))?;
+            let bytes = 4 * total as u64;
+            match rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, bytes) {
+                Ok(()) | Err(rustix::io::Errno::OPNOTSUPP) => Store::Disk(file),
+                Err(error) => return Err(spill_error(&error.into()).file(scratch)),
+            }
         };
         Ok(Self { width, starts, place })
     }
