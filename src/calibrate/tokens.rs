@@ -73,7 +73,7 @@ impl Tokenizer {
 
     /// Token numbers of a text, with the tokenizer's own special tokens around it when `special`; at most `limit` of
     /// them where there is one. The library needs a hundred bytes of memory per byte of text, so no more is fed to it
-    /// than is needed, and never more than [`PIECE`] bytes at once, cut at the end of a line.
+    /// than is needed, and never more than 4 MiB at once, cut at the end of a line.
     ///
     /// # Errors
     /// When the tokenizer fails on the text.
