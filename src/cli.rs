@@ -22,7 +22,7 @@ use crate::error::{Error, Result};
 
 /// What every verb is given from the command line.
 #[derive(Debug)]
-pub struct Session {
+pub struct Invocation {
     /// `--json`.
     pub json: bool,
     /// `--quiet`.
@@ -77,7 +77,7 @@ fn run(arguments: Arguments) -> Result<()> {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().map_err(|error| Error::run(format!("threads: {error}")))?;
     }
     let bars = !arguments.quiet && !arguments.json && text::is_terminal();
-    let session = Session {
+    let invocation = Invocation {
         json: arguments.json,
         quiet: arguments.quiet,
         verbose: arguments.verbose,
@@ -85,12 +85,12 @@ fn run(arguments: Arguments) -> Result<()> {
         progress: Progress::new(bars)?,
     };
     match arguments.command {
-        Command::Compress(arguments) => compress::run(&arguments, &session, arguments.dry_run),
-        Command::Plan(arguments) => compress::run(&arguments, &session, true),
-        Command::Eval(arguments) => eval::run(&arguments, &session),
-        Command::Inspect(arguments) => inspect::run(&arguments, &session),
-        Command::Presets(arguments) => look::presets(&arguments, &session),
-        Command::Doctor => look::doctor(&session),
+        Command::Compress(arguments) => compress::run(&arguments, &invocation, arguments.dry_run),
+        Command::Plan(arguments) => compress::run(&arguments, &invocation, true),
+        Command::Eval(arguments) => eval::run(&arguments, &invocation),
+        Command::Inspect(arguments) => inspect::run(&arguments, &invocation),
+        Command::Presets(arguments) => look::presets(&arguments, &invocation),
+        Command::Doctor => look::doctor(&invocation),
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use serde_json::json;
 
-use crate::cli::Session;
+use crate::cli::Invocation;
 use crate::cli::arguments::Compress;
 use crate::cli::text::{say, say_json, table};
 use crate::compress::destination::Destination;
@@ -24,9 +24,9 @@ const QUALITY_SEQ: usize = 512;
 ///
 /// # Errors
 /// Whatever went wrong, in one line.
-pub fn run(arguments: &Compress, session: &Session, dry_run: bool) -> Result<()> {
+pub fn run(arguments: &Compress, invocation: &Invocation, dry_run: bool) -> Result<()> {
     let device = Device::pick(arguments.device)?;
-    let recipe = recipe(arguments, session)?;
+    let recipe = recipe(arguments, invocation)?;
     let started = Instant::now();
     let embedded = embedded(arguments)?;
     let model = embedded.as_ref().map(tempfile::TempDir::path).or(arguments.model.as_deref()).unwrap_or(Path::new("."));
@@ -37,25 +37,25 @@ pub fn run(arguments: &Compress, session: &Session, dry_run: bool) -> Result<()>
     }
     let job = Job { model: model.to_path_buf(), recipe, quality: quality(arguments)? };
     let prepared = Prepared::new(job)?;
-    if session.json && dry_run {
+    if invocation.json && dry_run {
         say_json(&plan_json(&prepared));
         return Ok(());
     }
-    if !session.json && !session.quiet {
-        show_plan(&prepared, &device, session, embedded.is_some());
+    if !invocation.json && !invocation.quiet {
+        show_plan(&prepared, &device, invocation, embedded.is_some());
     }
     let Some(target) = target else { return Ok(()) };
     let destination = Destination::claim(&target, &prepared.job.model, arguments.force)?;
     let target = destination.target().to_path_buf();
     let gate = prepared.job.recipe.gate.clone();
     let run =
-        Run { device: &device, seed: prepared.job.recipe.calibration.seed, observer: &session.progress, scratch: &std::env::temp_dir() };
+        Run { device: &device, seed: prepared.job.recipe.calibration.seed, observer: &invocation.progress, scratch: &std::env::temp_dir() };
     let report = prepared.run(destination, &run)?;
     let seconds = started.elapsed().as_secs_f64();
-    if session.json {
+    if invocation.json {
         say_json(&json!({"output": target, "report_file": target.join("report.json"), "seconds": seconds, "report": report}));
     } else {
-        show_result(&report, &target, seconds, session);
+        show_result(&report, &target, seconds, invocation);
     }
     check_gate(&gate, report.quality.as_ref())
 }
@@ -84,7 +84,7 @@ fn target(arguments: &Compress) -> Result<PathBuf> {
 }
 
 /// The recipe with what the flags change in it.
-fn recipe(arguments: &Compress, session: &Session) -> Result<Recipe> {
+fn recipe(arguments: &Compress, invocation: &Invocation) -> Result<Recipe> {
     let mut recipe = match (&arguments.recipe, &arguments.preset) {
         (Some(path), _) => Recipe::open(path)?,
         (None, preset) => Recipe::preset(preset.as_deref().unwrap_or(crate::plan::recipe::PRESETS[0].name))?,
@@ -95,7 +95,7 @@ fn recipe(arguments: &Compress, session: &Session) -> Result<Recipe> {
     }
     calibration.samples = arguments.samples.unwrap_or(calibration.samples);
     calibration.seq = arguments.seq.or(calibration.seq);
-    calibration.seed = session.seed.unwrap_or(calibration.seed);
+    calibration.seed = invocation.seed.unwrap_or(calibration.seed);
     if let Some(format) = &arguments.format {
         recipe.export.format = Some(OneOrMany(vec![format.clone()]));
     }
@@ -138,7 +138,7 @@ fn quality(arguments: &Compress) -> Result<Option<QualityOptions>> {
     Ok(Some(QualityOptions { text: arguments.eval_text.clone(), protocol }))
 }
 
-fn show_plan(prepared: &Prepared, device: &Device, session: &Session, embedded: bool) {
+fn show_plan(prepared: &Prepared, device: &Device, invocation: &Invocation, embedded: bool) {
     let (facts, size, plan) = (&prepared.facts, &prepared.size, &prepared.plan);
     let name = if embedded { "built-in".to_string() } else { shown_path(&prepared.job.model) };
     let shards = if facts.shards == 1 { "1 file".to_string() } else { format!("{} files", facts.shards) };
@@ -178,7 +178,7 @@ fn show_plan(prepared: &Prepared, device: &Device, session: &Session, embedded: 
     for note in &prepared.notes {
         say(&format!("note      {note}"));
     }
-    if session.verbose {
+    if invocation.verbose {
         for layer in &plan.layers {
             let storage = layer.outlined.storage.map_or("as it is".to_string(), |storage| storage.to_string());
             say(&format!("  {} {:?} {storage}", shown(&layer.outlined.name), layer.outlined.shape));
@@ -204,8 +204,8 @@ fn plan_json(prepared: &Prepared) -> serde_json::Value {
     })
 }
 
-fn show_result(report: &Report, target: &Path, seconds: f64, session: &Session) {
-    if session.verbose {
+fn show_result(report: &Report, target: &Path, seconds: f64, invocation: &Invocation) {
+    if invocation.verbose {
         let mut rows = vec![["layer", "storage", "bits", "zeros", "weight error"].map(String::from).to_vec()];
         rows.extend(report.layers.iter().map(|layer| {
             vec![

@@ -5,7 +5,7 @@ use serde_json::json;
 use crate::calibrate::corpus::{check_tokens, read_text};
 use crate::calibrate::{builtin, tokens::Tokenizer};
 use crate::checkpoint::Checkpoint;
-use crate::cli::Session;
+use crate::cli::Invocation;
 use crate::cli::arguments::Eval;
 use crate::cli::compress::quality_table;
 use crate::cli::text::{say, say_json};
@@ -20,7 +20,7 @@ use crate::run::Run;
 ///
 /// # Errors
 /// Whatever went wrong, in one line.
-pub fn run(arguments: &Eval, session: &Session) -> Result<()> {
+pub fn run(arguments: &Eval, invocation: &Invocation) -> Result<()> {
     let device = Device::pick(arguments.device)?;
     let checkpoint = Checkpoint::open(&arguments.model)?;
     let source = formats::open(&checkpoint)?;
@@ -45,15 +45,15 @@ pub fn run(arguments: &Eval, session: &Session) -> Result<()> {
     let bos = tokenizer.bos(model.config.bos);
     let windows = windows(&text, &tokenizer, protocol, bos)?;
     check_tokens(&windows, model.config.vocabulary)?;
-    let run = Run { device: &device, seed: session.seed.unwrap_or(0), observer: &session.progress, scratch: &std::env::temp_dir() };
+    let run = Run { device: &device, seed: invocation.seed.unwrap_or(0), observer: &invocation.progress, scratch: &std::env::temp_dir() };
     let quality = measure(&model, reference.as_ref(), &windows, arguments.bos, &run)?;
-    if session.json {
+    if invocation.json {
         let mut object = serde_json::to_value(&quality).map_err(|error| Error::run(error.to_string()))?;
         object["text_blake3"] = json!(blake3::hash(text.as_bytes()).to_hex().to_string());
         say_json(&object);
         return Ok(());
     }
-    if !session.quiet {
+    if !invocation.quiet {
         let bos = serde_json::to_value(arguments.bos).ok().and_then(|bos| bos.as_str().map(str::to_string)).unwrap_or_default();
         say(&format!("{name} · {} windows of {seq} tokens, {} scored · bos {bos}", quality.windows, quality.tokens));
     }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde_json::json;
 
 use crate::checkpoint::Checkpoint;
-use crate::cli::Session;
+use crate::cli::Invocation;
 use crate::cli::arguments::Inspect;
 use crate::cli::text::{say, say_json, table};
 use crate::compress::layers::candidates;
@@ -18,7 +18,7 @@ use crate::report::bytes;
 ///
 /// # Errors
 /// When the folder is not a sound checkpoint.
-pub fn run(arguments: &Inspect, session: &Session) -> Result<()> {
+pub fn run(arguments: &Inspect, invocation: &Invocation) -> Result<()> {
     let checkpoint = Checkpoint::open(&arguments.model)?;
     let known = config::known_family(&checkpoint.config).is_some();
     let quantized = formats::quantization(&checkpoint).and_then(|config| config["quant_method"].as_str()).map(shown);
@@ -31,7 +31,7 @@ pub fn run(arguments: &Inspect, session: &Session) -> Result<()> {
     let dtypes = dtypes(&checkpoint);
     let total = dtypes.values().fold((0, 0, 0), |total, row| (total.0 + row.0, total.1 + row.1, total.2 + row.2));
     let model_type = shown(config::model_type(&checkpoint.config));
-    if session.json {
+    if invocation.json {
         let tensors: BTreeMap<&str, _> = checkpoint
             .names()
             .filter_map(|name| Some((name, checkpoint.info(name)?)))

@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use crate::cli::Session;
+use crate::cli::Invocation;
 use crate::cli::arguments::Presets;
 use crate::cli::text::{say, say_json};
 use crate::compress::destination::free_bytes;
@@ -17,16 +17,16 @@ use crate::report::bytes;
 ///
 /// # Errors
 /// When the preset is unknown.
-pub fn presets(arguments: &Presets, session: &Session) -> Result<()> {
+pub fn presets(arguments: &Presets, invocation: &Invocation) -> Result<()> {
     if let Some(name) = &arguments.name {
         let recipe = Recipe::preset(name)?;
         match PRESETS.iter().find(|preset| preset.name == name) {
-            Some(preset) if !session.json => say(preset.recipe.trim_end()),
+            Some(preset) if !invocation.json => say(preset.recipe.trim_end()),
             _ => say_json(&recipe),
         }
         return Ok(());
     }
-    if session.json {
+    if invocation.json {
         let presets: Vec<_> =
             PRESETS.iter().map(|preset| json!({"name": preset.name, "about": preset.about, "recipe": preset.recipe})).collect();
         say_json(&presets);
@@ -45,12 +45,12 @@ pub fn presets(arguments: &Presets, session: &Session) -> Result<()> {
 ///
 /// # Errors
 /// When a file system cannot be asked.
-pub fn doctor(session: &Session) -> Result<()> {
+pub fn doctor(invocation: &Invocation) -> Result<()> {
     let device = Device::cpu();
     let (here, temporary) = (std::path::PathBuf::from("."), std::env::temp_dir());
     let (total, available) = memory();
     let (free_here, free_temporary) = (free_bytes(&here)?, free_bytes(&temporary)?);
-    if session.json {
+    if invocation.json {
         say_json(&json!({
             "version": env!("CARGO_PKG_VERSION"), "device": device.name, "simd": simd(), "threads": rayon::current_num_threads(),
             "memory_bytes": total, "memory_available_bytes": available, "disk_free_bytes": free_here,
