@@ -25,7 +25,7 @@ use crate::model::walk::{embed, walk};
 use crate::model::{Model, config};
 use crate::plan::Plan;
 use crate::plan::recipe::Recipe;
-use crate::report::{self, Evaluation, ModelFacts, Report, SCHEMA, Size};
+use crate::report::{Evaluation, ModelFacts, Report, SCHEMA, Size};
 use crate::run::Run;
 use crate::weight::Storage;
 
@@ -112,15 +112,15 @@ impl Prepared {
             calibration = calibration_windows(&mut job, model, needs, &mut notes)?;
             memory_bytes += 2 * model.block_bytes();
         }
-        notes.extend(side_notes(&checkpoint, &plan, format)?);
-        if overlaps(&job) {
-            notes.push("quality is measured on the calibration text itself: the figures flatter".into());
-        }
         if !job.recipe.gate.is_empty() && evaluation.is_none() {
             return Err(Error::input(format!(
                 "the gate cannot be decided: {}",
                 notes.last().map_or("quality is not measured", String::as_str)
             )));
+        }
+        notes.extend(side_notes(&checkpoint, &plan, format)?);
+        if overlaps(&job) {
+            notes.push("quality is measured on the calibration text itself: the figures flatter".into());
         }
         let entries = entries(&checkpoint, &plan, format);
         unique(&entries).map_err(|error| error.file(&job.model))?;
@@ -397,9 +397,4 @@ fn side_notes(checkpoint: &Checkpoint, plan: &Plan, format: &Format) -> Result<V
         notes.push(format!("{first} have different schemes, which vLLM cannot load because it fuses them ({} such sets)", mixed.len()));
     }
     Ok(notes)
-}
-
-/// The expected peak memory as a person reads it.
-pub fn memory(prepared: &Prepared) -> String {
-    report::bytes(prepared.memory_bytes)
 }

@@ -24,7 +24,7 @@
 //! # Code map
 //!
 //! ```text
-//! cli ─► compress · evaluate · report                  the verbs: the only modules that know methods and formats
+//! cli ─► compress · evaluate · report                  the verbs; only compress and cli know methods and formats
 //!           ├─► plan ─► methods ─► model ─► kernels     tensors: kernels, model, device, evaluate, nothing else
 //!           ├─► formats ─► checkpoint                   no tensors here
 //!           └─► calibrate ─► checkpoint                 text to windows of tokens

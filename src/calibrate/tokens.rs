@@ -117,11 +117,6 @@ impl Tokenizer {
         value.as_str().or_else(|| value["content"].as_str()).map(str::to_string)
     }
 
-    /// Whether the model brings a chat template.
-    pub fn has_template(&self) -> bool {
-        self.template.is_some()
-    }
-
     /// Messages as the model's chat template writes them; `None` when it has none.
     ///
     /// # Errors

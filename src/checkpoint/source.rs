@@ -24,9 +24,6 @@ pub trait Source: Debug + Send + Sync {
     /// # Errors
     /// When it is missing or wrong, naming the tensor.
     fn weight(&self, checkpoint: &Checkpoint, name: &str, shape: [usize; 2]) -> Result<Weight>;
-
-    /// The tensors that hold the linear layer `name`.
-    fn tensors(&self, checkpoint: &Checkpoint, name: &str) -> Vec<String>;
 }
 
 /// Plain `name.weight` tensors.
@@ -40,10 +37,6 @@ impl Source for Plain {
 
     fn weight(&self, checkpoint: &Checkpoint, name: &str, shape: [usize; 2]) -> Result<Weight> {
         checkpoint.stored(&format!("{name}.weight"), shape).map(Weight::Stored)
-    }
-
-    fn tensors(&self, _: &Checkpoint, name: &str) -> Vec<String> {
-        vec![format!("{name}.weight")]
     }
 }
 

@@ -9,7 +9,7 @@ use crate::cli::Invocation;
 use crate::cli::arguments::Compress;
 use crate::cli::text::{say, say_json, table};
 use crate::compress::destination::Destination;
-use crate::compress::{Job, Prepared, QualityOptions, memory};
+use crate::compress::{Job, Prepared, QualityOptions};
 use crate::device::Device;
 use crate::error::{Error, Fault, Result, shown, shown_path};
 use crate::evaluate::{Bos, Protocol, Quality};
@@ -166,7 +166,7 @@ fn show_plan(prepared: &Prepared, device: &Device, invocation: &Invocation, embe
         bytes(size.bytes_after),
         size.bits_per_weight
     ));
-    say(&format!("needs     about {} of memory · {} of disk · {}", memory(prepared), bytes(size.bytes_after), device.name));
+    say(&format!("needs     about {} of memory · {} of disk · {}", bytes(prepared.memory_bytes), bytes(size.bytes_after), device.name));
     if let Some(packed) = &prepared.calibration {
         let counts = &packed.counts;
         let sources = counts.sources.join(", ");

@@ -316,11 +316,6 @@ impl Source for PackQuantized {
         let zeros = if symmetric { None } else { Some(zeros()?) };
         Ok(Weight::Ints(Ints { rows, columns, bits, group, codes, scales, scale_float, zeros }))
     }
-
-    fn tensors(&self, checkpoint: &Checkpoint, name: &str) -> Vec<String> {
-        let suffixes = ["", "_packed", "_scale", "_shape", "_zero_point"];
-        suffixes.iter().map(|suffix| format!("{name}.weight{suffix}")).filter(|name| checkpoint.has(name)).collect()
-    }
 }
 
 #[cfg(test)]

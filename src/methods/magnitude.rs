@@ -21,15 +21,11 @@ pub struct Magnitude {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sparsity: Option<f64>,
     /// Where zeros may lie.
-    #[serde(default = "unstructured")]
+    #[serde(default)]
     pub pattern: Pattern,
     /// Prune one entry and all ties more, as the released code does.
     #[serde(default)]
     pub reference_code: bool,
-}
-
-fn unstructured() -> Pattern {
-    Pattern::Unstructured
 }
 
 impl Method for Magnitude {

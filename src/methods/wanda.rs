@@ -21,12 +21,8 @@ pub struct Wanda {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sparsity: Option<f64>,
     /// Where zeros may lie.
-    #[serde(default = "unstructured")]
+    #[serde(default)]
     pub pattern: Pattern,
-}
-
-fn unstructured() -> Pattern {
-    Pattern::Unstructured
 }
 
 impl Method for Wanda {

@@ -12,9 +12,10 @@ pub struct Sparse {
 }
 
 /// Where zeros may lie. `N:M` keeps N of every M consecutive columns.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub enum Pattern {
     /// Anywhere in a row.
+    #[default]
     Unstructured,
     /// `kept` of every `of` consecutive columns stay.
     Blocks {
