@@ -7,6 +7,7 @@
 
 pub mod attention;
 pub mod exponential;
+pub mod factor;
 pub mod gated;
 pub mod gemm;
 pub mod gram;
