@@ -8,6 +8,7 @@ pub mod wanda;
 use std::fmt::Debug;
 
 use crate::error::{Error, Result};
+use crate::kernels::quantize::Bounds;
 use crate::model::seen::{Needs, Statistics};
 use crate::weight::{Float, Pattern, Storage, Weight};
 
@@ -22,6 +23,23 @@ pub struct Layer<'a> {
     pub float: Float,
     /// Bits to use instead of the method's own, where the plan says so.
     pub bits: Option<u8>,
+    /// Ranges that a pre-calibration chose for the grids.
+    pub bounds: Option<&'a Bounds>,
+}
+
+impl Layer<'_> {
+    /// The Gram matrix of the layer's inputs, `inputs × inputs`.
+    ///
+    /// # Errors
+    /// When there is none, or it is not finite.
+    pub fn gram(&self) -> Result<&[f64]> {
+        let gram = self.statistics.and_then(|statistics| statistics.gram.as_deref());
+        let gram = gram.ok_or_else(|| Error::run("no calibration was seen").tensor(self.name))?;
+        match gram.iter().all(|value| value.is_finite()) {
+            true => Ok(gram),
+            false => Err(Error::run("the Gram matrix of the calibration inputs is not finite").tensor(self.name)),
+        }
+    }
 }
 
 /// A weight after a method, and how far it is from the weight before.
@@ -31,6 +49,17 @@ pub struct Applied {
     pub weight: Weight,
     /// Sums of squares of the change and of the weight before.
     pub change: [f64; 2],
+    /// Ranges for the grids of a quantizing stage that follows.
+    pub bounds: Option<Bounds>,
+    /// What the user should know, each a sentence without the layer's name.
+    pub notes: Vec<String>,
+}
+
+impl Applied {
+    /// A weight and its change, with nothing to note.
+    pub fn new(weight: Weight, change: [f64; 2]) -> Self {
+        Self { weight, change, bounds: None, notes: Vec::new() }
+    }
 }
 
 /// A compression method for linear layers.

@@ -122,7 +122,7 @@ impl<'a> Compressor<'a> {
 
     fn compress(&mut self, planned: &Planned, mut weight: Weight, statistics: Option<&Statistics>) -> Result<Weight> {
         let outlined = &planned.outlined;
-        let layer = Layer { name: &outlined.name, statistics, float: outlined.float, bits: planned.bits };
+        let layer = Layer { name: &outlined.name, statistics, float: outlined.float, bits: planned.bits, bounds: None };
         let original = (planned.stages.len() > 1 || self.layer_error).then(|| weight.to_matrix().into_owned());
         let mut change = [0.0; 2];
         for &stage in &planned.stages {

@@ -23,6 +23,17 @@ pub struct Grid {
     pub scale_float: Float,
 }
 
+/// The range that the grid of every group of every row shall span, where it is not the range of the weights.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Bounds {
+    /// Columns per group.
+    pub group: usize,
+    /// `rows * groups` lower ends, at most zero.
+    pub low: Vec<f32>,
+    /// `rows * groups` upper ends, at least zero.
+    pub high: Vec<f32>,
+}
+
 /// Rounds every weight to the nearest point of its group's grid. Gives the integers, and the sums of squares of the
 /// rounding error and of the weights.
 pub fn round_to_nearest(weight: &Matrix, grid: Grid) -> (Ints, [f64; 2]) {
@@ -85,6 +96,12 @@ fn round_rows(
 #[inline(always)]
 pub fn fit(weights: &[f32], grid: Grid) -> (f32, u8) {
     let (low, high) = range(weights);
+    span(low, high, grid)
+}
+
+/// As [`fit`], for a group whose smallest and largest weight are known.
+#[inline(always)]
+pub fn span(low: f32, high: f32, grid: Grid) -> (f32, u8) {
     let middle = 1u8 << (grid.bits - 1);
     if low == 0.0 && high == 0.0 {
         return (1.0, middle);
@@ -103,7 +120,7 @@ pub fn fit(weights: &[f32], grid: Grid) -> (f32, u8) {
 
 /// A scale as its format stores it: what would round to zero becomes the smallest number, in f16 a subnormal one.
 #[inline(always)]
-fn stored_scale(scale: f32, float: Float) -> f32 {
+pub fn stored_scale(scale: f32, float: Float) -> f32 {
     let smallest = match float {
         Float::F16 => 5.960_464_5e-8,
         Float::BF16 | Float::F32 => f32::MIN_POSITIVE,
@@ -120,7 +137,7 @@ fn decodable(scale: f32, reach: f32, float: Float) -> f32 {
 
 /// Smallest and largest value. Integers in the order of the floats reduce in vector registers, floats do not.
 #[inline(always)]
-fn range(weights: &[f32]) -> (f32, f32) {
+pub fn range(weights: &[f32]) -> (f32, f32) {
     let key = |value: f32| {
         let bits = value.to_bits() as i32;
         bits ^ ((bits >> 31) as u32 >> 1) as i32

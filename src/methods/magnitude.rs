@@ -42,7 +42,7 @@ impl Method for Magnitude {
     fn apply(&self, weight: Weight, _: &Layer<'_>) -> Result<Applied> {
         let mut matrix = weight.into_matrix();
         let change = prune(&mut matrix, share(self.sparsity, self.pattern)?, self.pattern, self.reference_code);
-        Ok(Applied { weight: Weight::Sparse(Sparse { matrix, pattern: self.pattern }), change })
+        Ok(Applied::new(Weight::Sparse(Sparse { matrix, pattern: self.pattern }), change))
     }
 
     fn options(&self) -> toml::Table {

@@ -118,7 +118,7 @@ impl Method for RoundToNearest {
             Weight::Stored(stored) => round_stored(stored, grid),
             weight => round_to_nearest(&weight.to_matrix(), grid),
         };
-        Ok(Applied { weight: Weight::Ints(ints), change })
+        Ok(Applied::new(Weight::Ints(ints), change))
     }
 
     fn options(&self) -> toml::Table {

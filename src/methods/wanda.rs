@@ -40,7 +40,7 @@ impl Method for Wanda {
         let statistics = layer.statistics.ok_or_else(|| Error::run("wanda needs calibration").tensor(layer.name))?;
         let mut matrix = weight.into_matrix();
         let change = prune(&mut matrix, &statistics.norms(), share(self.sparsity, self.pattern)?, self.pattern);
-        Ok(Applied { weight: Weight::Sparse(Sparse { matrix, pattern: self.pattern }), change })
+        Ok(Applied::new(Weight::Sparse(Sparse { matrix, pattern: self.pattern }), change))
     }
 
     fn options(&self) -> toml::Table {
