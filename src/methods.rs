@@ -62,10 +62,27 @@ impl Applied {
     }
 }
 
+/// What a method brings the compressed layer close to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Deserialize, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Target {
+    /// The layer's own weight, on the inputs that the compressed model gives it.
+    #[default]
+    Weight,
+    /// The output that the layer has in the float model, on the inputs that the compressed model gives it
+    /// (quality-records §2a): the method is handed a corrected weight, and inputs are seen anew after every site.
+    FloatOutput,
+}
+
 /// A compression method for linear layers.
 pub trait Method: Debug + Send + Sync {
     /// What must have been seen.
     fn needs(&self) -> Needs;
+
+    /// What the compressed layer is brought close to.
+    fn target(&self) -> Target {
+        Target::Weight
+    }
 
     /// What it makes of a weight stored like this, of shape `[outputs, inputs]`, so that a format can refuse before
     /// any work starts. `bits` as in [`Layer::bits`].
