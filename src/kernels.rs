@@ -6,11 +6,14 @@
 //! neither on the number of threads nor on the width of the vector instructions.
 
 pub mod attention;
+pub mod descent;
+pub mod error_feedback;
 pub mod exponential;
 pub mod factor;
 pub mod gated;
 pub mod gemm;
 pub mod gram;
+pub mod gram_space;
 pub mod likelihood;
 pub mod quantize;
 pub mod rms_norm;

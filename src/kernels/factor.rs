@@ -45,6 +45,34 @@ pub fn damped(gram: &[f64], n: usize, share: f64) -> Vec<f64> {
     matrix
 }
 
+/// Solves matrix · x = right in place by Cholesky, for the small systems of single rows; false when the matrix (`n × n`
+/// with n the length of `right`) is not positive definite.
+pub fn solve_small(matrix: &mut [f64], right: &mut [f64]) -> bool {
+    let n = right.len();
+    for j in 0..n {
+        for i in j..n {
+            let inner: f64 = (0..j).map(|k| matrix[i * n + k] * matrix[j * n + k]).sum();
+            let value = matrix[i * n + j] - inner;
+            if i > j {
+                matrix[i * n + j] = value / matrix[j * n + j];
+            } else if value > 0.0 && value.is_finite() {
+                matrix[j * n + j] = value.sqrt();
+            } else {
+                return false;
+            }
+        }
+    }
+    for i in 0..n {
+        let inner: f64 = (0..i).map(|k| matrix[i * n + k] * right[k]).sum();
+        right[i] = (right[i] - inner) / matrix[i * n + i];
+    }
+    for i in (0..n).rev() {
+        let inner: f64 = (i + 1..n).map(|k| matrix[k * n + i] * right[k]).sum();
+        right[i] = (right[i] - inner) / matrix[i * n + i];
+    }
+    right.iter().all(|value| value.is_finite())
+}
+
 fn finite(values: Vec<f64>) -> Option<Vec<f64>> {
     values.iter().all(|value| value.is_finite()).then_some(values)
 }
@@ -86,6 +114,19 @@ mod tests {
         let right: Vec<f64> = (0..3 * n).map(|i| (i as f64).cos()).collect();
         let solved = solve_rows(&matrix, n, &right).unwrap();
         assert!(product(&solved, &matrix, n).iter().zip(&right).all(|(a, b)| (a - b).abs() < 1e-9));
+    }
+
+    #[test]
+    fn small_systems_are_solved_in_place() {
+        for n in [1, 3, 9] {
+            let matrix = gram(n);
+            let right: Vec<f64> = (0..n).map(|i| (i as f64).sin() + 2.0).collect();
+            let (mut work, mut x) = (matrix.clone(), right.clone());
+            assert!(solve_small(&mut work, &mut x));
+            let back: Vec<f64> = (0..n).map(|i| (0..n).map(|j| matrix[i * n + j] * x[j]).sum()).collect();
+            assert!(back.iter().zip(&right).all(|(a, b)| (a - b).abs() < 1e-9), "{back:?}");
+        }
+        assert!(!solve_small(&mut [1.0, 2.0, 2.0, 1.0], &mut [1.0, 1.0]));
     }
 
     #[test]
