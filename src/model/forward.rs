@@ -32,19 +32,103 @@ impl<'a> Spec<'a> {
         let layer = &config.layers[index];
         Self { config, layer, table: layer.rotation.as_ref().map(|rotation| rotation.table(seq)), seq }
     }
+
+    /// The attention of the layer.
+    pub fn attention(&self) -> Attention {
+        let config = self.config;
+        Attention {
+            seq: self.seq,
+            heads: config.heads,
+            kv_heads: config.kv_heads,
+            head_dim: config.head_dim,
+            scale: config.scale,
+            softcap: config.attention_cap,
+            window: self.layer.window,
+        }
+    }
 }
 
-/// A tap sees the input of every site as the forward passes it.
-pub type Tap<'a> = &'a mut dyn FnMut(Site, &Tensor<2>);
+/// A tensor that the forward passes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Point {
+    /// The input of the block.
+    Input,
+    /// The input of linear layers.
+    Site(Site),
+    /// Queries before their norm and rotation.
+    Query,
+    /// Keys before their norm and rotation.
+    Key,
+    /// Queries as attention reads them.
+    TurnedQuery,
+    /// Keys as attention reads them.
+    TurnedKey,
+    /// Values.
+    Value,
+    /// The residual stream after attention.
+    Joined,
+    /// The gate of the MLP before its activation.
+    Gate,
+    /// What the activated gate multiplies.
+    Up,
+    /// The output of attention or of the MLP before the norm at this place.
+    Branch(Place),
+}
 
-/// The output of a block for the hidden states `x`.
+/// A tap sees every point as the forward passes it. A tensor that it keeps costs no copy here, but keeps a later
+/// step from working in its memory.
+pub type Tap<'a> = &'a mut dyn FnMut(Point, &Tensor<2>);
+
+/// The output of a block for the hidden states `x`: [`attend`], [`join`], [`middle`] and [`finish`], one after the other.
 pub fn block(spec: &Spec<'_>, parameters: &Parameters, x: Tensor<2>, tap: Tap<'_>) -> Tensor<2> {
-    let normed = norm(spec, parameters, Place::AttentionIn, x.clone());
-    let attended = attention(spec, parameters, normed, tap);
-    let x = add(spec, x, norm(spec, parameters, Place::AttentionOut, attended));
-    let normed = norm(spec, parameters, Place::MlpIn, x.clone());
-    let mixed = mlp(spec, parameters, normed, tap);
-    add(spec, x, norm(spec, parameters, Place::MlpOut, mixed))
+    let mixed = attend(spec, parameters, x.clone(), tap);
+    let h = add_branch(spec, parameters, Branch::ATTENTION, x, mixed, tap);
+    let gated = middle(spec, parameters, h.clone(), tap);
+    add_branch(spec, parameters, Branch::MLP, h, gated, tap)
+}
+
+/// The output of attention before its projection, `tokens × query width`, for the hidden states `x`.
+pub fn attend(spec: &Spec<'_>, parameters: &Parameters, x: Tensor<2>, tap: Tap<'_>) -> Tensor<2> {
+    tap(Point::Input, &x);
+    let x = norm(spec, parameters, Place::AttentionIn, x);
+    tap(Point::Site(Site::Attention), &x);
+    let q = linear(parameters, Role::Query, &x);
+    tap(Point::Query, &q);
+    let q = rotated(spec, parameters, Place::Query, q);
+    tap(Point::TurnedQuery, &q);
+    let k = linear(parameters, Role::Key, &x);
+    tap(Point::Key, &k);
+    let k = rotated(spec, parameters, Place::Key, k);
+    tap(Point::TurnedKey, &k);
+    let v = linear(parameters, Role::Value, &x);
+    tap(Point::Value, &v);
+    let mixed = spec.attention().run(q, k, v);
+    tap(Point::Site(Site::Output), &mixed);
+    mixed
+}
+
+/// The residual stream after attention: `x` plus the projection of what [`attend`] gave.
+pub fn join(spec: &Spec<'_>, parameters: &Parameters, x: Tensor<2>, mixed: Tensor<2>) -> Tensor<2> {
+    add_branch(spec, parameters, Branch::ATTENTION, x, mixed, &mut |_, _| {})
+}
+
+/// The middle of the MLP, `tokens × intermediate`, for the residual stream `h` after attention.
+pub fn middle(spec: &Spec<'_>, parameters: &Parameters, h: Tensor<2>, tap: Tap<'_>) -> Tensor<2> {
+    tap(Point::Joined, &h);
+    let x = norm(spec, parameters, Place::MlpIn, h);
+    tap(Point::Site(Site::Mlp), &x);
+    let gate = linear(parameters, Role::Gate, &x);
+    tap(Point::Gate, &gate);
+    let up = linear(parameters, Role::Up, &x);
+    tap(Point::Up, &up);
+    let middle = gated(spec.config.activation, gate, up);
+    tap(Point::Site(Site::Down), &middle);
+    middle
+}
+
+/// The output of the block: `h` plus the projection of what [`middle`] gave.
+pub fn finish(spec: &Spec<'_>, parameters: &Parameters, h: Tensor<2>, middle: Tensor<2>) -> Tensor<2> {
+    add_branch(spec, parameters, Branch::MLP, h, middle, &mut |_, _| {})
 }
 
 /// Final norm of the hidden states, before the head.
@@ -64,9 +148,23 @@ pub fn logits(config: &Config, normed: Tensor<2>, head: Tensor<2>) -> Tensor<2> 
     }
 }
 
-fn add(spec: &Spec<'_>, x: Tensor<2>, branch: Tensor<2>) -> Tensor<2> {
+/// How a branch returns to the residual stream.
+struct Branch {
+    role: Role,
+    place: Place,
+}
+
+impl Branch {
+    const ATTENTION: Self = Self { role: Role::Output, place: Place::AttentionOut };
+    const MLP: Self = Self { role: Role::Down, place: Place::MlpOut };
+}
+
+fn add_branch(spec: &Spec<'_>, parameters: &Parameters, branch: Branch, x: Tensor<2>, mixed: Tensor<2>, tap: Tap<'_>) -> Tensor<2> {
+    let projected = linear(parameters, branch.role, &mixed);
+    tap(Point::Branch(branch.place), &projected);
+    let normed = norm(spec, parameters, branch.place, projected);
     let factor = spec.config.residual_factor;
-    if factor == 1.0 { x + branch } else { x + branch * factor }
+    if factor == 1.0 { x + normed } else { x + normed * factor }
 }
 
 fn norm(spec: &Spec<'_>, parameters: &Parameters, place: Place, x: Tensor<2>) -> Tensor<2> {
@@ -82,26 +180,6 @@ fn linear(parameters: &Parameters, role: Role, x: &Tensor<2>) -> Tensor<2> {
         Some(bias) => product + bias.clone().unsqueeze(),
         None => product,
     }
-}
-
-fn attention(spec: &Spec<'_>, parameters: &Parameters, x: Tensor<2>, tap: Tap<'_>) -> Tensor<2> {
-    let config = spec.config;
-    tap(Site::Attention, &x);
-    let q = rotated(spec, parameters, Place::Query, linear(parameters, Role::Query, &x));
-    let k = rotated(spec, parameters, Place::Key, linear(parameters, Role::Key, &x));
-    let v = linear(parameters, Role::Value, &x);
-    let attention = Attention {
-        seq: spec.seq,
-        heads: config.heads,
-        kv_heads: config.kv_heads,
-        head_dim: config.head_dim,
-        scale: config.scale,
-        softcap: config.attention_cap,
-        window: spec.layer.window,
-    };
-    let mixed = attention.run(q, k, v);
-    tap(Site::Output, &mixed);
-    linear(parameters, Role::Output, &mixed)
 }
 
 /// Queries or keys after their norm and rotation.
@@ -120,13 +198,4 @@ fn rotated(spec: &Spec<'_>, parameters: &Parameters, place: Place, x: Tensor<2>)
         Some(table) => rope(x, head_dim, table),
         None => x,
     }
-}
-
-fn mlp(spec: &Spec<'_>, parameters: &Parameters, x: Tensor<2>, tap: Tap<'_>) -> Tensor<2> {
-    tap(Site::Mlp, &x);
-    let gate = linear(parameters, Role::Gate, &x);
-    let up = linear(parameters, Role::Up, &x);
-    let middle = gated(spec.config.activation, gate, up);
-    tap(Site::Down, &middle);
-    linear(parameters, Role::Down, &middle)
 }

@@ -10,7 +10,7 @@ use crate::kernels::gram::{add_column_squares, add_gram};
 use crate::kernels::{Floats, tensor, values};
 use crate::model::Model;
 use crate::model::block::{Block, Parameters};
-use crate::model::forward::{self, Spec, Tap};
+use crate::model::forward::{self, Point, Spec, Tap};
 use crate::model::hidden::Hidden;
 use crate::model::seen::{Needs, Seen, Statistics};
 use crate::run::Run;
@@ -113,8 +113,10 @@ fn observe(
         run.check_stop()?;
         let results = hidden.map(&runs, |windows, x| {
             let mut sites = BTreeMap::new();
-            let y = forward_run(model, index, parameters, hidden.tokens(windows.start), x, run, &mut |site, input| {
-                sites.insert(site, statistics(input, needs));
+            let y = forward_run(model, index, parameters, hidden.tokens(windows.start), x, run, &mut |point, input| {
+                if let Point::Site(site) = point {
+                    sites.insert(site, statistics(input, needs));
+                }
             });
             Ok((sites, y))
         })?;
