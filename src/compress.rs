@@ -1,5 +1,6 @@
 //! The verb `compress`: a checkpoint and a recipe to a smaller checkpoint with its quality measured.
 
+pub mod compressor;
 pub mod destination;
 pub mod layers;
 
@@ -13,7 +14,8 @@ use crate::checkpoint::decode::nonfinite_bytes;
 use crate::checkpoint::source::Source;
 use crate::checkpoint::{Checkpoint, float_of, read_file};
 use crate::compress::destination::Destination;
-use crate::compress::layers::{Compressor, candidates};
+use crate::compress::compressor::Compressor;
+use crate::compress::layers::candidates;
 use crate::error::{Error, Result};
 use crate::evaluate::{self, Protocol, Quality};
 use crate::formats::output::{Output, write_json};
@@ -277,7 +279,7 @@ impl Prepared {
 
 /// What the methods and the report need to have been seen.
 fn needs(recipe: &Recipe, plan: &Plan) -> Needs {
-    if recipe.report.layer_error { Needs::Gram } else { plan.needs() }
+    if recipe.report.layer_error { plan.needs().max(Needs::Gram) } else { plan.needs() }
 }
 
 /// The tensors of the output, in the order of the input.

@@ -18,6 +18,7 @@ pub mod likelihood;
 pub mod quantize;
 pub mod rms_norm;
 pub mod rope;
+pub mod scale_search;
 pub mod select;
 
 use burn::tensor::{Device, Tensor, TensorData};

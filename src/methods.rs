@@ -1,6 +1,9 @@
 //! Methods turn one weight into another. A method is an options struct, a ten-line adapter and the paper's equation
 //! as a pure function; a new one is a file here and a line in [`METHODS`].
 
+pub mod closed_form;
+pub mod float_output;
+pub mod gptq;
 pub mod magnitude;
 pub mod round_to_nearest;
 pub mod wanda;
@@ -8,7 +11,11 @@ pub mod wanda;
 use std::fmt::Debug;
 
 use crate::error::{Error, Result};
-use crate::kernels::quantize::Bounds;
+use crate::kernels::quantize::{Bounds, Grid};
+use crate::matrix::Matrix;
+use crate::methods::round_to_nearest::Group;
+use crate::model::bench::Bench;
+use crate::model::block::Role;
 use crate::model::seen::{Needs, Statistics};
 use crate::weight::{Float, Pattern, Storage, Weight};
 
@@ -25,9 +32,16 @@ pub struct Layer<'a> {
     pub bits: Option<u8>,
     /// Ranges that a pre-calibration chose for the grids.
     pub bounds: Option<&'a Bounds>,
+    /// For methods that aim at the float model's output: the corrected weight, dense even where the weight is pruned.
+    pub goal: Option<&'a Matrix>,
 }
 
 impl Layer<'_> {
+    /// The grid for a layer of `columns`, with the plan's bits before the method's.
+    pub fn grid(&self, bits: u8, group: Group, symmetric: bool, columns: usize) -> Grid {
+        Grid { bits: self.bits.unwrap_or(bits), group: group.fit(columns), symmetric, scale_float: self.float }
+    }
+
     /// The Gram matrix of the layer's inputs, `inputs × inputs`.
     ///
     /// # Errors
@@ -74,6 +88,15 @@ pub enum Target {
     FloatOutput,
 }
 
+/// How strongly a target is corrected, 0..=1: for inputs (α) and for the residual stream (β).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Strength {
+    /// α of quality-records §2a.
+    pub alpha: f64,
+    /// β of quality-records §2a.
+    pub beta: f64,
+}
+
 /// A compression method for linear layers.
 pub trait Method: Debug + Send + Sync {
     /// What must have been seen.
@@ -82,6 +105,11 @@ pub trait Method: Debug + Send + Sync {
     /// What the compressed layer is brought close to.
     fn target(&self) -> Target {
         Target::Weight
+    }
+
+    /// How strongly it aims at the float model's output; `None` leaves that to the rule.
+    fn strength(&self) -> Option<Strength> {
+        None
     }
 
     /// What it makes of a weight stored like this, of shape `[outputs, inputs]`, so that a format can refuse before
@@ -97,8 +125,51 @@ pub trait Method: Debug + Send + Sync {
     /// When the weight or the statistics do not permit it.
     fn apply(&self, weight: Weight, layer: &Layer<'_>) -> Result<Applied>;
 
+    /// The method as one that works on a block as a whole, where it does; [`Self::apply`] is then not called.
+    fn block(&self) -> Option<&dyn BlockMethod> {
+        None
+    }
+
+    /// Whether it changes norms.
+    fn norms(&self) -> bool {
+        false
+    }
+
     /// The options, as a recipe writes them.
     fn options(&self) -> toml::Table;
+}
+
+/// A linear layer of a block that a stage works on.
+#[derive(Debug, Clone)]
+pub struct BlockLayer {
+    /// What it does in the block.
+    pub role: Role,
+    /// Full name without `.weight`.
+    pub name: String,
+    /// Number format of the model, in which scales are stored.
+    pub float: Float,
+    /// Bits to use instead of the method's own, where the plan says so.
+    pub bits: Option<u8>,
+    /// Ranges that a pre-calibration chose for the grids.
+    pub bounds: Option<Bounds>,
+}
+
+/// What a method did to a block.
+#[derive(Debug, Default)]
+pub struct BlockApplied {
+    /// Loss by iteration.
+    pub curve: Vec<f64>,
+    /// What the user should know, by layer.
+    pub notes: Vec<(Role, String)>,
+}
+
+/// A method that works on the layers or norms of a block together.
+pub trait BlockMethod {
+    /// Works on the block; `layers` are those that the plan gives to this stage.
+    ///
+    /// # Errors
+    /// When weights or hidden states do not permit it.
+    fn apply_block(&self, bench: &mut Bench<'_>, layers: &[BlockLayer]) -> Result<BlockApplied>;
 }
 
 /// One line of the registry.
@@ -120,6 +191,18 @@ pub const METHODS: &[Entry] = &[
         about: "integers of 2 to 8 bits on a grid per group; no calibration",
         source: "baseline; signed full-range scales as in AutoRound",
         read: |options| Ok(Box::new(options.try_into::<round_to_nearest::RoundToNearest>()?)),
+    },
+    Entry {
+        name: "gptq",
+        about: "integers with error feedback; the baseline of calibrated quantization",
+        source: "arXiv:2210.17323",
+        read: |options| Ok(Box::new(options.try_into::<gptq::Gptq>()?)),
+    },
+    Entry {
+        name: "closed-form",
+        about: "integers that aim at the float model's output: error feedback, descent and refitted scales, no gradients",
+        source: "arXiv:2504.02692, arXiv:2309.01885; quality-records 2a, 2b",
+        read: |options| Ok(Box::new(options.try_into::<closed_form::ClosedForm>()?)),
     },
     Entry {
         name: "magnitude",
@@ -177,6 +260,17 @@ pub(crate) fn share(sparsity: Option<f64>, pattern: Pattern) -> Result<f64> {
             Err(Error::input(format!("sparsity {asked} contradicts the pattern {pattern}, which prunes {own}; leave sparsity out")))
         }
         (asked, own) => Ok(own.or(asked).unwrap_or(0.5)),
+    }
+}
+
+/// Refuses bits out of range and quantizing what is quantized already.
+pub(crate) fn quantizable(before: Storage, bits: u8, method: &str) -> Result<()> {
+    if !(2..=8).contains(&bits) {
+        return Err(Error::input(format!("{bits} bits; {method} takes 2 to 8")));
+    }
+    match before {
+        Storage::Dense | Storage::Sparse(_) => Ok(()),
+        _ => Err(Error::input("quantizing twice is unsound: keep one quantizing stage")),
     }
 }
 

@@ -103,6 +103,11 @@ impl Plan {
         self.stages.iter().map(|stage| stage.method.needs()).max().unwrap_or(Needs::Nothing)
     }
 
+    /// Whether any stage changes norms.
+    pub fn norms(&self) -> bool {
+        self.stages.iter().any(|stage| stage.method.norms())
+    }
+
     /// Whether any layer becomes integers.
     pub fn integers(&self) -> bool {
         self.layers.iter().any(|layer| matches!(layer.outlined.storage, Some(Storage::Ints { .. })))

@@ -82,6 +82,9 @@ pub struct LayerReport {
     pub weight_error: f64,
     /// ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖², when it was asked for.
     pub layer_error: Option<f64>,
+    /// What methods noted about it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
 }
 
 /// One block.
@@ -89,8 +92,26 @@ pub struct LayerReport {
 pub struct BlockReport {
     /// Its number.
     pub block: usize,
-    /// Relative squared error of its output on the first calibration windows, for equal inputs.
+    /// Relative squared error of its output on the first calibration windows, as of the last stage.
     pub output_error: Option<f64>,
+    /// One row per stage.
+    pub stages: Vec<StageReport>,
+}
+
+/// What a stage did to a block. Errors are relative squared errors of the block's output on the first calibration
+/// windows: against the original block on the same inputs or, when the recipe keeps the float stream, against the
+/// float model's output.
+#[derive(Debug, Clone, Serialize)]
+pub struct StageReport {
+    /// The method.
+    pub method: String,
+    /// Error before the stage.
+    pub before: Option<f64>,
+    /// Error after the stage.
+    pub after: Option<f64>,
+    /// Loss by iteration, for methods that iterate over blocks.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub curve: Vec<f64>,
 }
 
 /// What quality was measured on.

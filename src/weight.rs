@@ -126,6 +126,15 @@ impl Weight {
         }
     }
 
+    /// Number of weights that are exactly zero.
+    pub fn zeros(&self) -> usize {
+        match self {
+            Self::Dense(matrix) | Self::Sparse(Sparse { matrix, .. }) => matrix.zeros(),
+            Self::Stored(stored) => stored.to_matrix().zeros(),
+            Self::Ints(ints) => ints.zero_codes(),
+        }
+    }
+
     /// The floats that this weight stands for, without a copy where it holds floats already.
     pub fn into_matrix(self) -> Matrix {
         match self {

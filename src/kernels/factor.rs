@@ -37,6 +37,40 @@ pub fn solve_rows(matrix: &[f64], n: usize, right: &[f64]) -> Option<Vec<f64>> {
     finite((0..rows * n).map(|at| solved[(at % n, at / n)]).collect())
 }
 
+/// A Cholesky factor that serves several solves.
+pub struct Factor {
+    factor: Llt<f64>,
+    n: usize,
+}
+
+impl std::fmt::Debug for Factor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Factor of {0} x {0}", self.n)
+    }
+}
+
+impl Factor {
+    /// Factors a matrix (`n × n`); `None` when it is not positive definite.
+    pub fn new(matrix: &[f64], n: usize) -> Option<Self> {
+        Some(Self { factor: cholesky(matrix, n)?, n })
+    }
+
+    /// X with X · matrix = right, both `rows × n`; `None` when the result is not finite. Rows are solved in blocks, so
+    /// that the copy in f64 stays small.
+    pub fn solve_rows_f32(&self, right: &[f32]) -> Option<Vec<f32>> {
+        use rayon::prelude::*;
+        const ROWS: usize = 64;
+        let n = self.n;
+        let mut out = vec![0.0f32; right.len()];
+        out.par_chunks_mut(ROWS * n).zip(right.par_chunks(ROWS * n)).for_each(|(out, right)| {
+            let columns = Mat::from_fn(n, right.len() / n, |i, j| f64::from(right[j * n + i]));
+            let solved = self.factor.solve(columns);
+            out.iter_mut().enumerate().for_each(|(at, out)| *out = solved[(at % n, at / n)] as f32);
+        });
+        out.iter().all(|value| value.is_finite()).then_some(out)
+    }
+}
+
 /// A Gram matrix with `share` of its mean diagonal added to every diagonal entry.
 pub fn damped(gram: &[f64], n: usize, share: f64) -> Vec<f64> {
     let mut matrix = gram.to_vec();

@@ -34,13 +34,18 @@ pub fn add_column_squares(x: &[f32], totals: &mut [f64]) {
 
 /// Adds XᵀX of `x` (tokens × columns, row-major) to `totals` (columns × columns).
 pub fn add_gram(x: &[f32], columns: usize, totals: &mut [f64]) {
+    add_cross(x, x, [columns, columns], totals);
+}
+
+/// Adds YᵀX of `y` (tokens × rows) and `x` (tokens × columns) to `totals` (rows × columns).
+pub fn add_cross(y: &[f32], x: &[f32], [height, columns]: [usize; 2], totals: &mut [f64]) {
     let tokens = x.len() / columns.max(1);
     const ROWS: usize = 256;
-    let mut partial = vec![0.0f32; ROWS.min(columns) * columns];
+    let mut partial = vec![0.0f32; ROWS.min(height) * columns];
     for (block, totals) in totals.chunks_mut(ROWS * columns).enumerate() {
         let rows = totals.len() / columns;
         let sizes = Sizes { m: rows, n: columns, k: tokens };
-        let left = View::transposed(&x[block * ROWS..], columns);
+        let left = View::transposed(&y[block * ROWS..], height);
         product(sizes, &mut partial, columns, false, 1.0, left, View::rows(x, columns), true);
         totals.par_iter_mut().zip(&partial).with_min_len(4096).for_each(|(total, &partial)| *total += f64::from(partial));
     }

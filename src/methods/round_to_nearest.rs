@@ -3,9 +3,9 @@
 //! Source: the common baseline; symmetric grids with the signed full-range scale (formats A4). Needs nothing, leaves
 //! integers, keeps pruned weights exactly zero.
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::kernels::quantize::{Grid, round_stored, round_to_nearest};
-use crate::methods::{Applied, Layer, Method};
+use crate::methods::{Applied, Layer, Method, quantizable};
 use crate::model::seen::Needs;
 use crate::weight::{Storage, Weight};
 
@@ -97,12 +97,7 @@ impl Method for RoundToNearest {
 
     fn leaves(&self, before: Storage, [_, columns]: [usize; 2], bits: Option<u8>) -> Result<Storage> {
         let bits = bits.unwrap_or(self.bits);
-        if !(2..=8).contains(&bits) {
-            return Err(Error::input(format!("{bits} bits; round-to-nearest takes 2 to 8")));
-        }
-        if let Storage::Ints { .. } = before {
-            return Err(Error::input("quantizing twice is unsound: keep one quantizing stage"));
-        }
+        quantizable(before, bits, "round-to-nearest")?;
         Ok(Storage::Ints { bits, group: self.group.fit(columns), symmetric: self.symmetric })
     }
 

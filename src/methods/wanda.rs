@@ -96,7 +96,7 @@ pub(crate) mod tests {
     pub(crate) fn golden_statistics() -> Statistics {
         let (x, _) = golden_inputs();
         let gram: Vec<f64> = (0..64).map(|ab| (0..24).map(|t| x[t * 8 + ab / 8] * x[t * 8 + ab % 8]).sum()).collect();
-        Statistics { tokens: 24, squares: (0..8).map(|j| gram[j * 9]).collect(), gram: Some(gram) }
+        Statistics::new(24, (0..8).map(|j| gram[j * 9]).collect(), Some(gram))
     }
 
     pub(crate) fn mask(weight: &Matrix) -> String {

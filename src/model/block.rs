@@ -180,12 +180,28 @@ impl Parameters {
                 Weight::Ints(ints) => ints.to_matrix().data,
             };
             parameters.set_weight(linear.role, tensor(floats, shape, device));
-            parameters.biases[linear.role as usize] = linear.bias.as_ref().map(|bias| tensor(bias.clone(), [bias.len()], device));
+        }
+        parameters.set_vectors(block, device);
+        parameters
+    }
+
+    /// A copy of the floats of a block.
+    pub fn copy(block: &Block, device: &Device) -> Self {
+        let mut parameters = Self::default();
+        for linear in &block.linears {
+            parameters.set_weight(linear.role, tensor(linear.weight.to_matrix().data.clone(), linear.weight.shape(), device));
+        }
+        parameters.set_vectors(block, device);
+        parameters
+    }
+
+    fn set_vectors(&mut self, block: &Block, device: &Device) {
+        for linear in &block.linears {
+            self.biases[linear.role as usize] = linear.bias.as_ref().map(|bias| tensor(bias.clone(), [bias.len()], device));
         }
         for norm in &block.norms {
-            parameters.set_norm(norm.place, tensor(norm.weight.clone(), [norm.weight.len()], device));
+            self.set_norm(norm.place, tensor(norm.weight.clone(), [norm.weight.len()], device));
         }
-        parameters
     }
 
     /// Puts the floats back where [`Self::take`] took them from.

@@ -90,7 +90,7 @@ pub fn block(spec: &Spec<'_>, parameters: &Parameters, x: Tensor<2>, tap: Tap<'_
 /// The output of attention before its projection, `tokens × query width`, for the hidden states `x`.
 pub fn attend(spec: &Spec<'_>, parameters: &Parameters, x: Tensor<2>, tap: Tap<'_>) -> Tensor<2> {
     tap(Point::Input, &x);
-    let x = norm(spec, parameters, Place::AttentionIn, x);
+    let x = attention_input(spec, parameters, x);
     tap(Point::Site(Site::Attention), &x);
     let q = linear(parameters, Role::Query, &x);
     tap(Point::Query, &q);
@@ -107,6 +107,16 @@ pub fn attend(spec: &Spec<'_>, parameters: &Parameters, x: Tensor<2>, tap: Tap<'
     mixed
 }
 
+/// What queries, keys and values read.
+pub fn attention_input(spec: &Spec<'_>, parameters: &Parameters, x: Tensor<2>) -> Tensor<2> {
+    norm(spec, parameters, Place::AttentionIn, x)
+}
+
+/// What gate and up read, for the residual stream `h` after attention.
+pub fn mlp_input(spec: &Spec<'_>, parameters: &Parameters, h: Tensor<2>) -> Tensor<2> {
+    norm(spec, parameters, Place::MlpIn, h)
+}
+
 /// The residual stream after attention: `x` plus the projection of what [`attend`] gave.
 pub fn join(spec: &Spec<'_>, parameters: &Parameters, x: Tensor<2>, mixed: Tensor<2>) -> Tensor<2> {
     add_branch(spec, parameters, Branch::ATTENTION, x, mixed, &mut |_, _| {})
@@ -115,7 +125,7 @@ pub fn join(spec: &Spec<'_>, parameters: &Parameters, x: Tensor<2>, mixed: Tenso
 /// The middle of the MLP, `tokens × intermediate`, for the residual stream `h` after attention.
 pub fn middle(spec: &Spec<'_>, parameters: &Parameters, h: Tensor<2>, tap: Tap<'_>) -> Tensor<2> {
     tap(Point::Joined, &h);
-    let x = norm(spec, parameters, Place::MlpIn, h);
+    let x = mlp_input(spec, parameters, h);
     tap(Point::Site(Site::Mlp), &x);
     let gate = linear(parameters, Role::Gate, &x);
     tap(Point::Gate, &gate);

@@ -56,6 +56,19 @@ impl Hidden {
         Ok(Self { width, starts, place })
     }
 
+    /// A store with the same states.
+    ///
+    /// # Errors
+    /// When the temporary file cannot be made or read.
+    pub fn copy(&self, budget_bytes: u64, scratch: &Path) -> Result<Self> {
+        let lengths: Vec<usize> = (0..self.len()).map(|window| self.tokens(window)).collect();
+        let mut copy = Self::new(&lengths, self.width, budget_bytes, scratch)?;
+        for window in 0..self.len() {
+            copy.write(window..window + 1, &self.read(window..window + 1)?)?;
+        }
+        Ok(copy)
+    }
+
     /// Number of windows.
     pub fn len(&self) -> usize {
         self.starts.len() - 1

@@ -1,10 +1,12 @@
 //! What calibration saw at the input sites of a block.
 
 use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
+use crate::kernels::gram_space::GramSpace;
 use crate::matrix::Matrix;
 use crate::model::block::Site;
 
@@ -17,6 +19,8 @@ pub enum Needs {
     SquaredNorms,
     /// XᵀX.
     Gram,
+    /// XᵀX, and the float model's stream of hidden states beside the compressed one.
+    Streams,
 }
 
 /// Statistics of one input site over all calibration tokens.
@@ -28,9 +32,43 @@ pub struct Statistics {
     pub squares: Vec<f64>,
     /// XᵀX, `columns × columns`, when it was asked for.
     pub gram: Option<Vec<f64>>,
+    /// What was last prepared from the Gram matrix.
+    prepared: Prepared,
+}
+
+/// A Gram space with the damping and order it was asked for.
+type Space = (f64, bool, Option<Arc<GramSpace>>);
+
+/// Holds the last Gram space, because all layers of a site ask for the same; a copy starts empty.
+#[derive(Debug, Default)]
+struct Prepared(Mutex<Option<Space>>);
+
+impl Clone for Prepared {
+    fn clone(&self) -> Self {
+        Self::default()
+    }
 }
 
 impl Statistics {
+    /// Statistics of `tokens` tokens: Σ x² per column, and XᵀX where it is known.
+    pub fn new(tokens: u64, squares: Vec<f64>, gram: Option<Vec<f64>>) -> Self {
+        Self { tokens, squares, gram, prepared: Prepared::default() }
+    }
+
+    /// The Gram matrix prepared for quantizers; `None` when there is none or it is not positive definite even with
+    /// full damping.
+    pub fn space(&self, damping: f64, by_activation: bool) -> Option<Arc<GramSpace>> {
+        let mut held = self.prepared.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((known, order, space)) = &*held
+            && (*known, *order) == (damping, by_activation)
+        {
+            return space.clone();
+        }
+        let space = GramSpace::new(self.gram.as_ref()?, self.squares.len(), damping, by_activation).map(Arc::new);
+        *held = Some((damping, by_activation, space.clone()));
+        space
+    }
+
     /// √Σx² per column in f32, as Wanda multiplies it (methods-pruning §1.2; the scale does not matter there).
     pub fn norms(&self) -> Vec<f32> {
         self.squares.iter().map(|&square| square.sqrt() as f32).collect()
@@ -65,6 +103,11 @@ pub struct Seen {
 }
 
 impl Seen {
+    /// ‖X(W − Ŵ)ᵀ‖²_F and ‖XWᵀ‖²_F at a site, where enough was seen to tell.
+    pub fn layer_error(&self, site: Site, exact: &Matrix, compressed: &Matrix) -> Option<[f64; 2]> {
+        self.sites.get(&site)?.layer_error(exact, compressed)
+    }
+
     /// The statistics of a site.
     ///
     /// # Errors

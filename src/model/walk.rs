@@ -9,9 +9,10 @@ use crate::error::{Error, Result};
 use crate::kernels::gram::{add_column_squares, add_gram};
 use crate::kernels::{Floats, tensor, values};
 use crate::model::Model;
-use crate::model::block::{Block, Parameters};
+use crate::model::bench::{Bench, Between, Streams, relative_error};
+use crate::model::block::Parameters;
 use crate::model::forward::{self, Point, Spec, Tap};
-use crate::model::hidden::Hidden;
+use crate::model::hidden::{BUDGET_BYTES, Hidden};
 use crate::model::seen::{Needs, Seen, Statistics};
 use crate::run::Run;
 
@@ -27,11 +28,11 @@ pub trait Visitor {
     /// What must have been seen before [`Self::visit`].
     fn needs(&self) -> Needs;
 
-    /// Sees a block and gives back the block that the walk goes on with.
+    /// Works on a block; the walk goes on with the block as it then stands.
     ///
     /// # Errors
     /// Whatever stops the walk.
-    fn visit(&mut self, block: Block, seen: &Seen) -> Result<Block>;
+    fn visit(&mut self, bench: &mut Bench<'_>) -> Result<()>;
 
     /// Told, after the walk went through the block, the relative squared error of its output on some windows.
     fn went_through(&mut self, _index: usize, _output_error: Option<f64>) {}
@@ -45,8 +46,8 @@ impl Visitor for Pass {
     fn needs(&self) -> Needs {
         Needs::Nothing
     }
-    fn visit(&mut self, block: Block, _: &Seen) -> Result<Block> {
-        Ok(block)
+    fn visit(&mut self, _: &mut Bench<'_>) -> Result<()> {
+        Ok(())
     }
 }
 
@@ -70,31 +71,81 @@ pub fn embed(model: &Model<'_>, windows: &[Vec<u32>], budget_bytes: u64, run: &R
 /// When a block cannot be read, an output is not finite, a signal asks to stop, or the visitor fails.
 pub fn walk(model: &Model<'_>, hidden: &mut Hidden, stage: &str, run: &Run<'_>, visitor: &mut dyn Visitor) -> Result<()> {
     let layers = model.config.layers.len();
-    let calibrated = visitor.needs() > Needs::Nothing && !hidden.is_empty();
+    let needs = visitor.needs();
+    let calibrated = needs > Needs::Nothing && !hidden.is_empty();
     let passes = if calibrated { 2 } else { 1 };
     run.observer.begin(stage, (layers * (passes * hidden.len()).max(1)) as u64);
+    let mut float = if calibrated && needs == Needs::Streams { Some(FloatStream::new(model, hidden, run)?) } else { None };
     for index in 0..layers {
         run.check_stop()?;
-        let mut block = model.load_block(index)?;
-        let mut seen = Seen::default();
-        let mut before = Vec::new();
         let note = format!("block {index}");
+        let mut block = model.load_block(index)?;
+        let (mut seen, mut wanted, mut original) = (Seen::default(), Vec::new(), None);
         if calibrated {
+            original = Some(Parameters::copy(&block, &run.device.burn));
             let parameters = Parameters::take(&mut block, &run.device.burn);
-            (seen, before) = observe(model, index, &parameters, hidden, visitor.needs(), run, &note)?;
+            (seen, wanted) = observe(model, index, &parameters, hidden, needs, run, &note)?;
+            if let Some(float) = &mut float {
+                wanted = float.advance(model, index, &parameters, run)?;
+            }
             parameters.give_back(&mut block);
         }
-        let mut block = visitor.visit(block, &seen)?;
+        let streams = float.as_mut().map(FloatStream::lend);
+        let mut bench = Bench { model, block, seen, run, hidden, original, streams, wanted };
+        visitor.visit(&mut bench)?;
+        let Bench { mut block, wanted, .. } = bench;
         let parameters = Parameters::take(&mut block, &run.device.burn);
         drop(block);
         let after = advance(model, index, &parameters, hidden, run, &note)?;
         if hidden.is_empty() {
             run.observer.step(1, &note);
         }
-        visitor.went_through(index, relative_error(&before, &after));
+        if let Some(float) = &mut float {
+            float.next();
+        }
+        visitor.went_through(index, relative_error(&wanted, &after));
     }
     run.observer.end();
     Ok(())
+}
+
+/// The hidden states of the float model beside those of the compressed one.
+struct FloatStream {
+    inputs: Hidden,
+    targets: Hidden,
+    between: [Between; 2],
+}
+
+impl FloatStream {
+    fn new(model: &Model<'_>, hidden: &Hidden, run: &Run<'_>) -> Result<Self> {
+        let between = || Between::new(model, hidden, BUDGET_BYTES, run);
+        Ok(Self { inputs: hidden.copy(BUDGET_BYTES, run.scratch)?, targets: hidden.copy(BUDGET_BYTES, run.scratch)?, between: [between()?, between()?] })
+    }
+
+    /// Computes the outputs of the original block; gives those of the first windows.
+    fn advance(&mut self, model: &Model<'_>, index: usize, parameters: &Parameters, run: &Run<'_>) -> Result<Vec<Vec<f32>>> {
+        let mut first = Vec::new();
+        for runs in batches(model, &self.inputs, false) {
+            run.check_stop()?;
+            let inputs = &self.inputs;
+            let outputs = inputs.map(&runs, |windows, x| {
+                Ok(forward_run(model, index, parameters, inputs.tokens(windows.start), x, run, &mut |_, _| {}))
+            })?;
+            for (windows, y) in runs.iter().zip(outputs) {
+                self.targets.write(windows.clone(), &y)?;
+                keep_first(&mut first, windows, y);
+            }
+        }
+        Ok(first)
+    }
+
+    fn lend(&mut self) -> Streams<'_> {
+        Streams { inputs: &self.inputs, targets: &self.targets, between: &mut self.between }
+    }
+
+    fn next(&mut self) {
+        std::mem::swap(&mut self.inputs, &mut self.targets);
+    }
 }
 
 /// Runs the original block on its inputs and gathers statistics; hidden states stay as they are.
@@ -109,7 +160,7 @@ fn observe(
 ) -> Result<(Seen, Vec<Vec<f32>>)> {
     let mut seen = Seen::default();
     let mut outputs = Vec::new();
-    for runs in batches(model, hidden, needs == Needs::Gram) {
+    for runs in batches(model, hidden, needs >= Needs::Gram) {
         run.check_stop()?;
         let results = hidden.map(&runs, |windows, x| {
             let mut sites = BTreeMap::new();
@@ -177,17 +228,22 @@ fn keep_first(kept: &mut Vec<Vec<f32>>, windows: &Range<usize>, output: Vec<f32>
     }
 }
 
-/// Runs of windows that are worked on at once: one run per thread, or one at all when each needs much memory.
-fn batches(model: &Model<'_>, hidden: &Hidden, single: bool) -> Vec<Vec<Range<usize>>> {
+/// Runs of windows that share matrix products, cut by their size alone.
+pub(crate) fn runs(model: &Model<'_>, hidden: &Hidden) -> Vec<Range<usize>> {
     let config = &model.config;
     let floats_per_token = 3 * (config.hidden + config.query_width() + config.intermediate);
-    let runs = hidden.runs(RUN_BYTES / (4 * floats_per_token));
+    hidden.runs(RUN_BYTES / (4 * floats_per_token))
+}
+
+/// Runs of windows that are worked on at once: one run per thread, or one at all when each needs much memory.
+fn batches(model: &Model<'_>, hidden: &Hidden, single: bool) -> Vec<Vec<Range<usize>>> {
+    let runs = runs(model, hidden);
     runs.chunks(if single { 1 } else { rayon::current_num_threads() }).map(<[_]>::to_vec).collect()
 }
 
 fn statistics(input: &Tensor<2>, needs: Needs) -> Statistics {
     let [tokens, columns] = input.dims();
-    let mut statistics = Statistics { tokens: tokens as u64, squares: vec![0.0; columns], gram: None };
+    let mut statistics = Statistics::new(tokens as u64, vec![0.0; columns], None);
     let copy;
     let floats = Floats::of(input);
     let x = match &floats {
@@ -198,7 +254,7 @@ fn statistics(input: &Tensor<2>, needs: Needs) -> Statistics {
         }
     };
     add_column_squares(x, &mut statistics.squares);
-    if needs == Needs::Gram {
+    if needs >= Needs::Gram {
         let mut gram = vec![0.0; columns * columns];
         add_gram(x, columns, &mut gram);
         statistics.gram = Some(gram);
@@ -219,13 +275,4 @@ fn merge(total: &mut Statistics, part: Statistics) {
     if let Some(gram) = part.gram {
         add(total.gram.get_or_insert_default(), gram);
     }
-}
-
-fn relative_error(before: &[Vec<f32>], after: &[Vec<f32>]) -> Option<f64> {
-    let (mut error, mut total) = (0.0, 0.0);
-    for (before, after) in before.iter().flatten().zip(after.iter().flatten()) {
-        error += f64::from(before - after).powi(2);
-        total += f64::from(*before).powi(2);
-    }
-    (!before.is_empty() && total > 0.0).then(|| error / total)
 }

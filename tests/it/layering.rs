@@ -14,14 +14,14 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("kernels", &["lanes", "matrix", "weight"]),
     ("model", &["checkpoint", "error", "kernels", "matrix", "run", "weight"]),
     ("calibrate", &["checkpoint", "error"]),
-    ("methods", &["error", "kernels", "matrix", "model", "weight"]),
+    ("methods", &["error", "kernels", "matrix", "model", "run", "weight"]),
     ("formats", &["checkpoint", "error", "lanes", "weight"]),
     ("plan", &["calibrate", "checkpoint", "error", "methods", "model", "weight"]),
     ("evaluate", &["calibrate", "error", "kernels", "model", "run"]),
     ("report", &["calibrate", "evaluate", "plan"]),
     (
         "compress",
-        &["calibrate", "checkpoint", "error", "evaluate", "formats", "matrix", "methods", "model", "plan", "report", "run", "weight"],
+        &["calibrate", "checkpoint", "error", "evaluate", "formats", "kernels", "matrix", "methods", "model", "plan", "report", "run", "weight"],
     ),
     ("embedded", &["error"]),
 ];

@@ -1,0 +1,208 @@
+//! The work on layers and blocks: stage after stage, then into the output and the report.
+
+use std::collections::BTreeMap;
+
+use crate::checkpoint::Checkpoint;
+use crate::checkpoint::decode::encode;
+use crate::checkpoint::source::Source;
+use crate::error::{Error, Result};
+use crate::formats::Format;
+use crate::formats::output::Output;
+use crate::kernels::quantize::Bounds;
+use crate::matrix::Matrix;
+use crate::methods::{self, BlockLayer, Layer, Target, float_output};
+use crate::model::bench::Bench;
+use crate::model::block::Role;
+use crate::model::seen::{Needs, Statistics};
+use crate::model::walk::Visitor;
+use crate::plan::{Plan, Planned, Stage};
+use crate::report::{BlockReport, LayerReport, StageReport};
+use crate::run::Run;
+use crate::weight::{Float, Weight};
+
+/// Compresses layers as they come and writes them.
+#[derive(Debug)]
+pub struct Compressor<'a> {
+    plan: &'a Plan,
+    format: &'a Format,
+    output: &'a mut Output,
+    layer_error: bool,
+    layers: Vec<LayerReport>,
+    blocks: Vec<BlockReport>,
+    stages: Vec<StageReport>,
+}
+
+/// What stages hand on and say about one layer.
+#[derive(Debug, Default)]
+struct Handed {
+    bounds: Option<Bounds>,
+    notes: Vec<String>,
+}
+
+impl<'a> Compressor<'a> {
+    /// A compressor that follows a plan and writes into an output.
+    pub fn new(plan: &'a Plan, format: &'a Format, output: &'a mut Output, layer_error: bool) -> Self {
+        Self { plan, format, output, layer_error, layers: Vec::new(), blocks: Vec::new(), stages: Vec::new() }
+    }
+
+    /// Works on layer after layer without calibration.
+    ///
+    /// # Errors
+    /// When a layer cannot be read, compressed or written.
+    pub fn stream(&mut self, checkpoint: &Checkpoint, source: &dyn Source, run: &Run<'_>) -> Result<()> {
+        let plan = self.plan;
+        run.observer.begin("compress", plan.layers.len() as u64);
+        for planned in plan.layers.iter().filter(|planned| !planned.stages.is_empty()) {
+            run.check_stop()?;
+            let outlined = &planned.outlined;
+            let mut weight = source.weight(checkpoint, &outlined.name, outlined.shape)?;
+            let original = (planned.stages.len() > 1).then(|| weight.to_matrix().into_owned());
+            let (mut handed, mut change) = (Handed::default(), [0.0; 2]);
+            for &stage in &planned.stages {
+                (weight, change) = apply(&plan.stages[stage], planned, weight, None, &mut handed)?;
+            }
+            if let Some(original) = original {
+                change = methods::change(&original.data, &weight.to_matrix().data);
+            }
+            self.write(planned, &weight, change, None, handed.notes)?;
+            run.observer.step(1, &outlined.name);
+        }
+        run.observer.end();
+        Ok(())
+    }
+
+    /// The reports of all layers and blocks.
+    pub fn finish(self) -> (Vec<LayerReport>, Vec<BlockReport>) {
+        (self.layers, self.blocks)
+    }
+
+    /// One stage on all layers of a block that it works on; gives the loss curve where there is one.
+    fn stage(&self, number: usize, bench: &mut Bench<'_>, handed: &mut BTreeMap<Role, Handed>) -> Result<Vec<f64>> {
+        let stage = &self.plan.stages[number];
+        let mut layers = Vec::new();
+        for linear in &bench.block.linears {
+            let planned = self.plan.layer(&linear.name).filter(|planned| planned.stages.contains(&number));
+            if let Some(planned) = planned {
+                let bounds = handed.get(&linear.role).and_then(|handed| handed.bounds.clone());
+                layers.push(BlockLayer { role: linear.role, name: linear.name.clone(), float: planned.outlined.float, bits: planned.bits, bounds });
+            }
+        }
+        if let Some(method) = stage.method.block() {
+            let applied = method.apply_block(bench, &layers)?;
+            for (role, note) in applied.notes {
+                handed.entry(role).or_default().notes.push(note);
+            }
+            return Ok(applied.curve);
+        }
+        if stage.method.target() == Target::FloatOutput && !layers.is_empty() {
+            for (role, note) in float_output::by_site(bench, &layers, stage.method.as_ref())? {
+                handed.entry(role).or_default().notes.push(note);
+            }
+            return Ok(Vec::new());
+        }
+        for layer in &layers {
+            let planned = self.plan.layer(&layer.name).ok_or_else(|| Error::run("not part of the plan").tensor(&layer.name))?;
+            let statistics = bench.seen.at(layer.role.site()).map_err(|error| error.tensor(&layer.name))?;
+            let linear = bench.block.linears.iter_mut().find(|linear| linear.role == layer.role);
+            let linear = linear.ok_or_else(|| Error::run("not part of the block").tensor(&layer.name))?;
+            let weight = std::mem::replace(&mut linear.weight, Weight::Dense(Matrix::new(0, 0, Vec::new())));
+            (linear.weight, _) = apply(stage, planned, weight, Some(statistics), handed.entry(layer.role).or_default())?;
+        }
+        Ok(Vec::new())
+    }
+
+    /// Writes the layers of a block with their reports.
+    fn write_block(&mut self, bench: &Bench<'_>, mut handed: BTreeMap<Role, Handed>) -> Result<()> {
+        let plan = self.plan;
+        for linear in &bench.block.linears {
+            let Some(planned) = plan.layer(&linear.name).filter(|planned| planned.outlined.storage.is_some()) else { continue };
+            let (mut change, mut layer_error) = ([0.0; 2], None);
+            if let Some(original) = bench.original(linear.role) {
+                let compressed = linear.weight.to_matrix();
+                change = methods::change(&original.data, &compressed.data);
+                layer_error = bench.seen.layer_error(linear.role.site(), &original, &compressed).map(ratio);
+            }
+            let notes = handed.remove(&linear.role).unwrap_or_default().notes;
+            self.write(planned, &linear.weight, change, layer_error, notes)?;
+        }
+        if plan.norms() {
+            for norm in &bench.block.norms {
+                self.output.write(&norm.name, encode(Float::F32, &norm.weight))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, planned: &Planned, weight: &Weight, change: [f64; 2], layer_error: Option<f64>, notes: Vec<String>) -> Result<()> {
+        let outlined = &planned.outlined;
+        if !change[0].is_finite() {
+            return Err(Error::run("compression gave values that are not finite").tensor(&outlined.name));
+        }
+        let tensors = (self.format.encode)(weight, outlined.float);
+        for (entry, bytes) in (self.format.entries)(outlined).iter().zip(tensors) {
+            self.output.write(&entry.name, bytes)?;
+        }
+        let storage = weight.storage();
+        let entries = (outlined.shape[0] * outlined.shape[1]) as f64;
+        self.layers.push(LayerReport {
+            name: outlined.name.clone(),
+            shape: outlined.shape,
+            storage: storage.to_string(),
+            bits_per_weight: storage.bits(outlined.shape, outlined.float) as f64 / entries,
+            zeros: weight.zeros() as f64 / entries,
+            weight_error: ratio(change),
+            layer_error,
+            notes,
+        });
+        Ok(())
+    }
+}
+
+impl Visitor for Compressor<'_> {
+    fn needs(&self) -> Needs {
+        if self.layer_error { self.plan.needs().max(Needs::Gram) } else { self.plan.needs() }
+    }
+
+    fn visit(&mut self, bench: &mut Bench<'_>) -> Result<()> {
+        let mut handed = BTreeMap::new();
+        let mut before = bench.output_error()?;
+        for number in 0..self.plan.stages.len() {
+            let curve = self.stage(number, bench, &mut handed)?;
+            let after = bench.output_error()?;
+            self.stages.push(StageReport { method: self.plan.stages[number].name.clone(), before, after, curve });
+            before = after;
+        }
+        self.write_block(bench, handed)
+    }
+
+    fn went_through(&mut self, index: usize, output_error: Option<f64>) {
+        self.blocks.push(BlockReport { block: index, output_error, stages: std::mem::take(&mut self.stages) });
+    }
+}
+
+/// One stage on one layer; gives the weight and the sums of squares of its change and of what it was.
+fn apply(
+    stage: &Stage,
+    planned: &Planned,
+    weight: Weight,
+    statistics: Option<&Statistics>,
+    handed: &mut Handed,
+) -> Result<(Weight, [f64; 2])> {
+    let outlined = &planned.outlined;
+    let layer = Layer {
+        name: &outlined.name,
+        statistics,
+        float: outlined.float,
+        bits: planned.bits,
+        bounds: handed.bounds.as_ref(),
+        goal: None,
+    };
+    let applied = stage.method.apply(weight, &layer).map_err(|error| error.tensor(&outlined.name))?;
+    handed.bounds = applied.bounds.or(handed.bounds.take());
+    handed.notes.extend(applied.notes);
+    Ok((applied.weight, applied.change))
+}
+
+fn ratio([change, total]: [f64; 2]) -> f64 {
+    if total > 0.0 { change / total } else { 0.0 }
+}

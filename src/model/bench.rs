@@ -1,0 +1,309 @@
+//! A block on the workbench: what a method may ask of the block that it works on. The walk lends it; the loop over
+//! blocks stays the walk's.
+//!
+//! Two streams of hidden states run through the model. The *compressed* stream is what earlier, already compressed
+//! blocks give; the *float* stream is what the original model gives. Methods that aim at the float model's outputs see
+//! both, site by site, with everything before the site as it stands by then.
+
+use std::ops::Range;
+
+use burn::tensor::Tensor;
+
+use crate::error::{Error, Result};
+use crate::kernels::gram::{add_cross, add_gram};
+use crate::kernels::{tensor, values};
+use crate::matrix::Matrix;
+use crate::model::Model;
+use crate::model::block::{Block, Linear, Parameters, Place, Role, Site};
+use crate::model::forward::{self, Spec};
+use crate::model::hidden::Hidden;
+use crate::model::seen::{Seen, Statistics};
+use crate::run::Run;
+
+/// Of this many windows one is held out of the statistics of a capture.
+const HELD_OUT: usize = 10;
+
+/// What both streams say at one input site. Legend: A (compressed) and F (float) are tokens × columns, R is what the
+/// float residual stream has and the compressed one has not.
+#[derive(Debug, Clone)]
+pub struct Capture {
+    /// AᵀA with its tokens.
+    pub statistics: Statistics,
+    /// (F − A)ᵀA, `columns × columns`.
+    pub cross: Vec<f64>,
+    /// RᵀA, `outputs × columns`, for layers that write into the residual stream.
+    pub residual: Option<Vec<f64>>,
+}
+
+/// The float stream, for recipes that need it.
+#[derive(Debug)]
+pub struct Streams<'a> {
+    /// Input of the block in the float model.
+    pub inputs: &'a Hidden,
+    /// Output of the block in the float model.
+    pub targets: &'a Hidden,
+    /// Attention's outputs and the residual stream after attention, of the compressed and of the float stream.
+    pub between: &'a mut [Between; 2],
+}
+
+/// States between the sites of a block, for all windows.
+#[derive(Debug)]
+pub struct Between {
+    mixed: Hidden,
+    joined: Hidden,
+}
+
+impl Between {
+    /// Stores as large as `hidden`.
+    ///
+    /// # Errors
+    /// When a temporary file cannot be made.
+    pub fn new(model: &Model<'_>, hidden: &Hidden, budget_bytes: u64, run: &Run<'_>) -> Result<Self> {
+        let lengths: Vec<usize> = (0..hidden.len()).map(|window| hidden.tokens(window)).collect();
+        let store = |width| Hidden::new(&lengths, width, budget_bytes, run.scratch);
+        Ok(Self { mixed: store(model.config.query_width())?, joined: store(model.config.hidden)? })
+    }
+}
+
+/// A block that is being worked on.
+#[derive(Debug)]
+pub struct Bench<'a> {
+    /// The model.
+    pub model: &'a Model<'a>,
+    /// The block as it stands.
+    pub block: Block,
+    /// What the original block saw on the compressed stream.
+    pub seen: Seen,
+    /// The surroundings.
+    pub run: &'a Run<'a>,
+    /// Input of the block on the compressed stream.
+    pub hidden: &'a Hidden,
+    /// The original block's tensors, where somebody needs them.
+    pub original: Option<Parameters>,
+    /// The float stream, where somebody needs it.
+    pub streams: Option<Streams<'a>>,
+    /// Outputs of the first windows that the block should give.
+    pub wanted: Vec<Vec<f32>>,
+}
+
+impl Bench<'_> {
+    /// The number of the block.
+    pub fn index(&self) -> usize {
+        self.block.index
+    }
+
+    /// Whether calibration runs at all.
+    pub fn calibrated(&self) -> bool {
+        !self.hidden.is_empty()
+    }
+
+    /// The linear layer of a role as it stands.
+    pub fn linear(&mut self, role: Role) -> Option<&mut Linear> {
+        self.block.linears.iter_mut().find(|linear| linear.role == role)
+    }
+
+    /// The original weight of a role.
+    pub fn original(&self, role: Role) -> Option<Matrix> {
+        let weight = self.original.as_ref()?.weight(role);
+        let [rows, columns] = weight.dims();
+        Some(Matrix::new(rows, columns, values(weight.clone())))
+    }
+
+    /// The original weight of a norm.
+    pub fn original_norm(&self, place: Place) -> Option<Vec<f32>> {
+        self.original.as_ref()?.norm(place).map(|norm| values(norm.clone()))
+    }
+
+    /// Relative squared error of the block's output on the first windows, as it stands.
+    ///
+    /// # Errors
+    /// When hidden states cannot be read.
+    pub fn output_error(&mut self) -> Result<Option<f64>> {
+        if self.wanted.is_empty() {
+            return Ok(None);
+        }
+        let parameters = Parameters::take(&mut self.block, &self.run.device.burn);
+        let mut outputs = Vec::new();
+        let mut window = 0;
+        for wanted in &self.wanted {
+            let (width, tokens) = (self.model.config.hidden, self.hidden.tokens(window));
+            let count = wanted.len() / (width * tokens).max(1);
+            let x = self.hidden.read(window..window + count)?;
+            outputs.push(self.forward(&parameters, tokens, x));
+            window += count;
+        }
+        parameters.give_back(&mut self.block);
+        Ok(relative_error(&self.wanted, &outputs))
+    }
+
+    fn forward(&self, parameters: &Parameters, seq: usize, x: Vec<f32>) -> Vec<f32> {
+        let spec = Spec::new(&self.model.config, self.block.index, seq);
+        values(forward::block(&spec, parameters, self.tensor(x), &mut |_, _| {}))
+    }
+
+    fn tensor(&self, x: Vec<f32>) -> Tensor<2> {
+        let width = self.model.config.hidden;
+        let tokens = x.len() / width;
+        tensor(x, [tokens, width], &self.run.device.burn)
+    }
+
+    /// Both streams at a site, with everything before it as it stands: first of most windows, then of those held out
+    /// (`None` with too few windows). Sites must be asked for in the order of a forward, each once.
+    ///
+    /// # Errors
+    /// When hidden states cannot be read or written, or the streams are not there.
+    pub fn capture(&mut self, site: Site) -> Result<(Capture, Option<Capture>)> {
+        let parameters = Parameters::take(&mut self.block, &self.run.device.burn);
+        let result = self.capture_with(site, &parameters);
+        parameters.give_back(&mut self.block);
+        result
+    }
+
+    fn capture_with(&mut self, site: Site, parameters: &Parameters) -> Result<(Capture, Option<Capture>)> {
+        let streams = self.streams.take().ok_or_else(|| Error::run("the float stream was not kept"))?;
+        let original = self.original.take().ok_or_else(|| Error::run("the original block was not kept"))?;
+        // Where a norm follows, what is missing in the stream cannot be added to what the layer gives.
+        let writes = match site {
+            Site::Output => original.norm(Place::AttentionOut).is_none(),
+            Site::Down => original.norm(Place::MlpOut).is_none(),
+            Site::Attention | Site::Mlp => false,
+        };
+        let hold = self.hidden.len() >= HELD_OUT;
+        let mut sums: [Option<Capture>; 2] = [None, None];
+        let [own, other] = &mut *streams.between;
+        for windows in runs(self.model, self.hidden, hold) {
+            self.run.check_stop()?;
+            let compressed = self.step(site, parameters, self.hidden, own, windows.clone())?;
+            let float = self.step(site, &original, streams.inputs, other, windows.clone())?;
+            let columns = parameters.weight(Role::ALL.into_iter().find(|role| role.site() == site).unwrap_or(Role::Down)).dims()[1];
+            let held = usize::from(hold && windows.start % HELD_OUT == HELD_OUT - 1);
+            let rows = if writes { self.model.config.hidden } else { 0 };
+            sums[held].get_or_insert_with(|| Capture::new(columns, rows)).add(compressed, float, self.model.config.residual_factor);
+        }
+        (self.streams, self.original) = (Some(streams), Some(original));
+        let [most, held] = sums;
+        Ok((most.ok_or_else(|| Error::run("no calibration window was seen"))?, held))
+    }
+
+    /// Input of the site and the residual stream before it, of one stream for some windows; `between` moves on.
+    fn step(
+        &self,
+        site: Site,
+        parameters: &Parameters,
+        inputs: &Hidden,
+        between: &mut Between,
+        windows: Range<usize>,
+    ) -> Result<[Vec<f32>; 2]> {
+        let spec = Spec::new(&self.model.config, self.block.index, self.hidden.tokens(windows.start));
+        Ok(match site {
+            Site::Attention => {
+                let x = inputs.read(windows)?;
+                [values(forward::attention_input(&spec, parameters, self.tensor(x))), Vec::new()]
+            }
+            Site::Output => {
+                let x = inputs.read(windows.clone())?;
+                let mixed = values(forward::attend(&spec, parameters, self.tensor(x.clone()), &mut |_, _| {}));
+                between.mixed.write(windows, &mixed)?;
+                [mixed, x]
+            }
+            Site::Mlp => {
+                let mixed = between.mixed.read(windows.clone())?;
+                let x = self.tensor(inputs.read(windows.clone())?);
+                let mixed = tensor(mixed, [x.dims()[0], self.model.config.query_width()], &self.run.device.burn);
+                let h = values(forward::join(&spec, parameters, x, mixed));
+                between.joined.write(windows, &h)?;
+                [values(forward::mlp_input(&spec, parameters, self.tensor(h))), Vec::new()]
+            }
+            Site::Down => {
+                let h = between.joined.read(windows)?;
+                [values(forward::middle(&spec, parameters, self.tensor(h.clone()), &mut |_, _| {})), h]
+            }
+        })
+    }
+}
+
+impl Capture {
+    /// Empty sums for a site of `columns` columns whose layers write `outputs` columns into the residual stream (0 when
+    /// they do not).
+    fn new(columns: usize, outputs: usize) -> Self {
+        let statistics = Statistics::new(0, vec![0.0; columns], Some(vec![0.0; columns * columns]));
+        let residual = (outputs > 0).then(|| vec![0.0; outputs * columns]);
+        Self { statistics, cross: vec![0.0; columns * columns], residual }
+    }
+
+    /// Adds inputs of the site and residual streams of both streams.
+    fn add(&mut self, [a, own]: [Vec<f32>; 2], [mut f, float]: [Vec<f32>; 2], residual_factor: f32) {
+        let columns = self.statistics.squares.len();
+        self.statistics.tokens += (a.len() / columns.max(1)) as u64;
+        if let Some(gram) = &mut self.statistics.gram {
+            add_gram(&a, columns, gram);
+        }
+        f.iter_mut().zip(&a).for_each(|(f, a)| *f -= a);
+        add_cross(&f, &a, [columns, columns], &mut self.cross);
+        if let Some(residual) = &mut self.residual {
+            let missing: Vec<f32> = float.iter().zip(&own).map(|(float, own)| (float - own) / residual_factor).collect();
+            add_cross(&missing, &a, [residual.len() / columns.max(1), columns], residual);
+        }
+        self.finish();
+    }
+
+    /// Σ x² per column stands on the diagonal of the Gram matrix.
+    fn finish(&mut self) {
+        let columns = self.statistics.squares.len();
+        if let Some(gram) = &self.statistics.gram {
+            self.statistics.squares = (0..columns).map(|column| gram[column * columns + column]).collect();
+        }
+    }
+
+    /// The sum of two captures of one site.
+    pub fn merged(&self, other: &Self) -> Self {
+        let sum = |a: &[f64], b: &[f64]| -> Vec<f64> { a.iter().zip(b).map(|(a, b)| a + b).collect() };
+        let gram = match (&self.statistics.gram, &other.statistics.gram) {
+            (Some(a), Some(b)) => Some(sum(a, b)),
+            _ => None,
+        };
+        let squares = sum(&self.statistics.squares, &other.statistics.squares);
+        let residual = match (&self.residual, &other.residual) {
+            (Some(a), Some(b)) => Some(sum(a, b)),
+            _ => None,
+        };
+        let statistics = Statistics::new(self.statistics.tokens + other.statistics.tokens, squares, gram);
+        Self { statistics, cross: sum(&self.cross, &other.cross), residual }
+    }
+}
+
+/// Runs of windows; with `hold` a run never mixes held-out windows with others.
+fn runs(model: &Model<'_>, hidden: &Hidden, hold: bool) -> Vec<Range<usize>> {
+    let all = crate::model::walk::runs(model, hidden);
+    if !hold {
+        return all;
+    }
+    let mut cut = Vec::new();
+    for run in all {
+        let mut start = run.start;
+        for window in run.clone() {
+            let held = window % HELD_OUT == HELD_OUT - 1;
+            if held {
+                if start < window {
+                    cut.push(start..window);
+                }
+                cut.push(window..window + 1);
+                start = window + 1;
+            }
+        }
+        if start < run.end {
+            cut.push(start..run.end);
+        }
+    }
+    cut
+}
+
+/// ‖before − after‖² / ‖before‖² over some windows.
+pub(crate) fn relative_error(before: &[Vec<f32>], after: &[Vec<f32>]) -> Option<f64> {
+    let (mut error, mut total) = (0.0, 0.0);
+    for (before, after) in before.iter().flatten().zip(after.iter().flatten()) {
+        error += f64::from(before - after).powi(2);
+        total += f64::from(*before).powi(2);
+    }
+    (!before.is_empty() && total > 0.0).then(|| error / total)
+}
