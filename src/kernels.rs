@@ -6,6 +6,7 @@
 //! neither on the number of threads nor on the width of the vector instructions.
 
 pub mod attention;
+pub mod attention_adjoint;
 pub mod descent;
 pub mod error_feedback;
 pub mod exponential;
@@ -24,7 +25,7 @@ pub mod select;
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_flex::{Flex, FlexTensor};
 
-pub use crate::lanes::{maximum, sum_lanes, vectorized};
+pub use crate::lanes::{dot_lanes, maximum, sum_lanes, vectorized};
 
 /// The floats of a tensor that lies on the processor.
 #[derive(Debug)]
@@ -36,6 +37,14 @@ impl Floats {
     pub fn of<const D: usize>(tensor: &Tensor<D>) -> Option<Self> {
         let storage = tensor.clone().try_into_primitive::<Flex>().ok()?;
         Some(Self(storage.to_contiguous()))
+    }
+
+    /// The floats of a tensor that may lie anywhere, fetched where they do not lie on the processor.
+    pub fn fetched<const D: usize>(of: &Tensor<D>) -> Self {
+        Self::of(of).unwrap_or_else(|| {
+            let here = tensor(values(of.clone()), of.dims(), &Device::flex());
+            Self::of(&here).expect("a tensor made on the processor")
+        })
     }
 
     /// The values, row-major.

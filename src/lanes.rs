@@ -21,6 +21,28 @@ pub fn sum_lanes(values: &[f32], term: impl Fn(f32) -> f32) -> f32 {
     for (total, &value) in lanes.iter_mut().zip(rest) {
         *total += term(value);
     }
+    add_up(lanes)
+}
+
+/// Sum of the products of two slices of one length in sixteen fixed lanes.
+#[inline(always)]
+pub fn dot_lanes(left: &[f32], right: &[f32]) -> f32 {
+    let mut lanes = [0.0f32; 16];
+    let (left, left_rest) = left.as_chunks::<16>();
+    let (right, right_rest) = right.as_chunks::<16>();
+    for (left, right) in left.iter().zip(right) {
+        for ((total, &left), &right) in lanes.iter_mut().zip(left).zip(right) {
+            *total += left * right;
+        }
+    }
+    for ((total, &left), &right) in lanes.iter_mut().zip(left_rest).zip(right_rest) {
+        *total += left * right;
+    }
+    add_up(lanes)
+}
+
+#[inline(always)]
+fn add_up(mut lanes: [f32; 16]) -> f32 {
     let mut width = 8;
     while width > 0 {
         for lane in 0..width {

@@ -31,7 +31,7 @@ pub struct Attention {
 }
 
 /// Query rows that share one pass over the keys.
-const BLOCK: usize = 64;
+pub(super) const BLOCK: usize = 64;
 
 impl Attention {
     /// Attention output (tokens × heads · d).
@@ -94,30 +94,53 @@ impl Attention {
         let d = self.head_dim;
         let (width, kv_width) = (self.heads * d, self.kv_heads * d);
         let rows = out.len() / width;
-        let kv_column = head / (self.heads / self.kv_heads) * d;
-        let low = self.window.map_or(0, |window| (first + 1).saturating_sub(window));
+        let low = self.lowest(first);
         let keys = first + rows - low;
-        scores.clear();
+        self.scores(first, rows, head, [q, k], scores);
+        self.probabilities(first, rows, scores);
+        let value = View::rows(&v[low * kv_width + self.kv_column(head)..], kv_width);
+        let sizes = Sizes { m: rows, n: d, k: keys };
+        product(sizes, &mut out[head * d..], width, false, 1.0, View::rows(scores, keys), value, false);
+    }
+
+    /// The first key that the query rows from `first` on see.
+    pub(super) fn lowest(&self, first: usize) -> usize {
+        self.window.map_or(0, |window| (first + 1).saturating_sub(window))
+    }
+
+    /// The first column of the keys and values that a query head reads.
+    pub(super) fn kv_column(&self, head: usize) -> usize {
+        head / (self.heads / self.kv_heads) * self.head_dim
+    }
+
+    /// Scaled products of the query rows `first..first + rows` of a head with the keys from [`Self::lowest`] to the last
+    /// row, not yet capped or masked.
+    pub(super) fn scores(&self, first: usize, rows: usize, head: usize, [q, k]: [&[f32]; 2], scores: &mut Vec<f32>) {
+        let d = self.head_dim;
+        let (width, kv_width) = (self.heads * d, self.kv_heads * d);
+        let low = self.lowest(first);
+        let keys = first + rows - low;
         scores.resize(rows * keys, 0.0);
         let query = View::rows(&q[first * width + head * d..], width);
-        let key = View::transposed(&k[low * kv_width + kv_column..], kv_width);
+        let key = View::transposed(&k[low * kv_width + self.kv_column(head)..], kv_width);
         product(Sizes { m: rows, n: keys, k: d }, scores, keys, false, self.scale, query, key, false);
+    }
+
+    /// Turns [`Self::scores`] into probabilities; what a row does not see gets 0.
+    pub(super) fn probabilities(&self, first: usize, rows: usize, scores: &mut [f32]) {
+        let low = self.lowest(first);
         vectorized(
             #[inline(always)]
             || {
-                for (row, scores) in scores.chunks_exact_mut(keys).enumerate() {
-                    let position = first + row;
-                    let start = self.window.map_or(0, |window| (position + 1).saturating_sub(window)) - low;
-                    let end = position + 1 - low;
+                for (row, scores) in scores.chunks_exact_mut(first + rows - low).enumerate() {
+                    let start = self.lowest(first + row) - low;
+                    let end = first + row + 1 - low;
                     scores[..start].fill(0.0);
                     scores[end..].fill(0.0);
                     softmax_row(&mut scores[start..end], self.softcap);
                 }
             },
         );
-        let value = View::rows(&v[low * kv_width + kv_column..], kv_width);
-        let sizes = Sizes { m: rows, n: d, k: keys };
-        product(sizes, &mut out[head * d..], width, false, 1.0, View::rows(scores, keys), value, false);
     }
 }
 

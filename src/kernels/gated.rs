@@ -63,3 +63,43 @@ pub fn gated_cpu(activation: Activation, gate: &[f32], up: &[f32], out: &mut [f3
         );
     });
 }
+
+/// The adjoint of [`gated_cpu`]: `d` enters as dL/d(act(gate) · up) and leaves as dL/dup; `dgate` becomes dL/dgate.
+pub fn gated_adjoint(activation: Activation, gate: &[f32], up: &[f32], d: &mut [f32], dgate: &mut [f32]) {
+    const CHUNK: usize = 1 << 14;
+    let inputs = gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK));
+    d.par_chunks_mut(CHUNK).zip(dgate.par_chunks_mut(CHUNK)).zip(inputs).for_each(|((d, dgate), (gate, up))| {
+        vectorized(
+            #[inline(always)]
+            || match activation {
+                Activation::Silu => adjoint_entries(gate, up, d, dgate, silu_and_slope),
+                Activation::GeluTanh => adjoint_entries(gate, up, d, dgate, gelu_and_slope),
+            },
+        );
+    });
+}
+
+#[inline(always)]
+fn adjoint_entries(gate: &[f32], up: &[f32], d: &mut [f32], dgate: &mut [f32], activation: impl Fn(f32) -> [f32; 2]) {
+    for (((d, dgate), &g), &u) in d.iter_mut().zip(dgate).zip(gate).zip(up) {
+        let [value, slope] = activation(g);
+        *dgate = *d * u * slope;
+        *d *= value;
+    }
+}
+
+#[inline(always)]
+fn silu_and_slope(g: f32) -> [f32; 2] {
+    let s = sigmoid(g);
+    [g * s, s + g * s * (1.0 - s)]
+}
+
+/// The slope is flat beyond ±100, and a bound there keeps the square of a huge gate from becoming infinite times zero.
+#[inline(always)]
+fn gelu_and_slope(g: f32) -> [f32; 2] {
+    let bounded = g.clamp(-100.0, 100.0);
+    let square = bounded * bounded;
+    let t = tanh(ROOT_2_OVER_PI * bounded * (1.0 + CUBIC * square));
+    let half = 0.5 * (1.0 + t);
+    [g * half, half + 0.5 * bounded * (1.0 - t * t) * ROOT_2_OVER_PI * (1.0 + 3.0 * CUBIC * square)]
+}

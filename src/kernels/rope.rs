@@ -29,6 +29,12 @@ impl Table {
             sines: angles().map(|angle| angle.sin() * factor).collect(),
         }
     }
+
+    /// The table that turns the other way: the adjoint of the rotation, attention factor included.
+    #[must_use]
+    pub fn adjoint(&self) -> Self {
+        Self { sines: self.sines.iter().map(|sine| -sine).collect(), ..self.clone() }
+    }
 }
 
 /// Rotates every head of `x` (windows · seq × heads · head_dim). The pair of column t is column t + half.

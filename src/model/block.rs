@@ -97,6 +97,11 @@ pub enum Place {
     Key,
 }
 
+impl Place {
+    /// All places, each at the index that is its value.
+    pub const ALL: [Self; 6] = [Self::AttentionIn, Self::AttentionOut, Self::MlpIn, Self::MlpOut, Self::Query, Self::Key];
+}
+
 /// A linear layer: y = x Wᵀ + b.
 #[derive(Debug)]
 pub struct Linear {
@@ -162,6 +167,11 @@ impl Parameters {
     /// Sets the weight of a role.
     pub fn set_weight(&mut self, role: Role, weight: Tensor<2>) {
         self.weights[role as usize] = Some(weight);
+    }
+
+    /// Sets the bias of a role.
+    pub fn set_bias(&mut self, role: Role, bias: Tensor<1>) {
+        self.biases[role as usize] = Some(bias);
     }
 
     /// Sets the weight of a norm.

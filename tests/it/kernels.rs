@@ -13,7 +13,7 @@ thread_local! {
 }
 
 /// Numbers of about normal spread, the same in every run.
-fn random<const D: usize>(shape: [usize; D]) -> Tensor<D> {
+pub fn random<const D: usize>(shape: [usize; D]) -> Tensor<D> {
     let count: usize = shape.iter().product();
     let mut state = CALLS.replace(CALLS.get() + 1) ^ 0x2545_f491_4f6c_dd1d;
     let mut uniform = || {

@@ -1,6 +1,7 @@
 //! The one integration test binary.
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test that cannot go on fails, and a skipped one says so")]
 
+mod backward;
 mod broken;
 mod command;
 mod golden;

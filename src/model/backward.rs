@@ -1,0 +1,334 @@
+//! The adjoint of the block forward, written by hand over slices: from the gradient of a block's output to those of its
+//! weights, its norms and its input. The forward itself is [`crate::model::forward`], with a tap that keeps what the
+//! adjoint reads; tests compare every gradient with automatic differentiation of that one forward.
+//!
+//! A batch is worked through in groups of whole windows that are small enough to stay in cache. The groups follow one
+//! another in order and every product adds to the gradients in that order, so results do not depend on threads.
+
+use std::collections::BTreeMap;
+
+use burn::tensor::Tensor;
+use rayon::prelude::*;
+
+use crate::kernels::attention_adjoint::Passed;
+use crate::kernels::gated::gated_adjoint;
+use crate::kernels::gemm::{Sizes, View, product};
+use crate::kernels::rms_norm::rms_norm_adjoint;
+use crate::kernels::rope::{Table, rope_cpu};
+use crate::kernels::{Floats, dot_lanes, tensor};
+use crate::model::architecture::NormKind;
+use crate::model::block::{Parameters, Place, Role, Site};
+use crate::model::forward::{self, Point, Spec};
+
+/// Tokens of a group; a longer window is a group of its own.
+const GROUP_TOKENS: usize = 512;
+
+/// Floats of a task of an operation on single entries.
+const CHUNK: usize = 1 << 13;
+
+/// Which gradients are computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Wanted {
+    /// Those of the seven linear layers.
+    pub weights: bool,
+    /// Those of the norms.
+    pub norms: bool,
+    /// That of the block's input.
+    pub input: bool,
+}
+
+/// Gradients of a block. Those of weights and norms add up over calls until [`Self::clear`]; the memory is kept.
+#[derive(Debug, Default)]
+pub struct Gradients {
+    weights: [Vec<f32>; 7],
+    norms: [Vec<f32>; 6],
+    /// The gradient of the output, which turns step by step into that of the input, tokens × hidden.
+    stream: Vec<f32>,
+    output: Vec<f32>,
+    scratch: Scratch,
+}
+
+/// Gradients between the steps of the adjoint of one group.
+#[derive(Debug, Default)]
+struct Scratch {
+    branch: Vec<f32>,
+    middle: Vec<f32>,
+    gate: Vec<f32>,
+    mixed: Vec<f32>,
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+}
+
+impl Gradients {
+    /// Makes room for what is wanted.
+    fn prepare(&mut self, operands: &Operands, wanted: Wanted) {
+        if wanted.weights {
+            self.weights.iter_mut().zip(&operands.weights).for_each(|(gradient, weight)| gradient.resize(weight.slice().len(), 0.0));
+        }
+        if wanted.norms {
+            let sizes = operands.norms.iter().map(|norm| norm.as_ref().map_or(0, |norm| norm.slice().len()));
+            self.norms.iter_mut().zip(sizes).for_each(|(gradient, size)| gradient.resize(size, 0.0));
+        }
+    }
+
+    /// dL/dW of a role, `[outputs, inputs]`; empty until it was wanted.
+    pub fn weight(&self, role: Role) -> &[f32] {
+        &self.weights[role as usize]
+    }
+
+    /// dL/dw of a norm's stored weight; empty until it was wanted, and where the block has no such norm.
+    pub fn norm(&self, place: Place) -> &[f32] {
+        &self.norms[place as usize]
+    }
+
+    /// dL/dx of the last call, tokens × hidden; means nothing unless it was wanted.
+    pub fn input(&self) -> &[f32] {
+        &self.stream
+    }
+
+    /// The block's output in the last call, tokens × hidden.
+    pub fn output(&self) -> &[f32] {
+        &self.output
+    }
+
+    /// Sets the gradients of weights and norms to zero.
+    pub fn clear(&mut self) {
+        self.weights.iter_mut().chain(&mut self.norms).for_each(|gradient| gradient.par_iter_mut().for_each(|value| *value = 0.0));
+    }
+}
+
+/// A loss: given the block's output, writes its gradient and gives its value.
+pub type Loss<'a> = &'a mut dyn FnMut(&[f32], &mut [f32]) -> f64;
+
+/// The loss factor · Σ (y − target)².
+pub fn squared_error(target: &[f32], factor: f64) -> impl FnMut(&[f32], &mut [f32]) -> f64 {
+    move |y, dy| factor * error_sum(y, target, dy, factor, f32::INFINITY)
+}
+
+/// The loss factor · Σ (y − target)² without the `dropped` entries of largest error; of equal errors at the edge all stay.
+pub fn trimmed_squared_error(target: &[f32], factor: f64, dropped: usize) -> impl FnMut(&[f32], &mut [f32]) -> f64 {
+    move |y, dy| {
+        let kept = y.len().saturating_sub(dropped);
+        if kept == 0 {
+            dy.fill(0.0);
+            return 0.0;
+        }
+        let mut errors: Vec<f32> = y.par_iter().zip(target).map(|(y, target)| (y - target).abs()).collect();
+        let (_, &mut edge, _) = errors.select_nth_unstable_by(kept - 1, f32::total_cmp);
+        factor * error_sum(y, target, dy, factor, edge)
+    }
+}
+
+/// The gradient of the output as it was given; the value is 0.
+pub fn upstream(gradient: &[f32]) -> impl FnMut(&[f32], &mut [f32]) -> f64 {
+    move |_, dy| {
+        dy.copy_from_slice(gradient);
+        0.0
+    }
+}
+
+/// Σ of the squared errors that are at most `edge`, and their gradient times `factor`.
+fn error_sum(y: &[f32], target: &[f32], dy: &mut [f32], factor: f64, edge: f32) -> f64 {
+    assert_eq!(y.len(), target.len(), "an output and a target of different sizes");
+    let parts = y.par_chunks(CHUNK).zip(target.par_chunks(CHUNK)).zip(dy.par_chunks_mut(CHUNK)).map(|((y, target), dy)| {
+        for ((dy, &y), &target) in dy.iter_mut().zip(y).zip(target) {
+            let error = y - target;
+            *dy = if error.abs() <= edge { error } else { 0.0 };
+        }
+        let sum = dot_lanes(dy, dy);
+        dy.iter_mut().for_each(|error| *error *= (2.0 * factor) as f32);
+        f64::from(sum)
+    });
+    parts.collect::<Vec<f64>>().iter().sum()
+}
+
+/// What a group's forward passed.
+type Record = BTreeMap<Point, Floats>;
+
+/// Runs the block on `x` (tokens × hidden, whole windows), lets `loss` judge the output, and adds the gradients that are
+/// wanted. Gives the value of the loss.
+pub fn block(spec: &Spec<'_>, parameters: &Parameters, x: &[f32], wanted: Wanted, gradients: &mut Gradients, loss: Loss<'_>) -> f64 {
+    let hidden = spec.config.hidden;
+    let group = hidden * spec.seq * (GROUP_TOKENS / spec.seq).max(1);
+    let operands = Operands::of(parameters);
+    gradients.prepare(&operands, wanted);
+    let device = parameters.weight(Role::Query).device();
+    gradients.output.clear();
+    let mut records = Vec::with_capacity(x.len().div_ceil(group.max(1)));
+    for x in x.chunks(group) {
+        let (record, y) = recorded(spec, parameters, tensor(x.to_vec(), [x.len() / hidden, hidden], &device));
+        gradients.output.extend_from_slice(Floats::fetched(&y).slice());
+        records.push(record);
+    }
+    let Gradients { weights, norms, stream, output, scratch } = gradients;
+    let value = loss(output, room(stream, output.len()));
+    for (record, stream) in records.into_iter().zip(stream.chunks_mut(group)) {
+        Adjoint { spec, operands: &operands, record: &record, wanted, weights, norms }.run(stream, scratch);
+    }
+    value
+}
+
+/// The slices of a block's parameters.
+struct Operands {
+    weights: [Floats; 7],
+    /// `[outputs, inputs]` of every role.
+    shapes: [[usize; 2]; 7],
+    norms: [Option<Floats>; 6],
+}
+
+impl Operands {
+    fn of(parameters: &Parameters) -> Self {
+        Self {
+            weights: Role::ALL.map(|role| Floats::fetched(parameters.weight(role))),
+            shapes: Role::ALL.map(|role| parameters.weight(role).dims()),
+            norms: Place::ALL.map(|place| parameters.norm(place).map(Floats::fetched)),
+        }
+    }
+}
+
+/// A forward that keeps what its adjoint reads.
+fn recorded(spec: &Spec<'_>, parameters: &Parameters, x: Tensor<2>) -> (Record, Tensor<2>) {
+    let mut record = Record::new();
+    let has = |place| parameters.norm(place).is_some();
+    let y = forward::block(spec, parameters, x, &mut |point, tensor| {
+        let read = match point {
+            Point::Input => has(Place::AttentionIn),
+            Point::Query => has(Place::Query),
+            Point::Key => has(Place::Key),
+            Point::Joined => has(Place::MlpIn),
+            Point::Branch(place) => has(place),
+            _ => true,
+        };
+        if read {
+            record.insert(point, Floats::fetched(tensor));
+        }
+    });
+    (record, y)
+}
+
+/// A buffer of a size; what lies in it means nothing.
+fn room(buffer: &mut Vec<f32>, size: usize) -> &mut [f32] {
+    buffer.resize(size, 0.0);
+    buffer
+}
+
+fn add(to: &mut [f32], from: &[f32]) {
+    to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).for_each(|(to, from)| {
+        to.iter_mut().zip(from).for_each(|(to, from)| *to += from);
+    });
+}
+
+/// The adjoint of one group.
+struct Adjoint<'a> {
+    spec: &'a Spec<'a>,
+    operands: &'a Operands,
+    record: &'a Record,
+    wanted: Wanted,
+    weights: &'a mut [Vec<f32>; 7],
+    norms: &'a mut [Vec<f32>; 6],
+}
+
+impl<'a> Adjoint<'a> {
+    /// `stream` enters as the gradient of the output and leaves as that of the input, where that is wanted.
+    fn run(mut self, stream: &mut [f32], scratch: &mut Scratch) {
+        self.mlp(stream, scratch);
+        self.branch(Role::Output, Place::AttentionOut, stream, &mut scratch.branch, &mut scratch.mixed);
+        self.attention(scratch);
+        if self.wanted.weights {
+            self.weight(Role::Query, &scratch.q);
+            self.weight(Role::Key, &scratch.k);
+            self.weight(Role::Value, &scratch.v);
+        }
+        if self.wanted.input || self.wanted.norms && self.operands.norms[Place::AttentionIn as usize].is_some() {
+            let d = room(&mut scratch.branch, stream.len());
+            self.input(Role::Query, &scratch.q, d, false);
+            self.input(Role::Key, &scratch.k, d, true);
+            self.input(Role::Value, &scratch.v, d, true);
+            self.norm(Place::AttentionIn, Point::Input, d);
+            add(stream, d);
+        }
+    }
+
+    fn mlp(&mut self, stream: &mut [f32], scratch: &mut Scratch) {
+        self.branch(Role::Down, Place::MlpOut, stream, &mut scratch.branch, &mut scratch.middle);
+        let (gate, up) = (self.passed(Point::Gate), self.passed(Point::Up));
+        gated_adjoint(self.spec.config.activation, gate, up, &mut scratch.middle, room(&mut scratch.gate, gate.len()));
+        if self.wanted.weights {
+            self.weight(Role::Gate, &scratch.gate);
+            self.weight(Role::Up, &scratch.middle);
+        }
+        let d = room(&mut scratch.branch, stream.len());
+        self.input(Role::Gate, &scratch.gate, d, false);
+        self.input(Role::Up, &scratch.middle, d, true);
+        self.norm(Place::MlpIn, Point::Joined, d);
+        add(stream, d);
+    }
+
+    /// From the gradient of the residual stream after a branch to that of the input of the branch's last projection.
+    fn branch(&mut self, role: Role, place: Place, stream: &[f32], d: &mut Vec<f32>, input: &mut Vec<f32>) {
+        let d = room(d, stream.len());
+        let factor = self.spec.config.residual_factor;
+        d.par_chunks_mut(CHUNK).zip(stream.par_chunks(CHUNK)).for_each(|(d, stream)| {
+            d.iter_mut().zip(stream).for_each(|(d, stream)| *d = stream * factor);
+        });
+        self.norm(place, Point::Branch(place), d);
+        if self.wanted.weights {
+            self.weight(role, d);
+        }
+        let width = self.passed(Point::Site(role.site())).len();
+        self.input(role, d, room(input, width), false);
+    }
+
+    /// From `mixed` to the gradients of queries, keys and values as their projections gave them.
+    fn attention(&mut self, scratch: &mut Scratch) {
+        let config = self.spec.config;
+        let Scratch { mixed, q, k, v, .. } = scratch;
+        let passed = Passed {
+            q: self.passed(Point::TurnedQuery),
+            k: self.passed(Point::TurnedKey),
+            v: self.passed(Point::Value),
+            out: self.passed(Point::Site(Site::Output)),
+            dout: mixed,
+        };
+        let (q, k, v) = (room(q, passed.q.len()), room(k, passed.k.len()), room(v, passed.v.len()));
+        self.spec.attention().adjoint(&passed, q, k, v);
+        if let Some(table) = self.spec.table.as_ref().map(Table::adjoint) {
+            rope_cpu(q, config.query_width(), config.head_dim, &table);
+            rope_cpu(k, config.kv_width(), config.head_dim, &table);
+        }
+        self.norm(Place::Query, Point::Query, q);
+        self.norm(Place::Key, Point::Key, k);
+    }
+
+    fn passed(&self, point: Point) -> &'a [f32] {
+        self.record[&point].slice()
+    }
+
+    /// From the gradient of a norm's output to that of its input, in place; nothing where there is no norm.
+    fn norm(&mut self, place: Place, input: Point, d: &mut [f32]) {
+        let Some(weight) = &self.operands.norms[place as usize] else { return };
+        let (epsilon, one_plus) = (self.spec.config.epsilon as f32, self.spec.config.family.norm == NormKind::OnePlus);
+        let x = self.passed(input);
+        let sums = self.wanted.norms.then_some(self.norms[place as usize].as_mut_slice());
+        rms_norm_adjoint(x, weight.slice(), epsilon, one_plus, d, sums);
+    }
+
+    /// dW += dYᵀ X.
+    fn weight(&mut self, role: Role, d: &[f32]) {
+        let x = self.passed(Point::Site(role.site()));
+        let sums = &mut self.weights[role as usize];
+        let [outputs, inputs] = self.operands.shapes[role as usize];
+        let tokens = x.len() / inputs.max(1);
+        let sizes = Sizes { m: outputs, n: inputs, k: tokens };
+        product(sizes, sums, inputs, true, 1.0, View::transposed(d, outputs), View::rows(x, inputs), true);
+    }
+
+    /// dX = dY W, or dX plus it where `add`.
+    fn input(&self, role: Role, d: &[f32], dx: &mut [f32], add: bool) {
+        let [outputs, inputs] = self.operands.shapes[role as usize];
+        let tokens = dx.len() / inputs.max(1);
+        let weight = View::rows(self.operands.weights[role as usize].slice(), inputs);
+        product(Sizes { m: tokens, n: inputs, k: outputs }, dx, inputs, add, 1.0, View::rows(d, outputs), weight, true);
+    }
+}
