@@ -21,6 +21,7 @@ pub mod rms_norm;
 pub mod rope;
 pub mod scale_search;
 pub mod select;
+pub mod sign_descent;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_flex::{Flex, FlexTensor};

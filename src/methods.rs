@@ -6,6 +6,7 @@ pub mod float_output;
 pub mod gptq;
 pub mod magnitude;
 pub mod round_to_nearest;
+pub mod signround;
 pub mod wanda;
 
 use std::fmt::Debug;
@@ -203,6 +204,12 @@ pub const METHODS: &[Entry] = &[
         about: "integers that aim at the float model's output: error feedback, descent and refitted scales, no gradients",
         source: "arXiv:2504.02692, arXiv:2309.01885; quality-records 2a, 2b",
         read: |options| Ok(Box::new(options.try_into::<closed_form::ClosedForm>()?)),
+    },
+    Entry {
+        name: "signround",
+        about: "integers with rounding learned by signed gradient descent, block by block",
+        source: "arXiv:2309.05516, arXiv:2512.04746",
+        read: |options| Ok(Box::new(options.try_into::<signround::SignRound>()?)),
     },
     Entry {
         name: "magnitude",

@@ -84,7 +84,13 @@ impl<'a> Compressor<'a> {
             let planned = self.plan.layer(&linear.name).filter(|planned| planned.stages.contains(&number));
             if let Some(planned) = planned {
                 let bounds = handed.get(&linear.role).and_then(|handed| handed.bounds.clone());
-                layers.push(BlockLayer { role: linear.role, name: linear.name.clone(), float: planned.outlined.float, bits: planned.bits, bounds });
+                layers.push(BlockLayer {
+                    role: linear.role,
+                    name: linear.name.clone(),
+                    float: planned.outlined.float,
+                    bits: planned.bits,
+                    bounds,
+                });
             }
         }
         if let Some(method) = stage.method.block() {
@@ -189,14 +195,8 @@ fn apply(
     handed: &mut Handed,
 ) -> Result<(Weight, [f64; 2])> {
     let outlined = &planned.outlined;
-    let layer = Layer {
-        name: &outlined.name,
-        statistics,
-        float: outlined.float,
-        bits: planned.bits,
-        bounds: handed.bounds.as_ref(),
-        goal: None,
-    };
+    let layer =
+        Layer { name: &outlined.name, statistics, float: outlined.float, bits: planned.bits, bounds: handed.bounds.as_ref(), goal: None };
     let applied = stage.method.apply(weight, &layer).map_err(|error| error.tensor(&outlined.name))?;
     handed.bounds = applied.bounds.or(handed.bounds.take());
     handed.notes.extend(applied.notes);

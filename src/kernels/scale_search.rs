@@ -53,14 +53,7 @@ pub fn grids(weight: &Matrix, grid: Grid, rule: Scale, importance: &[f32], bound
 }
 
 /// Scale and zero point of one group.
-fn of_group(
-    weights: &[f32],
-    importance: &[f32],
-    grid: Grid,
-    rule: Scale,
-    bounds: Option<(f32, f32)>,
-    scratch: &mut Vec<f32>,
-) -> (f32, u8) {
+fn of_group(weights: &[f32], importance: &[f32], grid: Grid, rule: Scale, bounds: Option<(f32, f32)>, scratch: &mut Vec<f32>) -> (f32, u8) {
     let (low, high) = bounds.unwrap_or_else(|| weights.iter().fold((0.0f32, 0.0f32), |(low, high), &w| (low.min(w), high.max(w))));
     let plain = span(low, high, grid);
     match rule {
@@ -78,14 +71,7 @@ fn of_group(
 }
 
 #[inline(always)]
-fn search(
-    weights: &[f32],
-    importance: &[f32],
-    grid: Grid,
-    [low, high]: [f32; 2],
-    plain: (f32, u8),
-    scratch: &mut Vec<f32>,
-) -> (f32, u8) {
+fn search(weights: &[f32], importance: &[f32], grid: Grid, [low, high]: [f32; 2], plain: (f32, u8), scratch: &mut Vec<f32>) -> (f32, u8) {
     let middle = 1u8 << (grid.bits - 1);
     let mut best = (plain, weighted_error(weights, importance, plain, grid.bits, scratch));
     let extreme = high.max(-low);

@@ -165,11 +165,13 @@ pub fn by_site(bench: &mut Bench<'_>, layers: &[BlockLayer], method: &dyn Method
             let weight = std::mem::replace(&mut linear.weight, Weight::Dense(Matrix::new(0, 0, Vec::new())));
             let layer =
                 Layer { name: &one.name, statistics: None, float: one.float, bits: one.bits, bounds: one.bounds.as_ref(), goal: None };
-            let (applied, strength) =
-                prepared.apply(method, weight, &original, &layer).map_err(|error| error.tensor(&one.name))?;
+            let (applied, strength) = prepared.apply(method, weight, &original, &layer).map_err(|error| error.tensor(&one.name))?;
             linear.weight = applied.weight;
             notes.extend(applied.notes.into_iter().map(|note| (one.role, note)));
-            notes.push((one.role, format!("target corrected by {} for inputs and {} for the residual stream", strength.alpha, strength.beta)));
+            notes.push((
+                one.role,
+                format!("target corrected by {} for inputs and {} for the residual stream", strength.alpha, strength.beta),
+            ));
         }
     }
     Ok(notes)

@@ -14,6 +14,7 @@ use crate::kernels::gram::{add_cross, add_gram};
 use crate::kernels::{tensor, values};
 use crate::matrix::Matrix;
 use crate::model::Model;
+use crate::model::backward::{self, Gradients, Wanted, squared_error, trimmed_squared_error};
 use crate::model::block::{Block, Linear, Parameters, Place, Role, Site};
 use crate::model::forward::{self, Spec};
 use crate::model::hidden::Hidden;
@@ -134,6 +135,59 @@ impl Bench<'_> {
         }
         parameters.give_back(&mut self.block);
         Ok(relative_error(&self.wanted, &outputs))
+    }
+
+    /// The float tensors of the block as it stands, for [`Self::descend_into`].
+    pub fn parameters(&self) -> Parameters {
+        Parameters::copy(&self.block, &self.run.device.burn)
+    }
+
+    /// The mean squared error of a block with these tensors against the float model's output on some windows, and its
+    /// gradients, which are added to `gradients`. `trim` is the share of entries with the largest errors, per window,
+    /// that do not count.
+    ///
+    /// # Errors
+    /// When hidden states cannot be read, or the streams are not there.
+    pub fn descend_into(
+        &self,
+        parameters: &Parameters,
+        windows: &[usize],
+        trim: f64,
+        wanted: Wanted,
+        gradients: &mut Gradients,
+    ) -> Result<f64> {
+        let streams = self.streams.as_ref().ok_or_else(|| Error::run("the float stream was not kept"))?;
+        let width = self.model.config.hidden;
+        let entries: usize = windows.iter().map(|&window| self.hidden.tokens(window) * width).sum();
+        let mut loss = 0.0;
+        for &window in windows {
+            let spec = Spec::new(&self.model.config, self.block.index, self.hidden.tokens(window));
+            let (x, target) = (self.hidden.read(window..window + 1)?, streams.targets.read(window..window + 1)?);
+            let factor = 1.0 / entries as f64;
+            let dropped = (target.len() as f64 * trim) as usize;
+            loss += if dropped == 0 {
+                backward::block(&spec, parameters, &x, wanted, gradients, &mut squared_error(&target, factor))
+            } else {
+                backward::block(&spec, parameters, &x, wanted, gradients, &mut trimmed_squared_error(&target, factor, dropped))
+            };
+        }
+        Ok(loss)
+    }
+
+    /// The mean squared error of a block with these tensors against the float model's output on some windows.
+    ///
+    /// # Errors
+    /// When hidden states cannot be read, or the streams are not there.
+    pub fn loss(&self, parameters: &Parameters, windows: &[usize]) -> Result<f64> {
+        let streams = self.streams.as_ref().ok_or_else(|| Error::run("the float stream was not kept"))?;
+        let (mut sum, mut entries) = (0.0, 0);
+        for &window in windows {
+            let target = streams.targets.read(window..window + 1)?;
+            let y = self.forward(parameters, self.hidden.tokens(window), self.hidden.read(window..window + 1)?);
+            sum += y.iter().zip(&target).map(|(y, target)| f64::from(y - target).powi(2)).sum::<f64>();
+            entries += target.len();
+        }
+        Ok(sum / entries.max(1) as f64)
     }
 
     fn forward(&self, parameters: &Parameters, seq: usize, x: Vec<f32>) -> Vec<f32> {

@@ -195,6 +195,18 @@ impl Parameters {
         parameters
     }
 
+    /// Writes a new weight of a role, `[outputs, inputs]` as before, into the memory of the old one.
+    ///
+    /// # Panics
+    /// When the block has no such layer.
+    pub fn refill(&mut self, role: Role, fill: impl FnOnce(&mut [f32])) {
+        let old = self.weights[role as usize].take().unwrap_or_else(|| panic!("a block without {}", role.name()));
+        let (shape, device) = (old.dims(), old.device());
+        let mut memory = values(old);
+        fill(&mut memory);
+        self.weights[role as usize] = Some(tensor(memory, shape, &device));
+    }
+
     /// A copy of the floats of a block.
     pub fn copy(block: &Block, device: &Device) -> Self {
         let mut parameters = Self::default();

@@ -119,7 +119,11 @@ struct FloatStream {
 impl FloatStream {
     fn new(model: &Model<'_>, hidden: &Hidden, run: &Run<'_>) -> Result<Self> {
         let between = || Between::new(model, hidden, BUDGET_BYTES, run);
-        Ok(Self { inputs: hidden.copy(BUDGET_BYTES, run.scratch)?, targets: hidden.copy(BUDGET_BYTES, run.scratch)?, between: [between()?, between()?] })
+        Ok(Self {
+            inputs: hidden.copy(BUDGET_BYTES, run.scratch)?,
+            targets: hidden.copy(BUDGET_BYTES, run.scratch)?,
+            between: [between()?, between()?],
+        })
     }
 
     /// Computes the outputs of the original block; gives those of the first windows.
@@ -128,9 +132,8 @@ impl FloatStream {
         for runs in batches(model, &self.inputs, false) {
             run.check_stop()?;
             let inputs = &self.inputs;
-            let outputs = inputs.map(&runs, |windows, x| {
-                Ok(forward_run(model, index, parameters, inputs.tokens(windows.start), x, run, &mut |_, _| {}))
-            })?;
+            let outputs = inputs
+                .map(&runs, |windows, x| Ok(forward_run(model, index, parameters, inputs.tokens(windows.start), x, run, &mut |_, _| {})))?;
             for (windows, y) in runs.iter().zip(outputs) {
                 self.targets.write(windows.clone(), &y)?;
                 keep_first(&mut first, windows, y);

@@ -21,7 +21,21 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("report", &["calibrate", "evaluate", "plan"]),
     (
         "compress",
-        &["calibrate", "checkpoint", "error", "evaluate", "formats", "kernels", "matrix", "methods", "model", "plan", "report", "run", "weight"],
+        &[
+            "calibrate",
+            "checkpoint",
+            "error",
+            "evaluate",
+            "formats",
+            "kernels",
+            "matrix",
+            "methods",
+            "model",
+            "plan",
+            "report",
+            "run",
+            "weight",
+        ],
     ),
     ("embedded", &["error"]),
 ];
