@@ -7,6 +7,8 @@ pub mod layers;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
+use safetensors::Dtype;
+
 use crate::calibrate::corpus::{self, Packed};
 use crate::calibrate::tokens::Tokenizer;
 use crate::calibrate::{builtin, corpus::Source as Text};
@@ -72,6 +74,8 @@ pub struct Prepared {
     pub calibration: Option<Packed>,
     /// Evaluation windows.
     pub evaluation: Option<(Vec<Vec<u32>>, Evaluation)>,
+    /// Tensors of norms that stages change.
+    pub norms: HashSet<String>,
     /// Peak memory that the run is expected to need, in bytes.
     pub memory_bytes: u64,
     /// Deviations and warnings so far.
@@ -124,7 +128,13 @@ impl Prepared {
         if overlaps(&job) {
             notes.push("quality is measured on the calibration text itself: the figures flatter".into());
         }
-        let entries = entries(&checkpoint, &plan, format);
+        let norms = match &model {
+            Some(model) if plan.norms() => {
+                (0..model.config.layers.len()).flat_map(|index| model.norms(index)).map(|(name, _, _)| name).collect()
+            }
+            _ => HashSet::new(),
+        };
+        let entries = entries(&checkpoint, &plan, format, &norms);
         unique(&entries).map_err(|error| error.file(&job.model))?;
         let tensors = || checkpoint.names().filter_map(|name| checkpoint.info(name));
         let size = Size {
@@ -139,7 +149,7 @@ impl Prepared {
             linears: candidates.len(),
             shards: checkpoint.shards.len(),
         };
-        Ok(Self { job, plan, format, entries, facts, size, calibration, evaluation, memory_bytes, notes, checkpoint })
+        Ok(Self { job, plan, format, entries, norms, facts, size, calibration, evaluation, memory_bytes, notes, checkpoint })
     }
 
     /// Does the work and puts the finished folder into place.
@@ -199,7 +209,7 @@ impl Prepared {
             .collect();
         run.observer.begin("copy the rest", self.checkpoint.shards.len() as u64);
         for shard in &self.checkpoint.shards {
-            for (name, info) in shard.header.tensors.iter().filter(|(name, _)| !replaced.contains(*name)) {
+            for (name, info) in shard.header.tensors.iter().filter(|(name, _)| !replaced.contains(*name) && !self.norms.contains(*name)) {
                 run.check_stop()?;
                 for start in (0..info.bytes()).step_by(PIECE as usize) {
                     let bytes = shard.bytes(info, start..(start + PIECE).min(info.bytes()))?;
@@ -283,7 +293,7 @@ fn needs(recipe: &Recipe, plan: &Plan) -> Needs {
 }
 
 /// The tensors of the output, in the order of the input.
-fn entries(checkpoint: &Checkpoint, plan: &Plan, format: &Format) -> Vec<Entry> {
+fn entries(checkpoint: &Checkpoint, plan: &Plan, format: &Format, norms: &HashSet<String>) -> Vec<Entry> {
     let mut replaced: HashMap<String, Vec<Entry>> = plan
         .layers
         .iter()
@@ -297,6 +307,8 @@ fn entries(checkpoint: &Checkpoint, plan: &Plan, format: &Format) -> Vec<Entry> 
         for (name, info) in order {
             match replaced.remove(name) {
                 Some(own) => entries.extend(own),
+                // A step of a norm is smaller than what 16 bits resolve.
+                None if norms.contains(name) => entries.push(Entry { name: name.clone(), dtype: Dtype::F32, shape: info.shape.clone() }),
                 None => entries.push(Entry { name: name.clone(), dtype: info.dtype, shape: info.shape.clone() }),
             }
         }

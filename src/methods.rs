@@ -5,6 +5,8 @@ pub mod closed_form;
 pub mod float_output;
 pub mod gptq;
 pub mod magnitude;
+pub mod norm_refit;
+pub mod norm_tweak;
 pub mod round_to_nearest;
 pub mod signround;
 pub mod wanda;
@@ -113,6 +115,11 @@ pub trait Method: Debug + Send + Sync {
         None
     }
 
+    /// A cheaper form of the method whose results tell strengths apart as well; `None` when there is none.
+    fn rough(&self) -> Option<Box<dyn Method>> {
+        None
+    }
+
     /// What it makes of a weight stored like this, of shape `[outputs, inputs]`, so that a format can refuse before
     /// any work starts. `bits` as in [`Layer::bits`].
     ///
@@ -162,6 +169,8 @@ pub struct BlockApplied {
     pub curve: Vec<f64>,
     /// What the user should know, by layer.
     pub notes: Vec<(Role, String)>,
+    /// What the user should know of the block as a whole.
+    pub block_notes: Vec<String>,
 }
 
 /// A method that works on the layers or norms of a block together.
@@ -210,6 +219,18 @@ pub const METHODS: &[Entry] = &[
         about: "integers with rounding learned by signed gradient descent, block by block",
         source: "arXiv:2309.05516, arXiv:2512.04746",
         read: |options| Ok(Box::new(options.try_into::<signround::SignRound>()?)),
+    },
+    Entry {
+        name: "norm-tweak",
+        about: "tunes norms so that a compressed block's output has the statistics of the original's",
+        source: "arXiv:2309.02784",
+        read: |options| Ok(Box::new(options.try_into::<norm_tweak::NormTweak>()?)),
+    },
+    Entry {
+        name: "norm-refit",
+        about: "the norms in closed form, one solve per norm",
+        source: "methods-quant 2.5",
+        read: |options| Ok(Box::new(options.try_into::<norm_refit::NormRefit>()?)),
     },
     Entry {
         name: "magnitude",

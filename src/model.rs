@@ -128,7 +128,8 @@ impl<'a> Model<'a> {
         }
     }
 
-    fn norms(&self, index: usize) -> Vec<(String, Place, usize)> {
+    /// The norms of a block: tensor name, place and width.
+    pub fn norms(&self, index: usize) -> Vec<(String, Place, usize)> {
         let places = self.config.family.places;
         let mut norms = Vec::new();
         for (name, place) in [

@@ -109,6 +109,9 @@ pub struct StageReport {
     pub before: Option<f64>,
     /// Error after the stage.
     pub after: Option<f64>,
+    /// What the method noted about the block.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
     /// Loss by iteration, for methods that iterate over blocks.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub curve: Vec<f64>,

@@ -77,7 +77,7 @@ impl<'a> Compressor<'a> {
     }
 
     /// One stage on all layers of a block that it works on; gives the loss curve where there is one.
-    fn stage(&self, number: usize, bench: &mut Bench<'_>, handed: &mut BTreeMap<Role, Handed>) -> Result<Vec<f64>> {
+    fn stage(&self, number: usize, bench: &mut Bench<'_>, handed: &mut BTreeMap<Role, Handed>) -> Result<(Vec<f64>, Vec<String>)> {
         let stage = &self.plan.stages[number];
         let mut layers = Vec::new();
         for linear in &bench.block.linears {
@@ -98,13 +98,13 @@ impl<'a> Compressor<'a> {
             for (role, note) in applied.notes {
                 handed.entry(role).or_default().notes.push(note);
             }
-            return Ok(applied.curve);
+            return Ok((applied.curve, applied.block_notes));
         }
         if stage.method.target() == Target::FloatOutput && !layers.is_empty() {
             for (role, note) in float_output::by_site(bench, &layers, stage.method.as_ref())? {
                 handed.entry(role).or_default().notes.push(note);
             }
-            return Ok(Vec::new());
+            return Ok(Default::default());
         }
         for layer in &layers {
             let planned = self.plan.layer(&layer.name).ok_or_else(|| Error::run("not part of the plan").tensor(&layer.name))?;
@@ -114,7 +114,7 @@ impl<'a> Compressor<'a> {
             let weight = std::mem::replace(&mut linear.weight, Weight::Dense(Matrix::new(0, 0, Vec::new())));
             (linear.weight, _) = apply(stage, planned, weight, Some(statistics), handed.entry(layer.role).or_default())?;
         }
-        Ok(Vec::new())
+        Ok(Default::default())
     }
 
     /// Writes the layers of a block with their reports.
@@ -169,13 +169,25 @@ impl Visitor for Compressor<'_> {
         if self.layer_error { self.plan.needs().max(Needs::Gram) } else { self.plan.needs() }
     }
 
+    fn observes(&self) -> Needs {
+        let stages = self.plan.stages.iter().map(|stage| stage.method.as_ref());
+        let observed =
+            stages.filter(|method| method.target() == Target::Weight && method.block().is_none()).map(|method| method.needs()).max();
+        match (observed.unwrap_or(Needs::Nothing), self.needs()) {
+            // Methods on the workbench see everything anew and leave it for the report.
+            (observed, Needs::Streams) => observed,
+            (_, needs) => needs,
+        }
+    }
+
     fn visit(&mut self, bench: &mut Bench<'_>) -> Result<()> {
         let mut handed = BTreeMap::new();
         let mut before = bench.output_error()?;
         for number in 0..self.plan.stages.len() {
-            let curve = self.stage(number, bench, &mut handed)?;
+            bench.settled = false;
+            let (curve, notes) = self.stage(number, bench, &mut handed)?;
             let after = bench.output_error()?;
-            self.stages.push(StageReport { method: self.plan.stages[number].name.clone(), before, after, curve });
+            self.stages.push(StageReport { method: self.plan.stages[number].name.clone(), before, after, notes, curve });
             before = after;
         }
         self.write_block(bench, handed)

@@ -197,29 +197,31 @@ impl Rows {
         for row in 0..self.count {
             let at = row * n;
             let gradient = &mut self.gradient[at + start..at + end];
-            for j in start..end {
-                if !self.free.is_empty() && !self.free[at + j] {
-                    continue;
-                }
-                let place = row * self.groups + group_of[j];
-                let (scale, zero, step) = (self.scales[place], self.zeros[place], self.steps[at + j]);
-                let gram = &space.gram[j * n..][start..end];
-                let wanted = step - gradient[j - start] / (gram[j - start] * scale);
-                let wanted = wanted.round_ties_even().clamp(-zero, top - zero);
-                // A quotient that is not a number changes nothing.
-                if wanted == step || wanted.is_nan() {
-                    continue;
-                }
-                let change = (wanted - step) * scale;
-                self.steps[at + j] = wanted;
-                self.difference[at + j] += change;
-                self.changes[row * BLOCK + j - start] = change;
-                moved = true;
-                vectorized(
-                    #[inline(always)]
-                    || gradient.iter_mut().zip(gram).for_each(|(gradient, &gram)| *gradient += change * gram),
-                );
-            }
+            vectorized(
+                #[inline(always)]
+                || {
+                    for j in start..end {
+                        if !self.free.is_empty() && !self.free[at + j] {
+                            continue;
+                        }
+                        let place = row * self.groups + group_of[j];
+                        let (scale, zero, step) = (self.scales[place], self.zeros[place], self.steps[at + j]);
+                        let gram = &space.gram[j * n..][start..end];
+                        let wanted = step - gradient[j - start] / (gram[j - start] * scale);
+                        let wanted = wanted.round_ties_even().clamp(-zero, top - zero);
+                        // A quotient that is not a number changes nothing.
+                        if wanted == step || wanted.is_nan() {
+                            continue;
+                        }
+                        let change = (wanted - step) * scale;
+                        self.steps[at + j] = wanted;
+                        self.difference[at + j] += change;
+                        self.changes[row * BLOCK + j - start] = change;
+                        moved = true;
+                        gradient.iter_mut().zip(gram).for_each(|(gradient, &gram)| *gradient += change * gram);
+                    }
+                },
+            );
         }
         moved
     }

@@ -40,21 +40,23 @@ pub fn error_feedback(goal: &Matrix, space: &GramSpace, mask: Option<&Matrix>, i
                     let number = chunk * ROWS + row;
                     let w = &mut w[row * columns..][start..end];
                     let (codes, errors) = (&mut codes[row * columns..][..columns], &mut errors[row * BLOCK..]);
-                    for i in 0..end - start {
-                        let column = space.order[start + i];
-                        let at = number * groups + column / group;
-                        let (scale, zero) = (scales[at], zeros.map_or(middle, |zeros| f32::from(zeros[at])));
-                        let kept = mask.is_none_or(|mask| mask.data[number * columns + column] != 0.0);
-                        let code = if kept { ((w[i] / scale).round_ties_even() + zero).clamp(0.0, top) } else { zero };
-                        codes[column] = code as u8;
-                        let factor = &space.factor[(start + i) * columns..][start + i..end];
-                        let error = (w[i] - (code - zero) * scale) / factor[0];
-                        errors[i] = error;
-                        vectorized(
-                            #[inline(always)]
-                            || w[i + 1..].iter_mut().zip(&factor[1..]).for_each(|(w, &u)| *w -= error * u),
-                        );
-                    }
+                    vectorized(
+                        #[inline(always)]
+                        || {
+                            for i in 0..end - start {
+                                let column = space.order[start + i];
+                                let at = number * groups + column / group;
+                                let (scale, zero) = (scales[at], zeros.map_or(middle, |zeros| f32::from(zeros[at])));
+                                let kept = mask.is_none_or(|mask| mask.data[number * columns + column] != 0.0);
+                                let code = if kept { ((w[i] / scale).round_ties_even() + zero).clamp(0.0, top) } else { zero };
+                                codes[column] = code as u8;
+                                let factor = &space.factor[(start + i) * columns..][start + i..end];
+                                let error = (w[i] - (code - zero) * scale) / factor[0];
+                                errors[i] = error;
+                                w[i + 1..].iter_mut().zip(&factor[1..]).for_each(|(w, &u)| *w -= error * u);
+                            }
+                        },
+                    );
                 }
                 if end < columns {
                     let sizes = Sizes { m: rows, n: columns - end, k: end - start };

@@ -34,7 +34,24 @@ pub fn add_column_squares(x: &[f32], totals: &mut [f64]) {
 
 /// Adds XᵀX of `x` (tokens × columns, row-major) to `totals` (columns × columns).
 pub fn add_gram(x: &[f32], columns: usize, totals: &mut [f64]) {
-    add_cross(x, x, [columns, columns], totals);
+    const ROWS: usize = 128;
+    let tokens = x.len() / columns.max(1);
+    let mut partial = vec![0.0f32; ROWS.min(columns) * columns];
+    for (block, rows) in totals.chunks_mut(ROWS * columns).enumerate() {
+        // Only what lies on and right of the diagonal; the rest is its mirror image.
+        let (first, count) = (block * ROWS, rows.len() / columns);
+        let sizes = Sizes { m: count, n: columns - first, k: tokens };
+        let (left, right) = (View::transposed(&x[first..], columns), View::rows(&x[first..], columns));
+        product(sizes, &mut partial[first..], columns, false, 1.0, left, right, true);
+        rows.par_chunks_mut(columns).zip(partial.par_chunks(columns)).for_each(|(row, partial)| {
+            row[first..].iter_mut().zip(&partial[first..]).for_each(|(total, &partial)| *total += f64::from(partial));
+        });
+    }
+    for row in 0..columns {
+        for column in 0..row / ROWS * ROWS {
+            totals[row * columns + column] = totals[column * columns + row];
+        }
+    }
 }
 
 /// Adds YᵀX of `y` (tokens × rows) and `x` (tokens × columns) to `totals` (rows × columns).

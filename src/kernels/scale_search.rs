@@ -22,7 +22,7 @@ pub enum Scale {
 }
 
 /// Clip ratios that are tried, as shares of the range.
-const RATIOS: usize = 40;
+const RATIOS: usize = 20;
 
 /// The smallest clip ratio.
 const SMALLEST: f32 = 0.35;

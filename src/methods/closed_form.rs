@@ -88,6 +88,10 @@ impl Method for ClosedForm {
         Some(Strength { alpha, beta: self.beta.unwrap_or(alpha) })
     }
 
+    fn rough(&self) -> Option<Box<dyn Method>> {
+        Some(Box::new(Self { rounds: self.rounds.min(1), sweeps: self.sweeps.min(1), ..self.clone() }))
+    }
+
     fn leaves(&self, before: Storage, [_, columns]: [usize; 2], bits: Option<u8>) -> Result<Storage> {
         check_damping(self.damping)?;
         for (name, value) in [("alpha", self.alpha), ("beta", self.beta)] {

@@ -132,9 +132,10 @@ impl Site {
             return Ok(Strength { alpha: strength, beta: strength });
         };
         let sides = held.sides(original);
+        let rough = method.rough();
         let mut best = (f64::INFINITY, CANDIDATES[0]);
         for strength in CANDIDATES {
-            let got = run(&self.most, method, weight.clone(), original, layer, strength)?;
+            let got = run(&self.most, rough.as_deref().unwrap_or(method), weight.clone(), original, layer, strength)?;
             let loss = held.loss(original, &got.weight.to_matrix(), &sides);
             if loss < best.0 {
                 best = (loss, strength);
@@ -174,6 +175,7 @@ pub fn by_site(bench: &mut Bench<'_>, layers: &[BlockLayer], method: &dyn Method
             ));
         }
     }
+    bench.settled = true;
     Ok(notes)
 }
 

@@ -183,6 +183,7 @@ impl BlockMethod for SignRound {
             return Ok(applied);
         }
         let mut learned = self.begin(bench, layers, &mut applied)?;
+        bench.settled = false;
         applied.curve = self.learn(bench, &mut learned)?;
         let chosen = self.judge(bench, &learned)?;
         for one in learned {

@@ -64,6 +64,20 @@ impl Between {
         let store = |width| Hidden::new(&lengths, width, budget_bytes, run.scratch);
         Ok(Self { mixed: store(model.config.query_width())?, joined: store(model.config.hidden)? })
     }
+
+    /// Keeps attention's outputs and the residual stream after attention of some windows.
+    ///
+    /// # Errors
+    /// When they cannot be written.
+    pub fn keep(&mut self, windows: Range<usize>, mixed: &[f32], joined: &[f32]) -> Result<()> {
+        self.mixed.write(windows.clone(), mixed)?;
+        self.joined.write(windows, joined)
+    }
+
+    /// The residual stream after attention.
+    pub fn joined(&self) -> &Hidden {
+        &self.joined
+    }
 }
 
 /// A block that is being worked on.
@@ -85,7 +99,12 @@ pub struct Bench<'a> {
     pub streams: Option<Streams<'a>>,
     /// Outputs of the first windows that the block should give.
     pub wanted: Vec<Vec<f32>>,
+    /// Whether everything before the MLP is still as the last capture saw it.
+    pub settled: bool,
 }
+
+/// Judges a block's output beside the original block's and writes the gradient; gives the loss.
+pub type Judge<'a> = &'a mut dyn FnMut(&[f32], &[f32], &mut [f32]) -> f64;
 
 impl Bench<'_> {
     /// The number of the block.
@@ -174,6 +193,22 @@ impl Bench<'_> {
         Ok(loss)
     }
 
+    /// Runs a block with these tensors on a window of the compressed stream, beside the original block on the same
+    /// inputs, lets `loss` judge both outputs (the block's, the original's, the gradient to write), and adds the gradients
+    /// of the norms to `gradients`.
+    ///
+    /// # Errors
+    /// When hidden states cannot be read, or the original block is not there.
+    pub fn tweak_into(&self, parameters: &Parameters, window: usize, loss: Judge<'_>, gradients: &mut Gradients) -> Result<f64> {
+        let original = self.original.as_ref().ok_or_else(|| Error::run("the original block was not kept"))?;
+        let seq = self.hidden.tokens(window);
+        let x = self.hidden.read(window..window + 1)?;
+        let reference = self.forward(original, seq, x.clone());
+        let spec = Spec::new(&self.model.config, self.block.index, seq);
+        let wanted = Wanted { weights: false, norms: true, input: false };
+        Ok(backward::block(&spec, parameters, &x, wanted, gradients, &mut |y, dy| loss(y, &reference, dy)))
+    }
+
     /// The mean squared error of a block with these tensors against the float model's output on some windows.
     ///
     /// # Errors
@@ -228,7 +263,7 @@ impl Bench<'_> {
         for windows in runs(self.model, self.hidden, hold) {
             self.run.check_stop()?;
             let compressed = self.step(site, parameters, self.hidden, own, windows.clone())?;
-            let float = self.step(site, &original, streams.inputs, other, windows.clone())?;
+            let float = self.float_step(site, &original, streams.inputs, other, windows.clone())?;
             let columns = parameters.weight(Role::ALL.into_iter().find(|role| role.site() == site).unwrap_or(Role::Down)).dims()[1];
             let held = usize::from(hold && windows.start % HELD_OUT == HELD_OUT - 1);
             let rows = if writes { self.model.config.hidden } else { 0 };
@@ -236,7 +271,30 @@ impl Bench<'_> {
         }
         (self.streams, self.original) = (Some(streams), Some(original));
         let [most, held] = sums;
-        Ok((most.ok_or_else(|| Error::run("no calibration window was seen"))?, held))
+        let most = most.ok_or_else(|| Error::run("no calibration window was seen"))?;
+        // Where the original block was not observed, this is what is known of its inputs.
+        self.seen.sites.entry(site).or_insert_with(|| held.as_ref().map_or_else(|| most.clone(), |held| most.merged(held)).statistics);
+        Ok((most, held))
+    }
+
+    /// As [`Self::step`] for the float stream, whose states the walk has kept.
+    fn float_step(
+        &self,
+        site: Site,
+        original: &Parameters,
+        inputs: &Hidden,
+        between: &mut Between,
+        windows: Range<usize>,
+    ) -> Result<[Vec<f32>; 2]> {
+        match site {
+            Site::Output => Ok([between.mixed.read(windows.clone())?, inputs.read(windows)?]),
+            Site::Mlp => {
+                let spec = Spec::new(&self.model.config, self.block.index, self.hidden.tokens(windows.start));
+                let h = between.joined.read(windows)?;
+                Ok([values(forward::mlp_input(&spec, original, self.tensor(h))), Vec::new()])
+            }
+            Site::Attention | Site::Down => self.step(site, original, inputs, between, windows),
+        }
     }
 
     /// Input of the site and the residual stream before it, of one stream for some windows; `between` moves on.

@@ -207,6 +207,12 @@ impl Parameters {
         self.weights[role as usize] = Some(tensor(memory, shape, &device));
     }
 
+    /// Sets the weight of a norm from floats.
+    pub fn set_norm_floats(&mut self, place: Place, weight: &[f32]) {
+        let device = self.weight(Role::Query).device();
+        self.set_norm(place, tensor(weight.to_vec(), [weight.len()], &device));
+    }
+
     /// A copy of the floats of a block.
     pub fn copy(block: &Block, device: &Device) -> Self {
         let mut parameters = Self::default();

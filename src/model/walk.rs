@@ -10,7 +10,7 @@ use crate::kernels::gram::{add_column_squares, add_gram};
 use crate::kernels::{Floats, tensor, values};
 use crate::model::Model;
 use crate::model::bench::{Bench, Between, Streams, relative_error};
-use crate::model::block::Parameters;
+use crate::model::block::{Parameters, Site};
 use crate::model::forward::{self, Point, Spec, Tap};
 use crate::model::hidden::{BUDGET_BYTES, Hidden};
 use crate::model::seen::{Needs, Seen, Statistics};
@@ -27,6 +27,12 @@ const RUN_BYTES: usize = 32 << 20;
 pub trait Visitor {
     /// What must have been seen before [`Self::visit`].
     fn needs(&self) -> Needs;
+
+    /// What the original block must have been seen doing on the compressed stream; as [`Self::needs`], unless everything
+    /// is seen anew on the workbench.
+    fn observes(&self) -> Needs {
+        self.needs()
+    }
 
     /// Works on a block; the walk goes on with the block as it then stands.
     ///
@@ -84,19 +90,22 @@ pub fn walk(model: &Model<'_>, hidden: &mut Hidden, stage: &str, run: &Run<'_>, 
         if calibrated {
             original = Some(Parameters::copy(&block, &run.device.burn));
             let parameters = Parameters::take(&mut block, &run.device.burn);
-            (seen, wanted) = observe(model, index, &parameters, hidden, needs, run, &note)?;
+            if visitor.observes() > Needs::Nothing {
+                (seen, wanted) = observe(model, index, &parameters, hidden, visitor.observes(), run, &note)?;
+            }
             if let Some(float) = &mut float {
                 wanted = float.advance(model, index, &parameters, run)?;
             }
             parameters.give_back(&mut block);
         }
         let streams = float.as_mut().map(FloatStream::lend);
-        let mut bench = Bench { model, block, seen, run, hidden, original, streams, wanted };
+        let mut bench = Bench { model, block, seen, run, hidden, original, streams, wanted, settled: false };
         visitor.visit(&mut bench)?;
-        let Bench { mut block, wanted, .. } = bench;
+        let Bench { mut block, wanted, settled, .. } = bench;
         let parameters = Parameters::take(&mut block, &run.device.burn);
         drop(block);
-        let after = advance(model, index, &parameters, hidden, run, &note)?;
+        let joined = float.as_ref().filter(|_| settled).map(FloatStream::joined);
+        let after = advance(model, index, &parameters, hidden, joined, run, &note)?;
         if hidden.is_empty() {
             run.observer.step(1, &note);
         }
@@ -132,14 +141,28 @@ impl FloatStream {
         for runs in batches(model, &self.inputs, false) {
             run.check_stop()?;
             let inputs = &self.inputs;
-            let outputs = inputs
-                .map(&runs, |windows, x| Ok(forward_run(model, index, parameters, inputs.tokens(windows.start), x, run, &mut |_, _| {})))?;
-            for (windows, y) in runs.iter().zip(outputs) {
+            let outputs = inputs.map(&runs, |windows, x| {
+                let (mut mixed, mut joined) = (Vec::new(), Vec::new());
+                let seq = inputs.tokens(windows.start);
+                let y = forward_run(model, index, parameters, seq, x, run, &mut |point, x| match point {
+                    Point::Site(Site::Output) => mixed = values(x.clone()),
+                    Point::Joined => joined = values(x.clone()),
+                    _ => {}
+                });
+                Ok((mixed, joined, y))
+            })?;
+            for (windows, (mixed, joined, y)) in runs.iter().zip(outputs) {
+                self.between[1].keep(windows.clone(), &mixed, &joined)?;
                 self.targets.write(windows.clone(), &y)?;
                 keep_first(&mut first, windows, y);
             }
         }
         Ok(first)
+    }
+
+    /// The compressed residual stream after attention.
+    fn joined(&self) -> &Hidden {
+        self.between[0].joined()
     }
 
     fn lend(&mut self) -> Streams<'_> {
@@ -185,20 +208,26 @@ fn observe(
     Ok((seen, outputs))
 }
 
-/// Sends all hidden states through a block; gives the outputs of the first windows.
+/// Sends all hidden states through a block, from the middle where its first half is known (`joined`); gives the outputs
+/// of the first windows.
 fn advance(
     model: &Model<'_>,
     index: usize,
     parameters: &Parameters,
     hidden: &mut Hidden,
+    joined: Option<&Hidden>,
     run: &Run<'_>,
     note: &str,
 ) -> Result<Vec<Vec<f32>>> {
     let mut first = Vec::new();
     for runs in batches(model, hidden, false) {
         run.check_stop()?;
-        let outputs = hidden.map(&runs, |windows, x| {
-            let y = forward_run(model, index, parameters, hidden.tokens(windows.start), x, run, &mut |_, _| {});
+        let outputs = joined.unwrap_or(hidden).map(&runs, |windows, x| {
+            let seq = hidden.tokens(windows.start);
+            let y = match joined {
+                Some(_) => second_half(model, index, parameters, seq, x, run),
+                None => forward_run(model, index, parameters, seq, x, run, &mut |_, _| {}),
+            };
             match crate::checkpoint::decode::nonfinite(&y) {
                 Some((_, count)) => Err(Error::run(format!(
                     "block {index} gives {count} values that are NaN or infinite for window {} or after; the model is damaged or overflows",
@@ -221,6 +250,15 @@ fn forward_run(model: &Model<'_>, index: usize, parameters: &Parameters, seq: us
     let tokens = x.len() / model.config.hidden;
     let x: Tensor<2> = tensor(x, [tokens, model.config.hidden], &run.device.burn);
     values(forward::block(&Spec::new(&model.config, index, seq), parameters, x, tap))
+}
+
+/// The outputs of a block whose residual stream after attention is known.
+fn second_half(model: &Model<'_>, index: usize, parameters: &Parameters, seq: usize, h: Vec<f32>, run: &Run<'_>) -> Vec<f32> {
+    let spec = Spec::new(&model.config, index, seq);
+    let tokens = h.len() / model.config.hidden;
+    let h: Tensor<2> = tensor(h, [tokens, model.config.hidden], &run.device.burn);
+    let middle = forward::middle(&spec, parameters, h.clone(), &mut |_, _| {});
+    values(forward::finish(&spec, parameters, h, middle))
 }
 
 /// Keeps outputs until those of the windows that are compared are there.
