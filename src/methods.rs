@@ -253,9 +253,26 @@ pub const METHODS: &[Entry] = &[
 pub fn read(name: &str, options: toml::Table) -> Result<Box<dyn Method>> {
     let Some(entry) = METHODS.iter().find(|entry| entry.name == name) else {
         let known: Vec<&str> = METHODS.iter().map(|entry| entry.name).collect();
-        return Err(Error::input(format!("unknown method `{}`; known are {}", crate::error::shown(name), known.join(", "))));
+        let nearest = nearest(name, known.iter().copied());
+        return Err(Error::input(format!("unknown method `{}`{nearest}; known are {}", crate::error::shown(name), known.join(", "))));
     };
-    (entry.read)(options).map_err(|error| Error::input(format!("method {name}: {}", error.message())))
+    (entry.read)(options).map_err(|error| Error::input(format!("method {name}: {}", with_nearest(error.message()))))
+}
+
+/// ` (did you mean …?)` for a word that is close to a known one, else nothing.
+pub fn nearest<'a>(word: &str, known: impl Iterator<Item = &'a str>) -> String {
+    let likeness = |known: &str| strsim::jaro_winkler(word, known);
+    let best = known.max_by(|a, b| likeness(a).total_cmp(&likeness(b)));
+    best.filter(|best| likeness(best) > 0.7).map(|best| format!(" (did you mean `{best}`?)")).unwrap_or_default()
+}
+
+/// A message about an unknown field with the nearest known one.
+pub fn with_nearest(message: &str) -> String {
+    let mut words = message.split('`').skip(1).step_by(2);
+    match (message.starts_with("unknown field"), words.next()) {
+        (true, Some(word)) => format!("{message}{}", nearest(word, words)),
+        _ => message.to_string(),
+    }
 }
 
 /// Sums of squares of the difference between two equally long slices and of the first.

@@ -70,6 +70,7 @@ impl Plan {
         if stages.is_empty() {
             return Err(Error::input("the recipe has no [[stage]]; add one, like method = \"round-to-nearest\""));
         }
+        sound(&stages)?;
         let mut layers = Vec::new();
         let mut notes = Vec::new();
         for candidate in candidates {
@@ -77,8 +78,11 @@ impl Plan {
             let skipped = skip.iter().any(|matcher| matches(matcher, &candidate.name)) || bits == Some(16);
             let wanted =
                 |stage: &usize| targets[*stage].is_empty() || targets[*stage].iter().any(|matcher| matches(matcher, &candidate.name));
-            let chosen: Vec<usize> = (0..stages.len()).filter(|stage| !skipped && wanted(stage)).collect();
             let mut storage = Storage::Dense;
+            for stage in stages.iter().filter(|stage| stage.method.norms()) {
+                stage.method.leaves(storage, candidate.shape, bits).map_err(|error| error.tensor(&candidate.name))?;
+            }
+            let chosen: Vec<usize> = (0..stages.len()).filter(|&stage| !skipped && !stages[stage].method.norms() && wanted(&stage)).collect();
             for &stage in &chosen {
                 storage = stages[stage].method.leaves(storage, candidate.shape, bits).map_err(|error| error.tensor(&candidate.name))?;
             }
@@ -91,7 +95,7 @@ impl Plan {
             };
             layers.push(Planned { outlined, stages: chosen, bits });
         }
-        if layers.iter().all(|layer| layer.stages.is_empty()) {
+        if layers.iter().all(|layer| layer.stages.is_empty()) && !stages.iter().any(|stage| stage.method.norms()) {
             return Err(Error::input("nothing is left to compress: every linear layer is skipped"));
         }
         summarize(&mut notes);
@@ -129,6 +133,19 @@ impl Plan {
         }
         bits as f64 / entries.max(1) as f64
     }
+}
+
+/// Refuses an order of stages that loses what an earlier stage did (methods-quant §7).
+fn sound(stages: &[Stage]) -> Result<()> {
+    for (first, second) in stages.iter().zip(stages.iter().skip(1)) {
+        if first.method.norms() && !second.method.norms() {
+            let (first, second) = (&first.name, &second.name);
+            return Err(Error::input(format!(
+                "{second} after {first} is unsound: {first} fits the norms to the weights that {second} then changes; put {first} last"
+            )));
+        }
+    }
+    Ok(())
 }
 
 fn matches(matcher: &Regex, name: &str) -> bool {

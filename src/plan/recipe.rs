@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::calibrate::corpus::{Options, Source};
 use crate::checkpoint::read_file;
 use crate::error::{Error, Result, shown};
+use crate::methods::{nearest, with_nearest};
 
 /// A preset: a name for a recipe.
 #[derive(Debug)]
@@ -30,6 +31,31 @@ pub const PRESETS: &[Preset] = &[
         name: "w8",
         about: "8-bit integers, groups of 128; no calibration, half the size, hardly a loss",
         recipe: "version = 1\n[[stage]]\nmethod = \"round-to-nearest\"\nbits = 8\ngroup = 128\nsymmetric = true\n",
+    },
+    Preset {
+        name: "w4",
+        about: "4-bit integers, groups of 128, in closed form: aims at the original's outputs, no gradients, minutes",
+        recipe: "version = 1\n[[stage]]\nmethod = \"closed-form\"\nbits = 4\ngroup = 128\nsymmetric = true\n",
+    },
+    Preset {
+        name: "w3",
+        about: "3-bit integers, groups of 128, in closed form; noticeable loss on small models",
+        recipe: "version = 1\n[[stage]]\nmethod = \"closed-form\"\nbits = 3\ngroup = 128\nsymmetric = true\n",
+    },
+    Preset {
+        name: "w2",
+        about: "2-bit integers, groups of 64, rounding learned over 200 iterations from the closed form; large models only",
+        recipe: "version = 1\n[[stage]]\nmethod = \"signround\"\nbits = 2\ngroup = 64\nsymmetric = true\niters = 200\n",
+    },
+    Preset {
+        name: "w4-best",
+        about: "4-bit integers, groups of 128, rounding learned over 1000 iterations from the closed form; slow",
+        recipe: "version = 1\n[[stage]]\nmethod = \"signround\"\nbits = 4\ngroup = 128\nsymmetric = true\npreset = \"best\"\n",
+    },
+    Preset {
+        name: "sparse-w4",
+        about: "half of the weights zero by Wanda and 4-bit integers learned under that mask against the dense block",
+        recipe: "version = 1\n[[stage]]\nmethod = \"wanda\"\nsparsity = 0.5\npattern = \"unstructured\"\n[[stage]]\nmethod = \"signround\"\nbits = 4\ngroup = 128\nsymmetric = true\niters = 200\n",
     },
     Preset {
         name: "prune50",
@@ -192,7 +218,7 @@ impl Recipe {
     pub fn parse(text: &str) -> Result<Self> {
         let recipe: Self = toml::from_str(text).map_err(|error| {
             let line = error.span().map(|span| text[..span.start].matches('\n').count() + 1);
-            Error::input(format!("{}{}", line.map(|line| format!("line {line}: ")).unwrap_or_default(), error.message()))
+            Error::input(format!("{}{}", line.map(|line| format!("line {line}: ")).unwrap_or_default(), with_nearest(error.message())))
         })?;
         if recipe.version != 1 {
             return Err(Error::input(format!("recipe version {}, this program reads version 1", recipe.version)));
@@ -243,7 +269,8 @@ impl Recipe {
     pub fn preset(name: &str) -> Result<Self> {
         let preset = PRESETS.iter().find(|preset| preset.name == name).ok_or_else(|| {
             let known: Vec<&str> = PRESETS.iter().map(|preset| preset.name).collect();
-            Error::input(format!("unknown preset `{}`; known are {}", shown(name), known.join(", ")))
+            let nearest = nearest(name, known.iter().copied());
+            Error::input(format!("unknown preset `{}`{nearest}; known are {}", shown(name), known.join(", ")))
         })?;
         Self::parse(preset.recipe)
     }
