@@ -22,6 +22,7 @@ pub mod rope;
 pub mod scale_search;
 pub mod select;
 pub mod sign_descent;
+pub mod trits;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_flex::{Flex, FlexTensor};

@@ -7,6 +7,7 @@ pub mod gptq;
 pub mod magnitude;
 pub mod norm_refit;
 pub mod norm_tweak;
+pub mod ptqtp;
 pub mod round_to_nearest;
 pub mod signround;
 pub mod wanda;
@@ -244,6 +245,12 @@ pub const METHODS: &[Entry] = &[
         source: "arXiv:2306.11695",
         read: |options| Ok(Box::new(options.try_into::<wanda::Wanda>()?)),
     },
+    Entry {
+        name: "ptqtp",
+        about: "two planes of trits with two scales per group, 3.45 bits; tied scales give 4-bit integers; no calibration",
+        source: "arXiv:2509.16989",
+        read: |options| Ok(Box::new(options.try_into::<ptqtp::Ptqtp>()?)),
+    },
 ];
 
 /// The method of a recipe's stage.
@@ -321,7 +328,7 @@ pub(crate) fn quantizable(before: Storage, bits: u8, method: &str) -> Result<()>
 
 /// Refuses pruning what is no longer floats, and an N:M pattern whose blocks do not divide the columns.
 pub(crate) fn prunable(before: Storage, columns: usize, pattern: Pattern) -> Result<()> {
-    if let Storage::Ints { .. } = before {
+    if let Storage::Ints { .. } | Storage::Trits { .. } = before {
         return Err(Error::input("pruning after quantization is unsound: put the pruning stage first"));
     }
     match pattern {

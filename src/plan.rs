@@ -180,7 +180,7 @@ fn similarity(name: &str, pattern: &str) -> usize {
 
 /// Notes a group size that differs from the one asked for.
 fn note_group(notes: &mut Vec<String>, stages: &[Stage], chosen: &[usize], candidate: &Candidate, storage: Storage) {
-    let Storage::Ints { group, .. } = storage else { return };
+    let (Storage::Ints { group, .. } | Storage::Trits { group }) = storage else { return };
     for &stage in chosen {
         if let Some(wanted) = stages[stage].method.options().get("group").and_then(toml::Value::as_integer)
             && wanted != group as i64

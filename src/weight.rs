@@ -4,12 +4,14 @@
 pub mod ints;
 pub mod sparse;
 pub mod stored;
+pub mod trits;
 
 use std::borrow::Cow;
 
 pub use ints::Ints;
 pub use sparse::{Pattern, Sparse};
 pub use stored::Stored;
+pub use trits::Trits;
 
 use crate::matrix::Matrix;
 
@@ -24,6 +26,8 @@ pub enum Weight {
     Sparse(Sparse),
     /// Integers on a grid per group.
     Ints(Ints),
+    /// Two planes of trits with two scales per group.
+    Trits(Trits),
 }
 
 /// What a weight is stored as: the representation without its data.
@@ -41,6 +45,11 @@ pub enum Storage {
         group: usize,
         /// Whether the zero point is the middle of the range.
         symmetric: bool,
+    },
+    /// Two planes of trits with two scales per `group` columns.
+    Trits {
+        /// Columns that share scales.
+        group: usize,
     },
 }
 
@@ -104,6 +113,7 @@ impl Weight {
             Self::Stored(_) | Self::Dense(_) => Storage::Dense,
             Self::Sparse(sparse) => Storage::Sparse(sparse.pattern),
             Self::Ints(ints) => Storage::Ints { bits: ints.bits, group: ints.group, symmetric: ints.zeros.is_none() },
+            Self::Trits(trits) => Storage::Trits { group: trits.group },
         }
     }
 
@@ -114,6 +124,7 @@ impl Weight {
             Self::Dense(matrix) => [matrix.rows, matrix.columns],
             Self::Sparse(sparse) => [sparse.matrix.rows, sparse.matrix.columns],
             Self::Ints(ints) => [ints.rows, ints.columns],
+            Self::Trits(trits) => [trits.rows, trits.columns],
         }
     }
 
@@ -123,6 +134,7 @@ impl Weight {
             Self::Dense(matrix) | Self::Sparse(Sparse { matrix, .. }) => Cow::Borrowed(matrix),
             Self::Stored(stored) => Cow::Owned(stored.to_matrix()),
             Self::Ints(ints) => Cow::Owned(ints.to_matrix()),
+            Self::Trits(trits) => Cow::Owned(trits.to_matrix()),
         }
     }
 
@@ -132,6 +144,7 @@ impl Weight {
             Self::Dense(matrix) | Self::Sparse(Sparse { matrix, .. }) => matrix.zeros(),
             Self::Stored(stored) => stored.to_matrix().zeros(),
             Self::Ints(ints) => ints.zero_codes(),
+            Self::Trits(trits) => trits.zeros(),
         }
     }
 
@@ -141,6 +154,7 @@ impl Weight {
             Self::Dense(matrix) | Self::Sparse(Sparse { matrix, .. }) => matrix,
             Self::Stored(stored) => stored.to_matrix(),
             Self::Ints(ints) => ints.to_matrix(),
+            Self::Trits(trits) => trits.to_matrix(),
         }
     }
 }
@@ -157,6 +171,8 @@ impl Storage {
                 let zero_bits = if symmetric { 0 } else { u64::from(bits) };
                 entries * u64::from(bits) + groups * (8 * float.bytes() as u64 + zero_bits)
             }
+            // Five trits fit a byte, in each of two planes, and scales are f16.
+            Self::Trits { group } => (entries * 16).div_ceil(5) + (rows * columns.div_ceil(group.max(1))) as u64 * 32,
         }
     }
 }
@@ -166,6 +182,7 @@ impl std::fmt::Display for Storage {
         match self {
             Self::Dense => write!(f, "dense"),
             Self::Sparse(pattern) => write!(f, "sparse {pattern}"),
+            Self::Trits { group } => write!(f, "trits g{group}"),
             Self::Ints { bits, group, symmetric } => {
                 write!(f, "W{bits} g{group} {}", if *symmetric { "symmetric" } else { "asymmetric" })
             }

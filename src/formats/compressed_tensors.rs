@@ -26,6 +26,9 @@ pub const FORMAT: Format = Format {
 fn holds(layer: &Outlined) -> Result<(), String> {
     match layer.storage {
         Some(Storage::Ints { .. }) | None => Ok(()),
+        Some(storage @ Storage::Trits { .. }) => {
+            Err(format!("compressed-tensors has no place for {storage}; use --format dense, or tied = true, which leaves 4-bit integers"))
+        }
         Some(storage) => {
             Err(format!("compressed-tensors holds integers, not {storage} weights; use --format dense, or add a quantizing stage"))
         }

@@ -1,5 +1,5 @@
 //! Dense safetensors: every weight a plain tensor in the model's own number format. Loads everywhere. Pruned weights
-//! are zeros; integers are written as the floats they stand for, rounded to the model's format.
+//! are zeros; integers and trits are written as the floats they stand for, rounded to the model's format.
 
 use crate::checkpoint::decode::encode;
 use crate::checkpoint::dtype_of;
@@ -20,8 +20,8 @@ fn encode_weight(weight: &Weight, float: Float) -> Vec<Vec<u8>> {
     match weight {
         Weight::Dense(matrix) | Weight::Sparse(Sparse { matrix, .. }) => vec![encode(float, &matrix.data)],
         Weight::Stored(stored) => vec![encode(float, &stored.to_matrix().data)],
-        Weight::Ints(ints) => {
-            let mut values = ints.to_matrix().data;
+        Weight::Ints(_) | Weight::Trits(_) => {
+            let mut values = weight.to_matrix().into_owned().data;
             let largest = float.largest();
             values.iter_mut().for_each(|value| *value = value.clamp(-largest, largest));
             vec![encode(float, &values)]

@@ -131,7 +131,7 @@ pub fn stored_scale(scale: f32, float: Float) -> f32 {
 
 /// A scale with which the farthest code, `reach` steps from the zero point, still decodes to a finite number.
 #[inline(always)]
-fn decodable(scale: f32, reach: f32, float: Float) -> f32 {
+pub fn decodable(scale: f32, reach: f32, float: Float) -> f32 {
     if (scale * reach).is_finite() { scale } else { float.round(f32::MAX / reach * 0.99).copysign(scale) }
 }
 

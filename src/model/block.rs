@@ -188,6 +188,7 @@ impl Parameters {
                 Weight::Dense(matrix) | Weight::Sparse(Sparse { matrix, .. }) => std::mem::take(&mut matrix.data),
                 Weight::Stored(stored) => stored.to_matrix().data,
                 Weight::Ints(ints) => ints.to_matrix().data,
+                Weight::Trits(trits) => trits.to_matrix().data,
             };
             parameters.set_weight(linear.role, tensor(floats, shape, device));
         }
