@@ -5,6 +5,7 @@
 //! Tests compare the two. CPU paths go parallel over rows only and reduce in a fixed order, so their results depend
 //! neither on the number of threads nor on the width of the vector instructions.
 
+pub mod admm;
 pub mod attention;
 pub mod attention_adjoint;
 pub mod descent;
@@ -16,12 +17,16 @@ pub mod gemm;
 pub mod gram;
 pub mod gram_space;
 pub mod likelihood;
+pub mod quadratic;
 pub mod quantize;
+pub mod refit;
 pub mod rms_norm;
 pub mod rope;
 pub mod scale_search;
 pub mod select;
 pub mod sign_descent;
+pub mod sparsegpt;
+pub mod swap;
 pub mod trits;
 
 use burn::tensor::{Device, Tensor, TensorData};

@@ -1,6 +1,7 @@
 //! Methods turn one weight into another. A method is an options struct, a ten-line adapter and the paper's equation
 //! as a pure function; a new one is a file here and a line in [`METHODS`].
 
+pub mod admm;
 pub mod closed_form;
 pub mod float_output;
 pub mod gptq;
@@ -10,6 +11,7 @@ pub mod norm_tweak;
 pub mod ptqtp;
 pub mod round_to_nearest;
 pub mod signround;
+pub mod sparsegpt;
 pub mod wanda;
 
 use std::fmt::Debug;
@@ -250,6 +252,16 @@ pub const METHODS: &[Entry] = &[
         about: "two planes of trits with two scales per group, 3.45 bits; tied scales give 4-bit integers; no calibration",
         source: "arXiv:2509.16989",
         read: |options| Ok(Box::new(options.try_into::<ptqtp::Ptqtp>()?)),
+        name: "sparsegpt",
+        about: "prunes column by column and lets the columns after make up for it, per block of columns or N:M",
+        source: "arXiv:2301.00774",
+        read: |options| Ok(Box::new(options.try_into::<sparsegpt::SparseGpt>()?)),
+    },
+    Entry {
+        name: "admm",
+        about: "prunes and updates the weights together, over the whole matrix or N:M",
+        source: "arXiv:2401.02938; refit as in arXiv:2406.07831",
+        read: |options| Ok(Box::new(options.try_into::<admm::Admm>()?)),
     },
 ];
 
