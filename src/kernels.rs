@@ -17,6 +17,7 @@ pub mod gemm;
 pub mod gram;
 pub mod gram_space;
 pub mod likelihood;
+pub mod precalibrate;
 pub mod quadratic;
 pub mod quantize;
 pub mod refit;

@@ -8,6 +8,7 @@ pub mod gptq;
 pub mod magnitude;
 pub mod norm_refit;
 pub mod norm_tweak;
+pub mod precalibrate;
 pub mod ptqtp;
 pub mod round_to_nearest;
 pub mod signround;
@@ -108,6 +109,11 @@ pub trait Method: Debug + Send + Sync {
     /// What must have been seen.
     fn needs(&self) -> Needs;
 
+    /// What must have been seen for what it aims at: both streams where that is the float model's output.
+    fn sees(&self) -> Needs {
+        if self.target() == Target::FloatOutput { Needs::Streams } else { self.needs() }
+    }
+
     /// What the compressed layer is brought close to.
     fn target(&self) -> Target {
         Target::Weight
@@ -129,6 +135,11 @@ pub trait Method: Debug + Send + Sync {
     /// # Errors
     /// When it cannot take such a weight, with the reason.
     fn leaves(&self, before: Storage, shape: [usize; 2], bits: Option<u8>) -> Result<Storage>;
+
+    /// The grid that the ranges in [`Applied::bounds`] are for: what the quantizing stage that follows must leave.
+    fn prepares(&self, _columns: usize, _bits: Option<u8>) -> Option<Storage> {
+        None
+    }
 
     /// Applies the method to a weight.
     ///
@@ -252,6 +263,8 @@ pub const METHODS: &[Entry] = &[
         about: "two planes of trits with two scales per group, 3.45 bits; tied scales give 4-bit integers; no calibration",
         source: "arXiv:2509.16989",
         read: |options| Ok(Box::new(options.try_into::<ptqtp::Ptqtp>()?)),
+    },
+    Entry {
         name: "sparsegpt",
         about: "prunes column by column and lets the columns after make up for it, per block of columns or N:M",
         source: "arXiv:2301.00774",
@@ -262,6 +275,12 @@ pub const METHODS: &[Entry] = &[
         about: "prunes and updates the weights together, over the whole matrix or N:M",
         source: "arXiv:2401.02938; refit as in arXiv:2406.07831",
         read: |options| Ok(Box::new(options.try_into::<admm::Admm>()?)),
+    },
+    Entry {
+        name: "precalibrate",
+        about: "keeps the distribution of the weights: ranges for the next stage's grids, or outliers apart; no calibration",
+        source: "arXiv:2501.09107, our reading; storage = \"adpq\" is arXiv:2405.13358",
+        read: |options| Ok(Box::new(options.try_into::<precalibrate::Precalibrate>()?)),
     },
 ];
 
@@ -340,7 +359,7 @@ pub(crate) fn quantizable(before: Storage, bits: u8, method: &str) -> Result<()>
 
 /// Refuses pruning what is no longer floats, and an N:M pattern whose blocks do not divide the columns.
 pub(crate) fn prunable(before: Storage, columns: usize, pattern: Pattern) -> Result<()> {
-    if let Storage::Ints { .. } | Storage::Trits { .. } = before {
+    if !matches!(before, Storage::Dense | Storage::Sparse(_)) {
         return Err(Error::input("pruning after quantization is unsound: put the pruning stage first"));
     }
     match pattern {

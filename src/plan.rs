@@ -78,14 +78,12 @@ impl Plan {
             let skipped = skip.iter().any(|matcher| matches(matcher, &candidate.name)) || bits == Some(16);
             let wanted =
                 |stage: &usize| targets[*stage].is_empty() || targets[*stage].iter().any(|matcher| matches(matcher, &candidate.name));
-            let mut storage = Storage::Dense;
             for stage in stages.iter().filter(|stage| stage.method.norms()) {
-                stage.method.leaves(storage, candidate.shape, bits).map_err(|error| error.tensor(&candidate.name))?;
+                stage.method.leaves(Storage::Dense, candidate.shape, bits).map_err(|error| error.tensor(&candidate.name))?;
             }
-            let chosen: Vec<usize> = (0..stages.len()).filter(|&stage| !skipped && !stages[stage].method.norms() && wanted(&stage)).collect();
-            for &stage in &chosen {
-                storage = stages[stage].method.leaves(storage, candidate.shape, bits).map_err(|error| error.tensor(&candidate.name))?;
-            }
+            let chosen: Vec<usize> =
+                (0..stages.len()).filter(|&stage| !skipped && !stages[stage].method.norms() && wanted(&stage)).collect();
+            let storage = left(&stages, &chosen, candidate.shape, bits).map_err(|error| error.tensor(&candidate.name))?;
             note_group(&mut notes, &stages, &chosen, candidate, storage);
             let outlined = Outlined {
                 name: candidate.name.clone(),
@@ -104,7 +102,7 @@ impl Plan {
 
     /// The most that any stage needs to have been seen.
     pub fn needs(&self) -> Needs {
-        self.stages.iter().map(|stage| stage.method.needs()).max().unwrap_or(Needs::Nothing)
+        self.stages.iter().map(|stage| stage.method.sees()).max().unwrap_or(Needs::Nothing)
     }
 
     /// Whether any stage changes norms.
@@ -148,6 +146,27 @@ fn sound(stages: &[Stage]) -> Result<()> {
     Ok(())
 }
 
+/// What the chosen stages leave of a layer. Ranges for a grid must be followed by a stage that rounds to that grid.
+fn left(stages: &[Stage], chosen: &[usize], shape: [usize; 2], bits: Option<u8>) -> Result<Storage> {
+    let mut storage = Storage::Dense;
+    let mut prepared = None;
+    for &stage in chosen {
+        let Stage { name, method } = &stages[stage];
+        storage = method.leaves(storage, shape, bits)?;
+        let floats = matches!(storage, Storage::Dense | Storage::Sparse(_));
+        if let Some(grid) = prepared.take_if(|grid| !floats && *grid != storage) {
+            return Err(Error::input(format!(
+                "ranges were chosen for {grid}, but {name} leaves {storage}; give both stages the same bits, group and symmetric"
+            )));
+        }
+        prepared = if floats { method.prepares(shape[1], bits).or(prepared) } else { None };
+    }
+    match prepared {
+        Some(grid) => Err(Error::input(format!("ranges were chosen for {grid}, but no quantizing stage follows; add one"))),
+        None => Ok(storage),
+    }
+}
+
 fn matches(matcher: &Regex, name: &str) -> bool {
     matcher.is_match(name.as_bytes())
 }
@@ -180,7 +199,7 @@ fn similarity(name: &str, pattern: &str) -> usize {
 
 /// Notes a group size that differs from the one asked for.
 fn note_group(notes: &mut Vec<String>, stages: &[Stage], chosen: &[usize], candidate: &Candidate, storage: Storage) {
-    let (Storage::Ints { group, .. } | Storage::Trits { group }) = storage else { return };
+    let (Storage::Ints { group, .. } | Storage::Trits { group } | Storage::Split { group, .. }) = storage else { return };
     for &stage in chosen {
         if let Some(wanted) = stages[stage].method.options().get("group").and_then(toml::Value::as_integer)
             && wanted != group as i64

@@ -3,6 +3,7 @@
 
 pub mod ints;
 pub mod sparse;
+pub mod split;
 pub mod stored;
 pub mod trits;
 
@@ -10,6 +11,7 @@ use std::borrow::Cow;
 
 pub use ints::Ints;
 pub use sparse::{Pattern, Sparse};
+pub use split::Split;
 pub use stored::Stored;
 pub use trits::Trits;
 
@@ -28,6 +30,8 @@ pub enum Weight {
     Ints(Ints),
     /// Two planes of trits with two scales per group.
     Trits(Trits),
+    /// Integers on two grids per group, one for outliers.
+    Split(Split),
 }
 
 /// What a weight is stored as: the representation without its data.
@@ -50,6 +54,15 @@ pub enum Storage {
     Trits {
         /// Columns that share scales.
         group: usize,
+    },
+    /// Integers of `bits` bits with a scale for core weights and one for outliers per `group` columns.
+    Split {
+        /// Bits per code, 2..=8.
+        bits: u8,
+        /// Columns that share the two scales.
+        group: usize,
+        /// Outliers per million weights.
+        outliers: u32,
     },
 }
 
@@ -97,6 +110,7 @@ impl Float {
 
     /// The nearest value that this format holds. Overflow of f16 is held at the largest finite value, so that a
     /// scale never becomes infinite.
+    #[inline]
     pub fn round(self, value: f32) -> f32 {
         match self {
             Self::F32 => value,
@@ -114,6 +128,7 @@ impl Weight {
             Self::Sparse(sparse) => Storage::Sparse(sparse.pattern),
             Self::Ints(ints) => Storage::Ints { bits: ints.bits, group: ints.group, symmetric: ints.zeros.is_none() },
             Self::Trits(trits) => Storage::Trits { group: trits.group },
+            Self::Split(split) => Storage::Split { bits: split.bits, group: split.group, outliers: split.outliers },
         }
     }
 
@@ -125,6 +140,7 @@ impl Weight {
             Self::Sparse(sparse) => [sparse.matrix.rows, sparse.matrix.columns],
             Self::Ints(ints) => [ints.rows, ints.columns],
             Self::Trits(trits) => [trits.rows, trits.columns],
+            Self::Split(split) => [split.rows, split.columns],
         }
     }
 
@@ -135,6 +151,7 @@ impl Weight {
             Self::Stored(stored) => Cow::Owned(stored.to_matrix()),
             Self::Ints(ints) => Cow::Owned(ints.to_matrix()),
             Self::Trits(trits) => Cow::Owned(trits.to_matrix()),
+            Self::Split(split) => Cow::Owned(split.to_matrix()),
         }
     }
 
@@ -145,6 +162,7 @@ impl Weight {
             Self::Stored(stored) => stored.to_matrix().zeros(),
             Self::Ints(ints) => ints.zero_codes(),
             Self::Trits(trits) => trits.zeros(),
+            Self::Split(split) => split.zeros(),
         }
     }
 
@@ -155,6 +173,7 @@ impl Weight {
             Self::Stored(stored) => stored.to_matrix(),
             Self::Ints(ints) => ints.to_matrix(),
             Self::Trits(trits) => trits.to_matrix(),
+            Self::Split(split) => split.to_matrix(),
         }
     }
 }
@@ -173,6 +192,12 @@ impl Storage {
             }
             // Five trits fit a byte, in each of two planes, and scales are f16.
             Self::Trits { group } => (entries * 16).div_ceil(5) + (rows * columns.div_ceil(group.max(1))) as u64 * 32,
+            // Scales are f16, and every outlier is listed by its position in its group.
+            Self::Split { bits, group, outliers } => {
+                let groups = (rows * columns.div_ceil(group.max(1))) as u64;
+                let listed = (entries as f64 * f64::from(outliers) * 1e-6).round() as u64;
+                entries * u64::from(bits) + groups * 32 + listed * split::position_bits(group)
+            }
         }
     }
 }
@@ -186,6 +211,7 @@ impl std::fmt::Display for Storage {
             Self::Ints { bits, group, symmetric } => {
                 write!(f, "W{bits} g{group} {}", if *symmetric { "symmetric" } else { "asymmetric" })
             }
+            Self::Split { bits, group, outliers } => write!(f, "W{bits} g{group} split, {} % outliers", f64::from(*outliers) * 1e-4),
         }
     }
 }

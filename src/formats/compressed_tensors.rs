@@ -29,6 +29,9 @@ fn holds(layer: &Outlined) -> Result<(), String> {
         Some(storage @ Storage::Trits { .. }) => {
             Err(format!("compressed-tensors has no place for {storage}; use --format dense, or tied = true, which leaves 4-bit integers"))
         }
+        Some(storage @ Storage::Split { .. }) => {
+            Err(format!("compressed-tensors has one scale per group, {storage} has two; use --format dense, or storage = \"bounds\""))
+        }
         Some(storage) => {
             Err(format!("compressed-tensors holds integers, not {storage} weights; use --format dense, or add a quantizing stage"))
         }

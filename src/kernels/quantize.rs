@@ -34,15 +34,39 @@ pub struct Bounds {
     pub high: Vec<f32>,
 }
 
+impl Bounds {
+    /// Whether these are ranges for every group of a matrix of `[rows, columns]` in groups of `group` columns.
+    pub fn fits(&self, [rows, columns]: [usize; 2], group: usize) -> bool {
+        let groups = rows * columns.div_ceil(group);
+        self.group == group && self.low.len() == groups && self.high.len() == groups
+    }
+}
+
 /// Rounds every weight to the nearest point of its group's grid. Gives the integers, and the sums of squares of the
 /// rounding error and of the weights.
 pub fn round_to_nearest(weight: &Matrix, grid: Grid) -> (Ints, [f64; 2]) {
-    round_rows([weight.rows, weight.columns], grid, |row, _, work| work(weight.row(row)))
+    round_rows([weight.rows, weight.columns], grid, None, |row, _, work| work(weight.row(row)))
 }
 
 /// As [`round_to_nearest`], decoding row by row.
 pub fn round_stored(weight: &Stored, grid: Grid) -> (Ints, [f64; 2]) {
-    round_rows([weight.rows, weight.columns], grid, |row, scratch, work| {
+    round_stored_within(weight, grid, None)
+}
+
+/// As [`round_to_nearest`], on grids that span the given ranges; weights outside take the code at the end.
+///
+/// # Panics
+/// When the bounds are not those of the weight's groups.
+pub fn round_to_nearest_within(weight: &Matrix, grid: Grid, bounds: &Bounds) -> (Ints, [f64; 2]) {
+    round_rows([weight.rows, weight.columns], grid, Some(bounds), |row, _, work| work(weight.row(row)))
+}
+
+/// As [`round_stored`], on grids that span the given ranges where there are any.
+///
+/// # Panics
+/// When the bounds are not those of the weight's groups.
+pub fn round_stored_within(weight: &Stored, grid: Grid, bounds: Option<&Bounds>) -> (Ints, [f64; 2]) {
+    round_rows([weight.rows, weight.columns], grid, bounds, |row, scratch, work| {
         scratch.resize(weight.columns, 0.0);
         weight.rows_into(row, scratch);
         work(scratch);
@@ -53,9 +77,13 @@ pub fn round_stored(weight: &Stored, grid: Grid) -> (Ints, [f64; 2]) {
 fn round_rows(
     [rows, columns]: [usize; 2],
     grid: Grid,
+    bounds: Option<&Bounds>,
     lend: impl Fn(usize, &mut Vec<f32>, &mut dyn FnMut(&[f32])) + Sync,
 ) -> (Ints, [f64; 2]) {
     let groups = columns.div_ceil(grid.group);
+    if let Some(bounds) = bounds {
+        assert!(bounds.fits([rows, columns], grid.group), "ranges of other groups");
+    }
     let middle = 1u8 << (grid.bits - 1);
     let mut codes = vec![0u8; rows * columns];
     let mut scales = vec![0.0f32; rows * groups];
@@ -73,7 +101,10 @@ fn round_rows(
                     #[inline(always)]
                     || {
                         for (group, (codes, weights)) in codes.chunks_mut(grid.group).zip(weights.chunks(grid.group)).enumerate() {
-                            let (scale, zero) = fit(weights, grid);
+                            let (scale, zero) = match bounds {
+                                Some(bounds) => span(bounds.low[row * groups + group], bounds.high[row * groups + group], grid),
+                                None => fit(weights, grid),
+                            };
                             let [error, total] = round_group(weights, scale, zero, grid.bits, codes).map(f64::from);
                             let [error, total] = if (1e-20..1e30).contains(&total) && error.is_finite() {
                                 [error, total]

@@ -73,7 +73,7 @@ impl ClosedForm {
 
 impl Method for ClosedForm {
     fn needs(&self) -> Needs {
-        if self.target() == Target::FloatOutput { Needs::Streams } else { Needs::Gram }
+        Needs::Gram
     }
 
     fn target(&self) -> Target {

@@ -3,8 +3,8 @@
 //! Source: the common baseline; symmetric grids with the signed full-range scale (formats A4). Needs nothing, leaves
 //! integers, keeps pruned weights exactly zero.
 
-use crate::error::Result;
-use crate::kernels::quantize::{Grid, round_stored, round_to_nearest};
+use crate::error::{Error, Result};
+use crate::kernels::quantize::{Grid, round_stored_within, round_to_nearest, round_to_nearest_within};
 use crate::methods::{Applied, Layer, Method, quantizable};
 use crate::model::seen::Needs;
 use crate::weight::{Storage, Weight};
@@ -102,16 +102,21 @@ impl Method for RoundToNearest {
     }
 
     fn apply(&self, weight: Weight, layer: &Layer<'_>) -> Result<Applied> {
-        let [_, columns] = weight.shape();
+        let shape = weight.shape();
+        let [_, columns] = shape;
         let grid = Grid {
             bits: layer.bits.unwrap_or(self.bits),
             group: self.group.fit(columns),
             symmetric: self.symmetric,
             scale_float: layer.float,
         };
-        let (ints, change) = match &weight {
-            Weight::Stored(stored) => round_stored(stored, grid),
-            weight => round_to_nearest(&weight.to_matrix(), grid),
+        if layer.bounds.is_some_and(|bounds| !bounds.fits(shape, grid.group)) {
+            return Err(Error::run(format!("the ranges that an earlier stage chose are not for groups of {}", grid.group)));
+        }
+        let (ints, change) = match (&weight, layer.bounds) {
+            (Weight::Stored(stored), bounds) => round_stored_within(stored, grid, bounds),
+            (weight, Some(bounds)) => round_to_nearest_within(&weight.to_matrix(), grid, bounds),
+            (weight, None) => round_to_nearest(&weight.to_matrix(), grid),
         };
         Ok(Applied::new(Weight::Ints(ints), change))
     }

@@ -189,6 +189,7 @@ impl Parameters {
                 Weight::Stored(stored) => stored.to_matrix().data,
                 Weight::Ints(ints) => ints.to_matrix().data,
                 Weight::Trits(trits) => trits.to_matrix().data,
+                Weight::Split(split) => split.to_matrix().data,
             };
             parameters.set_weight(linear.role, tensor(floats, shape, device));
         }
