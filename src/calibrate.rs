@@ -2,4 +2,5 @@
 
 pub mod builtin;
 pub mod corpus;
+pub mod starts;
 pub mod tokens;

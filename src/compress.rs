@@ -2,6 +2,7 @@
 
 pub mod compressor;
 pub mod destination;
+pub mod generation;
 pub mod layers;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -23,6 +24,7 @@ use crate::evaluate::{self, Protocol, Quality};
 use crate::formats::output::{Output, write_json};
 use crate::formats::{self, Entry, Format};
 use crate::model::config::known_family;
+use crate::model::generate::{self, BUDGET};
 use crate::model::hidden::{BUDGET_BYTES, Hidden};
 use crate::model::seen::Needs;
 use crate::model::walk::{embed, walk};
@@ -70,8 +72,10 @@ pub struct Prepared {
     pub facts: ModelFacts,
     /// Sizes before and after.
     pub size: Size,
-    /// Calibration windows, when a method needs them.
+    /// Calibration windows, when a method needs them; none yet where the model is to write them.
     pub calibration: Option<Packed>,
+    /// What the model is to write for its calibration.
+    pub generation: Option<generate::Options>,
     /// Evaluation windows.
     pub evaluation: Option<(Vec<Vec<u32>>, Evaluation)>,
     /// Tensors of norms that stages change.
@@ -112,11 +116,12 @@ impl Prepared {
                 "model_type `{model_type}` is unknown: layers were chosen by name and shape, and quality cannot be measured"
             ));
         }
-        let (mut calibration, mut evaluation, mut memory_bytes) = (None, None, 230 << 20);
+        let (mut calibration, mut generation, mut evaluation, mut memory_bytes) = (None, None, None, 230 << 20);
         if let Some(model) = &model {
             evaluation = evaluation_windows(&job, model, &mut notes)?;
-            calibration = calibration_windows(&mut job, model, needs, &mut notes)?;
-            memory_bytes += 2 * model.block_bytes();
+            (calibration, generation) = calibration_windows(&mut job, model, needs, &mut notes)?;
+            let writing = generation.as_ref().map_or(0, |options| BUDGET.memory_bytes(model, options));
+            memory_bytes += writing.max(2 * model.block_bytes());
         }
         if !job.recipe.gate.is_empty() && evaluation.is_none() {
             return Err(Error::input(format!(
@@ -149,7 +154,7 @@ impl Prepared {
             linears: candidates.len(),
             shards: checkpoint.shards.len(),
         };
-        Ok(Self { job, plan, format, entries, norms, facts, size, calibration, evaluation, memory_bytes, notes, checkpoint })
+        Ok(Self { job, plan, format, entries, norms, facts, size, calibration, generation, evaluation, memory_bytes, notes, checkpoint })
     }
 
     /// Does the work and puts the finished folder into place.
@@ -168,6 +173,7 @@ impl Prepared {
             compressor.stream(&self.checkpoint, &source, run)?;
         } else {
             let model = Model::open(&self.checkpoint, &source)?;
+            generation::write(&model, self.generation.as_ref(), self.calibration.as_mut(), run)?;
             let windows = self.calibration.as_ref().map_or(&[][..], |packed| &packed.windows);
             let mut hidden: Hidden = embed(&model, windows, BUDGET_BYTES, run)?;
             walk(&model, &mut hidden, "compress", run, &mut compressor)?;
@@ -327,11 +333,20 @@ fn unique(entries: &[Entry]) -> Result<()> {
     }
 }
 
-/// The calibration windows, when a method needs them; the recipe then says how long they are.
-fn calibration_windows(job: &mut Job, model: &Model<'_>, needs: Needs, notes: &mut Vec<String>) -> Result<Option<Packed>> {
+/// What calibration is made of.
+type Calibrated = (Option<Packed>, Option<generate::Options>);
+
+/// The calibration windows, when a method needs them, or what the model is to write; the recipe then says how long they
+/// are.
+fn calibration_windows(job: &mut Job, model: &Model<'_>, needs: Needs, notes: &mut Vec<String>) -> Result<Calibrated> {
     let options = job.recipe.packing(model.config.max_positions)?;
     if needs == Needs::Nothing {
-        return Ok(None);
+        return Ok((None, None));
+    }
+    if options.sources == [Text::Own] {
+        job.recipe.calibration.seq = Some(options.seq);
+        let (packed, generation) = generation::prepare(&job.model, model, &options, notes)?;
+        return Ok((Some(packed), Some(generation)));
     }
     let packed = corpus::pack(&options, || Tokenizer::open(&job.model), model.config.eos.first().copied(), model.config.vocabulary)?;
     fits(&packed.windows, model.config.max_positions)?;
@@ -339,7 +354,7 @@ fn calibration_windows(job: &mut Job, model: &Model<'_>, needs: Needs, notes: &m
         notes.push("the model names no end-of-text token: documents follow each other without one".into());
     }
     job.recipe.calibration.seq = Some(options.seq);
-    Ok(Some(packed))
+    Ok((Some(packed), None))
 }
 
 /// The evaluation windows; without a tokenizer or with too short a built-in text there are none, and a note says so.

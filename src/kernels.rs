@@ -8,6 +8,7 @@
 pub mod admm;
 pub mod attention;
 pub mod attention_adjoint;
+pub mod decode_attention;
 pub mod descent;
 pub mod error_feedback;
 pub mod exponential;
@@ -23,6 +24,7 @@ pub mod quantize;
 pub mod refit;
 pub mod rms_norm;
 pub mod rope;
+pub mod sampling;
 pub mod scale_search;
 pub mod select;
 pub mod sign_descent;

@@ -6,6 +6,7 @@ pub mod bench;
 pub mod block;
 pub mod config;
 pub mod forward;
+pub mod generate;
 pub mod hidden;
 pub mod rotation;
 pub mod seen;

@@ -12,6 +12,8 @@ use crate::error::{Error, Result};
 
 /// Largest text file that is read, in bytes.
 const TEXT_BYTES: u64 = 4 << 30;
+/// What counts call text that the model itself wrote.
+const SELF: &str = "self-generated";
 /// Fewest tokens that make a window.
 const SHORTEST: usize = 8;
 
@@ -20,6 +22,8 @@ const SHORTEST: usize = 8;
 pub enum Source {
     /// The built-in text.
     Builtin,
+    /// Text that the model itself writes.
+    Own,
     /// A .txt or .jsonl file.
     File(PathBuf),
 }
@@ -29,9 +33,10 @@ impl std::str::FromStr for Source {
     fn from_str(text: &str) -> Result<Self, String> {
         match text {
             "builtin" | "builtin:mix" | builtin::VERSION => Ok(Self::Builtin),
+            "self" => Ok(Self::Own),
             _ if text.starts_with("builtin") => Err(format!("unknown built-in text `{text}`; this version carries {}", builtin::VERSION)),
             _ if text.ends_with(".txt") || text.ends_with(".jsonl") => Ok(Self::File(text.into())),
-            _ => Err(format!("`{text}` is neither `builtin:mix` nor a .txt or .jsonl file")),
+            _ => Err(format!("`{text}` is neither `builtin:mix` nor `self` nor a .txt or .jsonl file")),
         }
     }
 }
@@ -61,7 +66,7 @@ pub struct Options {
 pub struct Counts {
     /// Sources, as the recipe names them.
     pub sources: Vec<String>,
-    /// blake3 over the text.
+    /// blake3 over the text, or over the tokens that the model itself wrote; empty until it wrote them.
     pub blake3: String,
     /// Documents read.
     pub documents: usize,
@@ -108,6 +113,7 @@ pub fn pack(options: &Options, tokenizer: impl Fn() -> Result<Tokenizer>, eos: O
     for source in &options.sources {
         counts.sources.push(match source {
             Source::Builtin => builtin::VERSION.to_string(),
+            Source::Own => SELF.to_string(),
             Source::File(path) => path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
         });
         documents.extend(read(source, &mut hasher)?);
@@ -167,6 +173,29 @@ pub fn pack(options: &Options, tokenizer: impl Fn() -> Result<Tokenizer>, eos: O
     Ok(Packed { windows, counts })
 }
 
+/// What will be there when the model has written its own windows, which are always of full length: every window is a
+/// document.
+pub fn own_counts(options: &Options) -> Counts {
+    let tokens = options.samples.saturating_mul(options.seq);
+    Counts {
+        sources: vec![SELF.to_string()],
+        documents: options.samples,
+        tokens,
+        windows: options.samples,
+        tokens_used: tokens,
+        ..Counts::default()
+    }
+}
+
+/// blake3 over the tokens of windows, four bytes each, the lowest first.
+pub fn hash_tokens(windows: &[Vec<u32>]) -> String {
+    let mut hasher = blake3::Hasher::new();
+    for token in windows.iter().flatten() {
+        hasher.update(&token.to_le_bytes());
+    }
+    hasher.finalize().to_hex().to_string()
+}
+
 /// Refuses a token beyond the rows of the embedding.
 ///
 /// # Errors
@@ -197,6 +226,7 @@ fn choose(mut windows: Vec<Vec<u32>>, options: &Options) -> Vec<Vec<u32>> {
 
 fn read(source: &Source, hasher: &mut blake3::Hasher) -> Result<Vec<Document>> {
     match source {
+        Source::Own => Err(Error::input("the model's own text is not a file; it stands alone")),
         Source::Builtin => {
             hasher.update(builtin::hash(builtin::CALIBRATION).as_bytes());
             let mut documents = Vec::new();

@@ -112,6 +112,28 @@ impl Tokenizer {
         if self.config.is_null() { fallback } else { self.named_token("bos_token") }
     }
 
+    /// Every token below `limit` that the tokenizer's own vocabulary holds and nobody added to it, with the text that it
+    /// stands for, in order. Pieces that stand for one byte, written `<0x0A>`, are left out.
+    ///
+    /// # Errors
+    /// When the tokenizer library fails.
+    pub fn pieces(&self, limit: usize) -> Result<Vec<(u32, String)>> {
+        let added = self.inner.get_added_tokens_decoder();
+        let byte = |piece: &str| piece.len() == 6 && piece.starts_with("<0x") && piece.ends_with('>');
+        let vocabulary = self.inner.get_vocab(false).into_iter();
+        let mut tokens: Vec<u32> = vocabulary
+            .filter(|(piece, token)| (*token as usize) < limit && !added.contains_key(token) && !byte(piece))
+            .map(|(_, token)| token)
+            .collect();
+        tokens.sort_unstable();
+        let text = |token: u32| match catch_unwind(AssertUnwindSafe(|| self.inner.decode(&[token], false))) {
+            Ok(Ok(text)) => Ok((token, text)),
+            Ok(Err(error)) => Err(Error::input(format!("cannot decode token {token}: {error}")).file(&self.path)),
+            Err(_) => Err(Error::input(format!("cannot decode token {token}: the library fails")).file(&self.path)),
+        };
+        tokens.into_iter().map(text).collect()
+    }
+
     fn named_text(&self, key: &str) -> Option<String> {
         let value = &self.config[key];
         value.as_str().or_else(|| value["content"].as_str()).map(str::to_string)

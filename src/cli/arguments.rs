@@ -77,7 +77,8 @@ pub struct Compress {
     /// compressed-tensors or dense [default: compressed-tensors for integers, dense for pruned weights].
     #[arg(long, value_name = "NAME")]
     pub format: Option<String>,
-    /// builtin:mix or .txt and .jsonl files, comma-separated; .jsonl lines hold `text`, `messages` or `input_ids`.
+    /// builtin:mix or .txt and .jsonl files, comma-separated; .jsonl lines hold `text`, `messages` or `input_ids`; or
+    /// self for text that the model writes.
     #[arg(long, value_name = "SOURCE")]
     pub calibration: Option<String>,
     /// Calibration windows at most [default: 128].

@@ -144,8 +144,9 @@ impl Attention {
     }
 }
 
+/// Soft cap and softmax of one row of scores, in place.
 #[inline(always)]
-fn softmax_row(scores: &mut [f32], softcap: Option<f32>) {
+pub(super) fn softmax_row(scores: &mut [f32], softcap: Option<f32>) {
     if let Some(cap) = softcap {
         for score in scores.iter_mut() {
             *score = cap * tanh(*score / cap);

@@ -1,11 +1,13 @@
 //! Rotary position embedding: pairs of columns of every head turn by an angle that grows with the position.
 
+use std::ops::Range;
+
 use burn::tensor::Tensor;
 use rayon::prelude::*;
 
 use crate::kernels::{Floats, tensor, values, vectorized};
 
-/// Cosines and sines for the positions 0 .. seq of a window, row-major `seq × half`.
+/// Cosines and sines for `seq` consecutive positions of a window, row-major `seq × half`.
 #[derive(Debug, Clone)]
 pub struct Table {
     /// Positions.
@@ -19,11 +21,16 @@ pub struct Table {
 }
 
 impl Table {
-    /// The table for inverse frequencies `frequencies` and an attention factor.
+    /// The table for inverse frequencies `frequencies` and an attention factor, from the first position on.
     pub fn new(frequencies: &[f32], factor: f32, seq: usize) -> Self {
-        let angles = || (0..seq).flat_map(|position| frequencies.iter().map(move |&frequency| position as f32 * frequency));
+        Self::range(frequencies, factor, 0..seq)
+    }
+
+    /// The rows of some positions.
+    pub fn range(frequencies: &[f32], factor: f32, positions: Range<usize>) -> Self {
+        let angles = || positions.clone().flat_map(|position| frequencies.iter().map(move |&frequency| position as f32 * frequency));
         Self {
-            seq,
+            seq: positions.len(),
             half: frequencies.len(),
             cosines: angles().map(|angle| angle.cos() * factor).collect(),
             sines: angles().map(|angle| angle.sin() * factor).collect(),

@@ -289,7 +289,8 @@ fn sliding(keys: &Keys<'_>, family: &Family, count: usize, rotates: &[bool]) -> 
     Ok((0..count).map(slides).collect())
 }
 
-fn tokens(value: Option<&Value>) -> Vec<u32> {
+/// Token numbers as a configuration gives them: one, a list or none.
+pub fn tokens(value: Option<&Value>) -> Vec<u32> {
     let one = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
     match value {
         Some(Value::Array(list)) => list.iter().filter_map(one).collect(),

@@ -3,9 +3,12 @@
 //!
 //! Hidden states are `tokens × width` with the windows of a batch one after the other, `seq` tokens each.
 
+use std::cell::RefCell;
+
 use burn::tensor::Tensor;
 
 use crate::kernels::attention::Attention;
+use crate::kernels::decode_attention::{self, Cache};
 use crate::kernels::gated::gated;
 use crate::kernels::rms_norm::rms_norm;
 use crate::kernels::rope::{Table, rope};
@@ -24,13 +27,25 @@ pub struct Spec<'a> {
     pub table: Option<Table>,
     /// Tokens per window.
     pub seq: usize,
+    /// Keys and values of the positions before, when a forward goes one position at a time; it takes in the new ones.
+    /// A cell, because the layer's surroundings are otherwise only read.
+    pub cache: Option<&'a RefCell<Cache>>,
 }
 
 impl<'a> Spec<'a> {
     /// The surroundings of layer `index` for windows of `seq` tokens.
     pub fn new(config: &'a Config, index: usize, seq: usize) -> Self {
         let layer = &config.layers[index];
-        Self { config, layer, table: layer.rotation.as_ref().map(|rotation| rotation.table(seq)), seq }
+        Self { config, layer, table: layer.rotation.as_ref().map(|rotation| rotation.table(seq)), seq, cache: None }
+    }
+
+    /// The surroundings of layer `index` for the next position of windows that will hold `length` tokens in the end;
+    /// rotations whose frequencies depend on the length then turn as in a forward of whole windows.
+    pub fn next(config: &'a Config, index: usize, length: usize, cache: &'a RefCell<Cache>) -> Self {
+        let layer = &config.layers[index];
+        let position = cache.borrow().len();
+        let table = layer.rotation.as_ref().map(|rotation| rotation.table_at(position..position + 1, length));
+        Self { config, layer, table, seq: 1, cache: Some(cache) }
     }
 
     /// The attention of the layer.
@@ -102,7 +117,10 @@ pub fn attend(spec: &Spec<'_>, parameters: &Parameters, x: Tensor<2>, tap: Tap<'
     tap(Point::TurnedKey, &k);
     let v = linear(parameters, Role::Value, &x);
     tap(Point::Value, &v);
-    let mixed = spec.attention().run(q, k, v);
+    let mixed = match spec.cache {
+        Some(cache) => decode_attention::attend(&spec.attention(), &mut cache.borrow_mut(), q, k, v),
+        None => spec.attention().run(q, k, v),
+    };
     tap(Point::Site(Site::Output), &mixed);
     mixed
 }

@@ -1,5 +1,7 @@
 //! Rotary frequencies from config.json: the kinds default, linear, dynamic, llama3 and yarn.
 
+use std::ops::Range;
+
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result, shown};
@@ -121,8 +123,13 @@ fn read(top: &Keys<'_>, keys: &Keys<'_>, theta: f64, head_dim: usize, max_positi
 impl Rotation {
     /// Cosines and sines for windows of `seq` tokens.
     pub fn table(&self, seq: usize) -> Table {
+        self.table_at(0..seq, seq)
+    }
+
+    /// The rows of some positions of the table for windows of `seq` tokens.
+    pub fn table_at(&self, positions: Range<usize>, seq: usize) -> Table {
         let (frequencies, factor) = self.frequencies(seq);
-        Table::new(&frequencies, factor, seq)
+        Table::range(&frequencies, factor, positions)
     }
 
     /// Inverse frequencies and the attention factor.

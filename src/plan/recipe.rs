@@ -102,7 +102,7 @@ pub struct Recipe {
 #[derive(Debug, Clone, Deserialize, Serialize, PartialEq)]
 #[serde(deny_unknown_fields, default)]
 pub struct Calibration {
-    /// `builtin:mix` or files, .txt or .jsonl.
+    /// `builtin:mix` or files, .txt or .jsonl; or `self` alone for text that the model itself writes.
     pub source: OneOrMany,
     /// Windows at most.
     pub samples: usize,
@@ -291,7 +291,8 @@ impl Recipe {
     /// How calibration text is packed for a model that takes `max_positions` tokens.
     ///
     /// # Errors
-    /// When a source is neither built in nor a .txt or .jsonl file, or a window is longer than the model takes.
+    /// When a source is neither built in nor `self` nor a .txt or .jsonl file, when `self` stands beside others, or when
+    /// a window is longer than the model takes.
     pub fn packing(&self, max_positions: usize) -> Result<Options> {
         let calibration = &self.calibration;
         let sources = calibration.source.0.iter().flat_map(|source| source.split(','));
@@ -302,7 +303,11 @@ impl Recipe {
                 "--seq {seq} is longer than the {max_positions} positions of the model; use --seq {max_positions}"
             )));
         }
-        Ok(Options { sources: sources.collect::<Result<_>>()?, samples: calibration.samples, seq, seed: calibration.seed })
+        let sources: Vec<Source> = sources.collect::<Result<_>>()?;
+        if sources.contains(&Source::Own) && sources.len() > 1 {
+            return Err(Error::input("calibration: `self` stands alone; leave the other sources out"));
+        }
+        Ok(Options { sources, samples: calibration.samples, seq, seed: calibration.seed })
     }
 
     /// Largest shard in bytes.

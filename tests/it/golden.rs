@@ -9,11 +9,13 @@ use drawknife::model::walk::{Pass, embed, walk};
 use drawknife::model::{Model, forward};
 use drawknife::run::{Run, Silent};
 
-fn golden(case: &str) -> PathBuf {
+/// The folder of a golden model.
+pub fn golden(case: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(case)
 }
 
-fn expected(case: &str) -> (Vec<u32>, Vec<f32>) {
+/// The tokens of a golden model and the logits of transformers for them.
+pub fn expected(case: &str) -> (Vec<u32>, Vec<f32>) {
     let shard = Shard::open(&golden(case).join("logits.safetensors")).unwrap();
     let bytes = |name: &str| {
         let info = &shard.header.tensors[name];
@@ -25,7 +27,7 @@ fn expected(case: &str) -> (Vec<u32>, Vec<f32>) {
 }
 
 /// Logits of a folder for one window, through the walk and the head, with the tensors on `device`.
-fn logits(folder: &Path, tokens: &[u32]) -> Vec<f32> {
+pub fn logits(folder: &Path, tokens: &[u32]) -> Vec<f32> {
     let checkpoint = Checkpoint::open(folder).unwrap();
     let model = Model::open(&checkpoint, &Plain).unwrap();
     let device = Device::cpu();

@@ -4,6 +4,7 @@
 mod backward;
 mod broken;
 mod command;
+mod generate;
 mod golden;
 mod kernels;
 mod layering;
