@@ -14,6 +14,7 @@ use drawknife::kernels::quantize::{Grid, round_stored};
 use drawknife::kernels::values;
 use drawknife::matrix::Matrix;
 use drawknife::methods::wanda::prune;
+use drawknife::model::backward::{self, Gradients, Wanted, squared_error};
 use drawknife::model::block::{Parameters, Place, Role};
 use drawknife::model::config::Config;
 use drawknife::model::forward::{self, Spec};
@@ -30,9 +31,11 @@ fn main() {
     println!("{} threads, {}", rayon::current_num_threads(), drawknife::device::simd());
     let peak = gemm(&device);
     println!("matrix product {TOKENS} x {WIDTH} x {MIDDLE}, f32        {:8.1} GFLOP/s  the limit of what follows", peak / 1e9);
-    let (flops, seconds) = block(&device);
-    let rate = flops / seconds;
-    println!("block forward, width {WIDTH}, one window of {TOKENS}  {:8.1} GFLOP/s  {:.0} % of the limit", rate / 1e9, 100.0 * rate / peak);
+    for (name, (flops, seconds)) in [("block forward", block(&device, false)), ("block forward and backward", block(&device, true))] {
+        let rate = flops / seconds;
+        let name = format!("{name}, width {WIDTH}, {TOKENS} tokens");
+        println!("{name:<52}  {:8.1} GFLOP/s  {:.0} % of the limit", rate / 1e9, 100.0 * rate / peak);
+    }
     let copy = copy();
     println!("copy of memory                                {:8.2} GB/s     the limit of what follows", copy / 1e9);
     let weights = MIDDLE * WIDTH;
@@ -102,8 +105,9 @@ fn gemm(device: &Device) -> f64 {
     2.0 * (TOKENS * WIDTH * MIDDLE) as f64 / through.min(direct)
 }
 
-/// Floating-point operations of the matrix products of a block, causal attention counted once, and its seconds.
-fn block(device: &Device) -> (f64, f64) {
+/// Floating-point operations of the matrix products of a block, causal attention counted once, and its seconds; of the
+/// forward alone or with the gradients of all weights, where attention has seven products in place of two.
+fn block(device: &Device, with_gradients: bool) -> (f64, f64) {
     let config = serde_json::json!({"model_type": "llama", "hidden_size": WIDTH, "intermediate_size": MIDDLE, "num_hidden_layers": 1,
         "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "vocab_size": 32, "max_position_embeddings": 4096});
     let config = Config::read(&config).expect("a sound configuration");
@@ -125,7 +129,16 @@ fn block(device: &Device) -> (f64, f64) {
     }
     let x = random([TOKENS, WIDTH], device);
     let spec = Spec::new(&config, 0, TOKENS);
+    let products = 2.0 * (TOKENS * products) as f64;
+    let attention = 2.0 * (TOKENS * TOKENS / 2 * WIDTH) as f64;
+    if with_gradients {
+        let (x, target) = (values(x), vec![0.0; TOKENS * WIDTH]);
+        let (wanted, mut gradients) = (Wanted { weights: true, norms: false, input: false }, Gradients::default());
+        let seconds = best(|| {
+            black_box(backward::block(&spec, &parameters, &x, wanted, &mut gradients, &mut squared_error(&target, 1.0)));
+        });
+        return (3.0 * products + 7.0 * attention, seconds);
+    }
     let seconds = best(|| drop(black_box(values(forward::block(&spec, &parameters, x.clone(), &mut |_, _| {})))));
-    let attention = 2.0 * 2.0 * (TOKENS * TOKENS / 2 * WIDTH) as f64;
-    (2.0 * (TOKENS * products) as f64 + attention, seconds)
+    (products + 2.0 * attention, seconds)
 }

@@ -15,7 +15,7 @@ use crate::kernels::gated::gated_adjoint;
 use crate::kernels::gemm::{Sizes, View, product};
 use crate::kernels::rms_norm::rms_norm_adjoint;
 use crate::kernels::rope::{Table, rope_cpu};
-use crate::kernels::{Floats, dot_lanes, tensor};
+use crate::kernels::{Floats, dot_lanes, tensor, vectorized};
 use crate::model::architecture::NormKind;
 use crate::model::block::{Parameters, Place, Role, Site};
 use crate::model::forward::{self, Point, Spec};
@@ -131,14 +131,20 @@ pub fn upstream(gradient: &[f32]) -> impl FnMut(&[f32], &mut [f32]) -> f64 {
 /// Σ of the squared errors that are at most `edge`, and their gradient times `factor`.
 fn error_sum(y: &[f32], target: &[f32], dy: &mut [f32], factor: f64, edge: f32) -> f64 {
     assert_eq!(y.len(), target.len(), "an output and a target of different sizes");
+    let slope = (2.0 * factor) as f32;
     let parts = y.par_chunks(CHUNK).zip(target.par_chunks(CHUNK)).zip(dy.par_chunks_mut(CHUNK)).map(|((y, target), dy)| {
-        for ((dy, &y), &target) in dy.iter_mut().zip(y).zip(target) {
-            let error = y - target;
-            *dy = if error.abs() <= edge { error } else { 0.0 };
-        }
-        let sum = dot_lanes(dy, dy);
-        dy.iter_mut().for_each(|error| *error *= (2.0 * factor) as f32);
-        f64::from(sum)
+        vectorized(
+            #[inline(always)]
+            || {
+                for ((dy, &y), &target) in dy.iter_mut().zip(y).zip(target) {
+                    let error = y - target;
+                    *dy = if error.abs() <= edge { error } else { 0.0 };
+                }
+                let sum = dot_lanes(dy, dy);
+                dy.iter_mut().for_each(|error| *error *= slope);
+                f64::from(sum)
+            },
+        )
     });
     parts.collect::<Vec<f64>>().iter().sum()
 }

@@ -192,7 +192,8 @@ fn add_branch(spec: &Spec<'_>, parameters: &Parameters, branch: Branch, x: Tenso
     tap(Point::Branch(branch.place), &projected);
     let normed = norm(spec, parameters, branch.place, projected);
     let factor = spec.config.residual_factor;
-    if factor == 1.0 { x + normed } else { x + normed * factor }
+    // Nobody else holds the branch, so the sum is formed in its memory, also where a tap keeps `x`.
+    if factor == 1.0 { normed + x } else { normed * factor + x }
 }
 
 fn norm(spec: &Spec<'_>, parameters: &Parameters, place: Place, x: Tensor<2>) -> Tensor<2> {
