@@ -12,7 +12,7 @@
 //!    included. An asymmetric grid gets its zero point from the shrunk range, symmetric ones keep theirs.
 //! 3. Candidates are ranked once per matrix by KL(p ‖ q_r): p is the histogram of core weights, q_r that of the same
 //!    weights rounded at ratio r in every group, both with 2048 bins over [−θ, θ] and 1e-6 added to every bin. A group
-//!    alone is too small for a histogram. At most 2^17 weights are looked at: whole groups, evenly spaced over the
+//!    alone is too small for a histogram. At most 2^16 weights are looked at: whole groups, evenly spaced over the
 //!    rows, taken from the columns in turn.
 //! 4. Every group takes the best-ranked candidate whose squared error, over all its weights and against the scale as it
 //!    is stored, is at most 5 % above the least of the 26. These errors are computed, not estimated.
@@ -36,10 +36,10 @@ const SMOOTHING: f64 = 1e-6;
 /// How far a group's squared error may be above its least.
 const TOLERANCE: f32 = 1.05;
 /// Weights that the ranking looks at, at most.
-const SAMPLE: usize = 1 << 17;
+const SAMPLE: usize = 1 << 16;
 /// Magnitudes between which squares in f32 neither vanish nor overflow.
 const SAFE: std::ops::Range<f32> = 1e-15..1e15;
-const LANES: usize = 64;
+const LANES: usize = 16;
 /// Weights per parallel piece.
 const PIECE: usize = 1 << 16;
 
@@ -122,11 +122,16 @@ fn magnitude_counts(weights: &[f32]) -> Vec<usize> {
 
 /// Bits of the magnitudes that fall into a bin.
 fn in_bin(weights: &[f32], bin: usize) -> Vec<u32> {
-    let of_piece = |piece: &[f32]| -> Vec<u32> {
-        let magnitude = |weight: &f32| weight.to_bits() & 0x7fff_ffff;
-        piece.iter().filter(|&&weight| magnitude_bin(weight) == bin).map(magnitude).collect()
+    let of_piece = |found: &mut Vec<u32>, piece: &[f32]| {
+        // Every weight is written and only those of the bin are kept, which needs no branch.
+        let mut count = 0usize;
+        for &weight in piece {
+            found[count] = weight.to_bits() & 0x7fff_ffff;
+            count = count.wrapping_add(usize::from(magnitude_bin(weight) == bin));
+        }
+        found[..count].to_vec()
     };
-    weights.par_chunks(PIECE).map(of_piece).collect::<Vec<_>>().concat()
+    weights.par_chunks(PIECE).map_init(|| vec![0; PIECE + 1], of_piece).collect::<Vec<_>>().concat()
 }
 
 /// KL(p ‖ q_r) for every clip ratio (step 3 of the module); all zero where the magnitudes are too extreme to tell.
@@ -211,17 +216,23 @@ fn clipped(weights: &[f32], grid: Grid, order: &[usize]) -> (f32, f32) {
     if order.len() < RATIOS || !SAFE.contains(&high.max(-low)) {
         return (low, high);
     }
-    let spans: [(f32, u8); RATIOS] = std::array::from_fn(|index| span(low * ratio(index), high * ratio(index), grid));
-    let mut errors = [0.0f32; RATIOS];
+    let (mut errors, mut least) = ([f32::INFINITY; RATIOS], f32::INFINITY);
     vectorized(
         #[inline(always)]
         || {
-            for (error, &(scale, zero)) in errors.iter_mut().zip(&spans) {
+            for (index, error) in errors.iter_mut().enumerate() {
+                let (scale, zero) = span(low * ratio(index), high * ratio(index), grid);
                 *error = squared_error(weights, scale, zero, grid.bits);
+                least = least.min(*error);
+                // What is not clipped is at most half a step off. The error beyond that is of clipped weights, and on
+                // a symmetric grid it grows as the range shrinks further.
+                let unclipped = weights.len() as f32 * 0.25 * scale * scale;
+                if grid.symmetric && *error > TOLERANCE * least + unclipped {
+                    break;
+                }
             }
         },
     );
-    let least = errors.iter().copied().fold(f32::INFINITY, f32::min);
     let chosen = order.iter().copied().find(|&index| errors[index] <= TOLERANCE * least).unwrap_or(0);
     (low * ratio(chosen), high * ratio(chosen))
 }

@@ -135,7 +135,7 @@ mod tests {
 
     /// A Gram matrix of correlated inputs.
     fn gram(columns: usize, seed: usize) -> Vec<f64> {
-        let x = |t: usize, j: usize| ((t * 31 + j * 17 + seed * 7) as f64 * 0.61).sin() + ((t + seed) as f64 * 0.3).cos() * 0.5;
+        let x = |t: usize, j: usize| ((t * 31 + j * 17 + t * j + seed * 7) as f64 * 0.61).sin() + ((t + seed) as f64 * 0.3).cos() * 0.5;
         (0..columns * columns).map(|at| (0..2 * columns).map(|t| x(t, at / columns) * x(t, at % columns)).sum()).collect()
     }
 

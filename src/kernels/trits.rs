@@ -372,8 +372,9 @@ impl Statistics {
             lambda = (10.0 * lambda).min(1.0);
         };
         // In this form equal planes give equal scales, and n − n12 does not cancel against λ.
-        let first = ((n22 - n12) * right[0] + lambda * right[0] + n12 * (right[0] - right[1])) / determinant;
-        let second = ((n11 - n12) * right[1] + lambda * right[1] + n12 * (right[1] - right[0])) / determinant;
+        let [difference, unit] = [n12 * (right[0] - right[1]), determinant.recip()];
+        let first = ((n22 - n12) * right[0] + lambda * right[0] + difference) * unit;
+        let second = ((n11 - n12) * right[1] + lambda * right[1] - difference) * unit;
         let (first, second) = (first.abs(), second.abs());
         if first >= second { [first, second] } else { [second, first] }
     }
@@ -460,14 +461,20 @@ impl Levels {
 #[inline(always)]
 fn above(middle: f64) -> f32 {
     let rounded = middle as f32;
-    if f64::from(rounded) > middle { rounded.next_down() } else { rounded }
+    lower(rounded, f64::from(rounded) > middle)
 }
 
 /// The f32 above which f32 numbers are at least `middle`.
 #[inline(always)]
 fn from(middle: f64) -> f32 {
     let rounded = middle as f32;
-    if f64::from(rounded) >= middle { rounded.next_down() } else { rounded }
+    lower(rounded, f64::from(rounded) >= middle)
+}
+
+/// The next f32 below a positive one when `step` says so, without a branch.
+#[inline(always)]
+fn lower(positive: f32, step: bool) -> f32 {
+    f32::from_bits(positive.to_bits().saturating_sub(u32::from(step)))
 }
 
 /// Writes the code of the nearest level of every weight. Gives the sum of squares of the error of the magnitudes.
