@@ -220,3 +220,39 @@ fn summarize(notes: &mut Vec<String>) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resolve(recipe: &str) -> Result<Plan> {
+        let candidate = Candidate { name: "layer".into(), shape: [64, 256], float: Float::BF16 };
+        Plan::resolve(&Recipe::parse(&format!("version = 1\n{recipe}"))?, &[candidate])
+    }
+
+    #[test]
+    fn ranges_for_a_grid_need_a_stage_that_rounds_to_that_grid() {
+        let ranges = "[[stage]]\nmethod = \"precalibrate\"\nbits = 3\n";
+        let round = "[[stage]]\nmethod = \"round-to-nearest\"\n";
+        for (recipe, reason) in [
+            (format!("{ranges}{round}bits = 4\n"), "W3 g128 symmetric, but round-to-nearest leaves W4 g128 symmetric"),
+            (format!("{ranges}{round}bits = 3\ngroup = 64\n"), "W3 g128 symmetric, but round-to-nearest leaves W3 g64 symmetric"),
+            (format!("{ranges}{round}bits = 3\nsymmetric = false\n"), "leaves W3 g128 asymmetric"),
+            (ranges.to_string(), "no quantizing stage follows"),
+            (format!("{ranges}[[stage]]\nmethod = \"wanda\"\n"), "no quantizing stage follows"),
+            (format!("{ranges}storage = \"adpq\"\n{round}"), "quantizing twice"),
+            (format!("{ranges}storage = \"adpq\"\n[[stage]]\nmethod = \"wanda\"\n"), "pruning after quantization"),
+        ] {
+            let error = resolve(&recipe).unwrap_err().to_string();
+            assert!(error.contains(reason), "{error}");
+        }
+        for recipe in [
+            format!("{ranges}{round}bits = 3\n"),
+            format!("{ranges}[[stage]]\nmethod = \"wanda\"\n{round}bits = 3\n"),
+            format!("{ranges}{round}bits = 4\n[[override]]\nmatch = \"*\"\nbits = 2\n"),
+            format!("{ranges}storage = \"adpq\"\n"),
+        ] {
+            resolve(&recipe).unwrap();
+        }
+    }
+}

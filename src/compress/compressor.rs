@@ -10,7 +10,7 @@ use crate::formats::Format;
 use crate::formats::output::Output;
 use crate::kernels::quantize::Bounds;
 use crate::matrix::Matrix;
-use crate::methods::{self, BlockLayer, Layer, Target, float_output};
+use crate::methods::{self, BlockLayer, Layer, Method, Target, float_output};
 use crate::model::bench::Bench;
 use crate::model::block::Role;
 use crate::model::seen::{Needs, Statistics};
@@ -171,8 +171,7 @@ impl Visitor for Compressor<'_> {
 
     fn observes(&self) -> Needs {
         let stages = self.plan.stages.iter().map(|stage| stage.method.as_ref());
-        let observed =
-            stages.filter(|method| method.target() == Target::Weight && method.block().is_none()).map(|method| method.needs()).max();
+        let observed = stages.filter(|method| method.target() == Target::Weight && method.block().is_none()).map(Method::needs).max();
         match (observed.unwrap_or(Needs::Nothing), self.needs()) {
             // Methods on the workbench see everything anew and leave it for the report.
             (observed, Needs::Streams) => observed,

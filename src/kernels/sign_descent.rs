@@ -312,6 +312,7 @@ mod tests {
 
     /// Σ g ŵ of one group when the residuals of roundings and the sets of clipped entries are frozen: a smooth function
     /// of V, α and β, in f64.
+    #[expect(clippy::too_many_arguments, clippy::type_complexity, reason = "everything that the surrogate freezes")]
     fn surrogate(
         w: &[f32],
         g: &[f32],

@@ -169,6 +169,7 @@ impl Admm {
     }
 
     /// Names of the masks to try; without a mask ADMM chooses its own.
+    #[expect(clippy::type_complexity, reason = "a name and the mask, none where the schedule chooses it")]
     fn masks(&self, weight: &Matrix, gram: &[f64], notes: &mut Vec<String>) -> Result<Vec<(&'static str, Option<Vec<bool>>)>> {
         let own = match self.schedule {
             Schedule::Cubic => "cubic",
@@ -461,7 +462,7 @@ pub(crate) mod tests {
     #[test]
     fn scaling_inputs_and_weights_inversely_scales_the_result_and_permuting_rows_permutes_it() {
         let (weight, gram) = layer(20, 32, 150, 9);
-        let scale = |column: usize| 2f64.powi(column as i32 % 9 - 4) * if column % 2 == 0 { 1.3 } else { 1.0 };
+        let scale = |column: usize| 2f64.powi(column as i32 % 9 - 4) * if column.is_multiple_of(2) { 1.3 } else { 1.0 };
         let scaled_gram: Vec<f64> = (0..32 * 32).map(|at| gram[at] * scale(at / 32) * scale(at % 32)).collect();
         let scaled = Matrix::from_fn(20, 32, |i, j| (f64::from(weight.row(i)[j]) / scale(j)) as f32);
         let permuted = Matrix::from_fn(20, 32, |i, j| weight.row((i * 7 + 3) % 20)[j]);

@@ -114,4 +114,64 @@ impl Precalibrate {
 }
 
 #[cfg(test)]
-mod tests {}
+mod tests {
+    use super::*;
+    use crate::matrix::Matrix;
+    use crate::weight::{Float, Pattern, Sparse};
+
+    fn method(options: &str) -> Precalibrate {
+        toml::from_str(options).unwrap()
+    }
+
+    fn layer() -> Layer<'static> {
+        Layer { name: "layer", statistics: None, float: Float::BF16, bits: None, bounds: None }
+    }
+
+    fn wavy() -> Matrix {
+        Matrix::from_fn(8, 64, |row, column| ((row * 64 + column) as f32 * 1.7).sin().powi(5))
+    }
+
+    #[test]
+    fn ranges_leave_the_weight_as_it_is_and_splitting_makes_two_classes() {
+        for weight in [Weight::Dense(wavy()), Weight::Sparse(Sparse { matrix: wavy(), pattern: Pattern::Unstructured })] {
+            let applied = method("bits = 3\ngroup = 32").apply(weight.clone(), &layer()).unwrap();
+            assert_eq!((applied.weight, applied.change), (weight.clone(), [0.0; 2]));
+            assert!(applied.bounds.unwrap().fits([8, 64], 32));
+            let split = method("bits = 3\ngroup = 32\nstorage = \"adpq\"");
+            let applied = split.apply(weight.clone(), &layer()).unwrap();
+            assert_eq!(applied.weight.storage(), split.leaves(weight.storage(), [8, 64], None).unwrap());
+            assert!(applied.bounds.is_none() && applied.change[0] > 0.0);
+        }
+    }
+
+    #[test]
+    fn bits_of_the_plan_replace_those_of_the_method() {
+        let method = method("bits = 4");
+        assert_eq!(method.prepares(64, Some(2)), Some(Storage::Ints { bits: 2, group: 64, symmetric: true }));
+        let bounds = |bits| method.apply(Weight::Dense(wavy()), &Layer { bits, ..layer() }).unwrap().bounds;
+        assert_ne!(bounds(Some(2)), bounds(None));
+        assert_eq!(bounds(Some(4)), bounds(None));
+    }
+
+    #[test]
+    fn wrong_options_weights_that_are_not_finite_and_integers_are_refused() {
+        let ints = Storage::Ints { bits: 4, group: 64, symmetric: true };
+        for (options, before, reason) in [
+            ("outliers = 0.6", Storage::Dense, "from 0 to 0.5"),
+            ("outliers = nan", Storage::Dense, "from 0 to 0.5"),
+            ("bits = 9", Storage::Dense, "2 to 8"),
+            ("storage = \"adpq\"\nsymmetric = false", Storage::Dense, "symmetric grids alone"),
+            ("", ints, "before the quantizing stage"),
+        ] {
+            let error = method(options).leaves(before, [8, 64], None).unwrap_err().to_string();
+            assert!(error.contains(reason), "{error}");
+        }
+        assert!(toml::from_str::<Precalibrate>("clip = 1").is_err());
+        let mut matrix = wavy();
+        matrix.data[70] = f32::NAN;
+        for storage in ["bounds", "adpq"] {
+            let error = method(&format!("storage = \"{storage}\"")).apply(Weight::Dense(matrix.clone()), &layer()).unwrap_err();
+            assert!(error.to_string().contains("not finite"), "{error}");
+        }
+    }
+}

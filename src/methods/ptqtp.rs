@@ -129,13 +129,13 @@ mod tests {
     }
 
     fn layer(statistics: Option<&Statistics>) -> Layer<'_> {
-        Layer { name: "a", statistics, float: Float::BF16, bits: None, bounds: None }
+        Layer { name: "a", statistics, float: Float::BF16, bits: None, bounds: None, goal: None }
     }
 
     #[test]
     fn what_it_leaves_is_what_it_says_it_leaves() {
         let weight = Weight::Dense(Matrix::from_fn(6, 172, |row, column| ((row * 31 + column * 17) % 29) as f32 * 0.01 - 0.14));
-        let statistics = Statistics { tokens: 1, squares: (1..=172).map(f64::from).collect(), gram: None };
+        let statistics = Statistics::new(1, (1..=172).map(f64::from).collect(), None);
         for text in [
             "",
             "tied = true",
@@ -176,7 +176,7 @@ mod tests {
     #[test]
     fn inputs_that_were_never_seen_leave_the_unweighted_fit() {
         let weight = Weight::Dense(Matrix::from_fn(2, 32, |row, column| (row + column) as f32 * 0.1));
-        let dead = Statistics { tokens: 1, squares: vec![0.0; 32], gram: None };
+        let dead = Statistics::new(1, vec![0.0; 32], None);
         let weighted = read("weighted = true").unwrap().apply(weight.clone(), &layer(Some(&dead))).unwrap();
         assert_eq!(weighted.weight, read("").unwrap().apply(weight, &layer(None)).unwrap().weight);
     }

@@ -230,10 +230,10 @@ pub(crate) mod tests {
 
     #[test]
     fn swaps_lower_the_error_and_the_refit_lowers_it_more_with_exact_counts() {
-        let (exact, gram) = crate::methods::admm::tests::layer(16, 48, 300, 3);
+        let (exact, gram) = methods::admm::tests::layer(16, 48, 300, 3);
         let squares = (0..48).map(|j| gram[j * 49]).collect();
-        let statistics = Statistics { tokens: 300, squares, gram: Some(gram.clone()) };
-        let layer = Layer { name: "x", statistics: Some(&statistics), float: Float::F32, bits: None, bounds: None };
+        let statistics = Statistics::new(300, squares, Some(gram.clone()));
+        let layer = Layer { name: "x", statistics: Some(&statistics), float: Float::F32, bits: None, bounds: None, goal: None };
         for pattern in [Pattern::Unstructured, Pattern::Blocks { kept: 2, of: 4 }] {
             let run = |swaps, refit| {
                 let wanda = Wanda { sparsity: None, pattern, swaps, refit };
@@ -253,10 +253,10 @@ pub(crate) mod tests {
 
     #[test]
     fn the_refit_is_least_squares_on_the_mask() {
-        let (exact, gram) = crate::methods::admm::tests::layer(12, 40, 200, 5);
+        let (exact, gram) = methods::admm::tests::layer(12, 40, 200, 5);
         let keep: Vec<bool> = (0..480).map(|i| i * 7 % 5 > 1).collect();
         let damped: Vec<f64> = (0..1600).map(|at| if at % 41 == 0 { gram[at] * (1.0 + REFIT_DAMPING) } else { gram[at] }).collect();
-        let best = crate::methods::admm::tests::least_squares(&exact, &damped, &keep);
+        let best = methods::admm::tests::least_squares(&exact, &damped, &keep);
         let found = layer_error(&damped, &exact.data, &refit(&exact, &gram, &keep), 40);
         let best = layer_error(&damped, &exact.data, &best.data, 40);
         assert!(found <= best * 1.001, "{found} {best}");

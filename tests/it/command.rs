@@ -136,6 +136,38 @@ fn quantizing_what_was_pruned_keeps_the_zeros() {
 }
 
 #[test]
+fn precalibration_without_outliers_changes_no_byte_and_with_them_the_scales() {
+    let (folder, model) = workplace();
+    let grid = "bits = 3\nsymmetric = false\ngroup = 32\n";
+    let round = format!("[[stage]]\nmethod = \"round-to-nearest\"\n{grid}");
+    let ranges = |outliers: &str| format!("[[stage]]\nmethod = \"precalibrate\"\noutliers = {outliers}\n{grid}{round}");
+    let weights = |name: &str, recipe: &str, more: &[&str]| {
+        let (out, found) = compress(folder.path(), &model, name, recipe, &[&["--no-eval"], more].concat());
+        (std::fs::read(out.join("model.safetensors")).unwrap(), found["report"]["layers"][0]["weight_error"].as_f64().unwrap())
+    };
+    let plain = weights("plain", &round, &[]);
+    assert_eq!(plain.0, weights("whole", &ranges("0"), &[]).0);
+    let clipped = weights("clipped", &ranges("0.05"), &[]);
+    assert!(clipped.0 != plain.0 && clipped.1 < plain.1, "{} {}", clipped.1, plain.1);
+    let split = "[[stage]]\nmethod = \"precalibrate\"\nstorage = \"adpq\"\n";
+    assert!(weights("split", split, &["--format", "dense"]).1 > 0.0);
+    std::fs::write(folder.path().join("recipe.toml"), format!("version = 1\n{split}")).unwrap();
+    let recipe = folder.path().join("recipe.toml");
+    let out = folder.path().join("refused");
+    let refused = drawknife(&[
+        "compress",
+        &model,
+        "-o",
+        out.to_str().unwrap(),
+        "--recipe",
+        recipe.to_str().unwrap(),
+        "--format",
+        "compressed-tensors",
+    ]);
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("use --format dense"), "{refused:?}");
+}
+
+#[test]
 fn the_output_does_not_depend_on_threads_or_on_the_run() {
     let (folder, model) = workplace();
     let hash = |name: &str, threads: &str| {
