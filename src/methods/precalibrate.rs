@@ -124,7 +124,7 @@ mod tests {
     }
 
     fn layer() -> Layer<'static> {
-        Layer { name: "layer", statistics: None, float: Float::BF16, bits: None, bounds: None }
+        Layer { name: "layer", statistics: None, float: Float::BF16, bits: None, bounds: None, goal: None }
     }
 
     fn wavy() -> Matrix {
