@@ -189,10 +189,10 @@ fn gradients_of_a_llama_agree_with_finite_differences() {
 #[test]
 fn gradients_do_not_depend_on_the_number_of_threads() {
     let (config, parameters) = llama(96, 200, 4, 2);
-    let spec = Spec::new(&config, 0, 200);
     let (x, target) = (values(random([5 * 200, 96])), values(random([5 * 200, 96])));
     let run = |threads: usize| {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| {
+            let spec = Spec::new(&config, 0, 200);
             let mut gradients = Gradients::default();
             let mut loss = trimmed_squared_error(&target, 1e-3, 96);
             let value = backward::block(&spec, &parameters, &x, ALL, &mut gradients, &mut loss);
