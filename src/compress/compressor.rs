@@ -108,11 +108,16 @@ impl<'a> Compressor<'a> {
         }
         for layer in &layers {
             let planned = self.plan.layer(&layer.name).ok_or_else(|| Error::run("not part of the plan").tensor(&layer.name))?;
-            let statistics = bench.seen.at(layer.role.site()).map_err(|error| error.tensor(&layer.name))?;
+            // A method that needs nothing may run where nothing was observed.
+            let statistics = match bench.seen.at(layer.role.site()) {
+                Ok(statistics) => Some(statistics),
+                Err(_) if stage.method.needs() == Needs::Nothing => None,
+                Err(error) => return Err(error.tensor(&layer.name)),
+            };
             let linear = bench.block.linears.iter_mut().find(|linear| linear.role == layer.role);
             let linear = linear.ok_or_else(|| Error::run("not part of the block").tensor(&layer.name))?;
             let weight = std::mem::replace(&mut linear.weight, Weight::Dense(Matrix::new(0, 0, Vec::new())));
-            (linear.weight, _) = apply(stage, planned, weight, Some(statistics), handed.entry(layer.role).or_default())?;
+            (linear.weight, _) = apply(stage, planned, weight, statistics, handed.entry(layer.role).or_default())?;
         }
         Ok(Default::default())
     }

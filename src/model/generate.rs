@@ -7,7 +7,7 @@
 //! each time it is in memory, and each is loaded at most once per position when it does not stay there.
 //!
 //! The draws hang on seed, window, position and token alone ([`crate::kernels::sampling`]). Products are filled up
-//! with empty rows to a multiple of [`ROWS`], because matrix products take other paths, which round otherwise, for a
+//! with empty rows to a multiple of `ROWS`, because matrix products take other paths, which round otherwise, for a
 //! few rows; so a window does not depend on which windows are written beside it (a matrix of at most 64 outputs and
 //! more than 512 inputs may still round otherwise below 65 rows). How windows are grouped follows from the model and
 //! the options alone, so equal runs write equal windows in any case.

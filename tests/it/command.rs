@@ -30,7 +30,7 @@ pub fn workplace() -> (tempfile::TempDir, String) {
 }
 
 /// Writes a recipe and compresses with it.
-fn compress(folder: &Path, model: &str, name: &str, recipe: &str, more: &[&str]) -> (PathBuf, Value) {
+pub fn compress(folder: &Path, model: &str, name: &str, recipe: &str, more: &[&str]) -> (PathBuf, Value) {
     let (out, file) = (folder.join(name), folder.join(format!("{name}.toml")));
     std::fs::write(&file, format!("version = 1\n{recipe}")).unwrap();
     let fixed = ["compress", model, "-o", out.to_str().unwrap(), "--recipe", file.to_str().unwrap()];
@@ -38,7 +38,8 @@ fn compress(folder: &Path, model: &str, name: &str, recipe: &str, more: &[&str])
     (out, report)
 }
 
-fn linear(folder: &Path, name: &str, shape: [usize; 2]) -> Matrix {
+/// The floats of a linear layer of a checkpoint.
+pub fn linear(folder: &Path, name: &str, shape: [usize; 2]) -> Matrix {
     let checkpoint = Checkpoint::open(folder).unwrap();
     let source = formats::open(&checkpoint).unwrap();
     source.weight(&checkpoint, name, shape).unwrap().into_matrix()

@@ -8,5 +8,6 @@ mod generate;
 mod golden;
 mod kernels;
 mod layering;
+mod methods;
 mod shared;
 mod tidy;
