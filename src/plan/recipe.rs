@@ -53,6 +53,16 @@ pub const PRESETS: &[Preset] = &[
         recipe: "version = 1\n[[stage]]\nmethod = \"signround\"\nbits = 4\ngroup = 128\nsymmetric = true\npreset = \"best\"\n",
     },
     Preset {
+        name: "trit",
+        about: "two planes of trits, groups of 128, 3.45 bits; no calibration; written as dense floats, no file holds trits yet",
+        recipe: "version = 1\n[[stage]]\nmethod = \"ptqtp\"\ngroup = 128\n",
+    },
+    Preset {
+        name: "trit-w4",
+        about: "trit-planes with tied scales, which every 4-bit format holds; no calibration, worse than w4 at its size",
+        recipe: "version = 1\n[[stage]]\nmethod = \"ptqtp\"\ngroup = 128\ntied = true\n",
+    },
+    Preset {
         name: "sparse-w4",
         about: "half of the weights zero by Wanda and 4-bit integers learned under that mask against the dense block",
         recipe: "version = 1\n[[stage]]\nmethod = \"wanda\"\nsparsity = 0.5\npattern = \"unstructured\"\n[[stage]]\nmethod = \"signround\"\nbits = 4\ngroup = 128\nsymmetric = true\niters = 200\n",
