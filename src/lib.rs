@@ -13,10 +13,13 @@
 //! recipe, preset, flags ──► Plan ──► tensors of the output ──► files laid out, headers written
 //! checkpoint (mapped, checked) ─┘                                   ▲
 //!     │                                                             │ bytes, as layers are done
-//!     ├─ Block ─► forward of the original ─► Seen (Σx², XᵀX) ─► methods ─► Block, compressed
+//!     ├─ Block ─► forward of the original ─► Seen (Σx², XᵀX) ─► Bench ─► stages of methods ─► Block, compressed
 //! text ─► tokens ─► Hidden ─┴─ forward of the compressed ─► the next block's Hidden
 //! output, opened as a stranger would ─► evaluate against the original ─► report ─► rename into place
 //! ```
+//!
+//! A [`model::bench::Bench`] lends the block that is being worked on: methods that aim at the float model's outputs see both
+//! streams of hidden states there, site by site, with everything before the site as it stands by then.
 //!
 //! Statistics hang on input *sites*, not on matrices: queries, keys and values read one input. Recipes that need no
 //! calibration never run a forward: they stream layer by layer, from stored bytes to packed integers.

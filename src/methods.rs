@@ -225,7 +225,7 @@ pub const METHODS: &[Entry] = &[
     Entry {
         name: "closed-form",
         about: "integers that aim at the float model's output: error feedback, descent and refitted scales, no gradients",
-        source: "arXiv:2504.02692, arXiv:2309.01885; quality-records 2a, 2b",
+        source: "arXiv:2504.02692, arXiv:2210.17323, arXiv:2309.01885",
         read: |options| Ok(Box::new(options.try_into::<closed_form::ClosedForm>()?)),
     },
     Entry {
@@ -243,7 +243,7 @@ pub const METHODS: &[Entry] = &[
     Entry {
         name: "norm-refit",
         about: "the norms in closed form, one solve per norm",
-        source: "methods-quant 2.5",
+        source: "the aim of arXiv:2309.02784, solved",
         read: |options| Ok(Box::new(options.try_into::<norm_refit::NormRefit>()?)),
     },
     Entry {
