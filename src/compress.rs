@@ -4,6 +4,7 @@ pub mod compressor;
 pub mod destination;
 pub mod generation;
 pub mod layers;
+pub mod remarks;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};

@@ -80,7 +80,8 @@ pub struct LayerReport {
     pub zeros: f64,
     /// ‖W − Ŵ‖² / ‖W‖².
     pub weight_error: f64,
-    /// ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖², when it was asked for.
+    /// ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² of calibrated layers: over all calibration tokens where a stage gathered XᵀX or the recipe
+    /// asks for it, else over the first 512 tokens.
     pub layer_error: Option<f64>,
     /// What methods noted about it.
     #[serde(skip_serializing_if = "Vec::is_empty")]

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::decode::encode;
 use crate::checkpoint::source::Source;
+use crate::compress::remarks;
 use crate::error::{Error, Result};
 use crate::formats::Format;
 use crate::formats::output::Output;
@@ -58,6 +59,7 @@ impl<'a> Compressor<'a> {
             let mut weight = source.weight(checkpoint, &outlined.name, outlined.shape)?;
             let original = (planned.stages.len() > 1).then(|| weight.to_matrix().into_owned());
             let (mut handed, mut change) = (Handed::default(), [0.0; 2]);
+            handed.notes.extend(remarks::of_weight(&weight));
             for &stage in &planned.stages {
                 (weight, change) = apply(&plan.stages[stage], planned, weight, None, &mut handed)?;
             }
@@ -125,15 +127,18 @@ impl<'a> Compressor<'a> {
     /// Writes the layers of a block with their reports.
     fn write_block(&mut self, bench: &Bench<'_>, mut handed: BTreeMap<Role, Handed>) -> Result<()> {
         let plan = self.plan;
+        let tokens = (0..bench.hidden.len()).map(|window| bench.hidden.tokens(window)).sum();
         for linear in &bench.block.linears {
             let Some(planned) = plan.layer(&linear.name).filter(|planned| planned.outlined.storage.is_some()) else { continue };
             let (mut change, mut layer_error) = ([0.0; 2], None);
+            let mut notes = handed.remove(&linear.role).unwrap_or_default().notes;
             if let Some(original) = bench.original(linear.role) {
-                let compressed = linear.weight.to_matrix();
+                let (compressed, site) = (linear.weight.to_matrix(), linear.role.site());
                 change = methods::change(&original.data, &compressed.data);
-                layer_error = bench.seen.layer_error(linear.role.site(), &original, &compressed).map(ratio);
+                layer_error = bench.seen.layer_error(site, &original, &compressed).map(ratio);
+                notes.extend(remarks::of_floats(&original.data, original.columns));
+                notes.extend(remarks::of_inputs(&bench.seen, site, original.columns, tokens));
             }
-            let notes = handed.remove(&linear.role).unwrap_or_default().notes;
             self.write(planned, &linear.weight, change, layer_error, notes)?;
         }
         if plan.norms() {

@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use rayon::prelude::*;
-
 use crate::error::{Error, Result};
+use crate::kernels::gemm::{Sizes, View, product};
 use crate::kernels::gram_space::GramSpace;
+use crate::kernels::quadratic::layer_error;
 use crate::matrix::Matrix;
 use crate::model::block::Site;
 
@@ -73,26 +73,6 @@ impl Statistics {
     pub fn norms(&self) -> Vec<f32> {
         self.squares.iter().map(|&square| square.sqrt() as f32).collect()
     }
-
-    /// ‖X(W − Ŵ)ᵀ‖²_F and ‖XWᵀ‖²_F, from the Gram matrix.
-    pub fn layer_error(&self, exact: &Matrix, compressed: &Matrix) -> Option<[f64; 2]> {
-        let gram = self.gram.as_ref()?;
-        let columns = exact.columns;
-        let quadratic = |row: &[f64]| -> f64 {
-            let product = gram.chunks_exact(columns).zip(row).filter(|(_, value)| **value != 0.0);
-            product.map(|(gram_row, value)| value * gram_row.iter().zip(row).map(|(a, b)| a * b).sum::<f64>()).sum()
-        };
-        let rows: Vec<[f64; 2]> = (0..exact.rows)
-            .into_par_iter()
-            .map(|row| {
-                let difference: Vec<f64> =
-                    exact.row(row).iter().zip(compressed.row(row)).map(|(a, b)| f64::from(*a) - f64::from(*b)).collect();
-                let whole: Vec<f64> = exact.row(row).iter().map(|&a| f64::from(a)).collect();
-                [quadratic(&difference), quadratic(&whole)]
-            })
-            .collect();
-        Some(rows.iter().fold([0.0; 2], |total, row| [total[0] + row[0], total[1] + row[1]]))
-    }
 }
 
 /// Statistics of every site of the block that is being visited.
@@ -100,12 +80,30 @@ impl Statistics {
 pub struct Seen {
     /// Statistics by site.
     pub sites: BTreeMap<Site, Statistics>,
+    /// Inputs of the original block's sites for the first tokens, tokens × columns: where no Gram matrix was gathered, a
+    /// layer's error is told on them.
+    pub inputs: BTreeMap<Site, Vec<f32>>,
 }
 
 impl Seen {
-    /// ‖X(W − Ŵ)ᵀ‖²_F and ‖XWᵀ‖²_F at a site, where enough was seen to tell.
+    /// ‖X(W − Ŵ)ᵀ‖²_F and ‖XWᵀ‖²_F at a site: over all calibration tokens where their Gram matrix is known, else over
+    /// the first ones.
     pub fn layer_error(&self, site: Site, exact: &Matrix, compressed: &Matrix) -> Option<[f64; 2]> {
-        self.sites.get(&site)?.layer_error(exact, compressed)
+        if let Some(gram) = self.sites.get(&site).and_then(|statistics| statistics.gram.as_ref()) {
+            let nothing = vec![0.0; exact.data.len()];
+            let error = |compressed| layer_error(gram, &exact.data, compressed, exact.columns);
+            return Some([error(&compressed.data), error(&nothing)]);
+        }
+        let inputs = self.inputs.get(&site)?;
+        let tokens = inputs.len() / exact.columns.max(1);
+        let difference: Vec<f32> = exact.data.iter().zip(&compressed.data).map(|(exact, compressed)| exact - compressed).collect();
+        let mut outputs = vec![0.0; tokens * exact.rows];
+        let sizes = Sizes { m: tokens, n: exact.rows, k: exact.columns };
+        Some([&difference, &exact.data].map(|weight| {
+            let (inputs, weight) = (View::rows(inputs, exact.columns), View::transposed(weight, exact.columns));
+            product(sizes, &mut outputs, exact.rows, false, 1.0, inputs, weight, true);
+            outputs.iter().map(|output| f64::from(*output).powi(2)).sum()
+        }))
     }
 
     /// The statistics of a site.
@@ -118,5 +116,32 @@ impl Seen {
             Some(column) => Err(Error::run(format!("the calibration inputs at {site:?} are not finite in column {column}"))),
             None => Ok(statistics),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::gram::add_gram;
+
+    #[test]
+    fn the_error_of_a_layer_is_the_same_from_its_gram_matrix_and_from_its_inputs() {
+        let (tokens, rows, columns) = (30, 7, 12);
+        let inputs: Vec<f32> = (0..tokens * columns).map(|i| (i as f32 * 0.71).sin()).collect();
+        let exact = Matrix::new(rows, columns, (0..rows * columns).map(|i| (i as f32 * 0.37).cos()).collect());
+        let compressed = Matrix::new(rows, columns, exact.data.iter().map(|value| (value * 4.0).round() / 4.0).collect());
+        let mut seen = Seen { inputs: BTreeMap::from([(Site::Down, inputs.clone())]), ..Seen::default() };
+        assert!(seen.layer_error(Site::Mlp, &exact, &compressed).is_none());
+        let sampled = seen.layer_error(Site::Down, &exact, &compressed).unwrap();
+        let mut gram = vec![0.0; columns * columns];
+        add_gram(&inputs, columns, &mut gram);
+        seen.sites.insert(Site::Down, Statistics::new(tokens as u64, vec![0.0; columns], Some(gram)));
+        let known = seen.layer_error(Site::Down, &exact, &compressed).unwrap();
+        for (sampled, known) in sampled.into_iter().zip(known) {
+            assert!(known > 0.0 && (sampled - known).abs() < 1e-4 * known, "{sampled} {known}");
+        }
+        let outputs = (0..tokens * rows).map(|at| (0..columns).map(|j| inputs[at / rows * columns + j] * exact.row(at % rows)[j]).sum());
+        let direct: f64 = outputs.map(|output: f32| f64::from(output).powi(2)).sum();
+        assert!((known[1] - direct).abs() < 1e-4 * direct, "{} {direct}", known[1]);
     }
 }

@@ -19,6 +19,9 @@ use crate::run::Run;
 /// Windows whose block outputs are compared before and after the visit.
 const COMPARED: usize = 2;
 
+/// Tokens whose inputs are kept to tell the errors of layers where no Gram matrix is gathered.
+const SAMPLED: usize = 512;
+
 /// Memory that the activations of one run of windows may take, in bytes: many small windows share one matrix product,
 /// which reads the weights once.
 const RUN_BYTES: usize = 32 << 20;
@@ -96,6 +99,7 @@ pub fn walk(model: &Model<'_>, hidden: &mut Hidden, stage: &str, run: &Run<'_>, 
             if let Some(float) = &mut float {
                 wanted = float.advance(model, index, &parameters, run)?;
             }
+            seen.inputs = first_inputs(model, index, &parameters, hidden, run)?;
             parameters.give_back(&mut block);
         }
         let streams = float.as_mut().map(FloatStream::lend);
@@ -206,6 +210,23 @@ fn observe(
         run.observer.step(runs.iter().map(Range::len).sum::<usize>() as u64, note);
     }
     Ok((seen, outputs))
+}
+
+/// Inputs of all sites of the original block for the first tokens.
+fn first_inputs(model: &Model<'_>, index: usize, parameters: &Parameters, hidden: &Hidden, run: &Run<'_>) -> Result<BTreeMap<Site, Vec<f32>>> {
+    let Some(windows) = runs(model, hidden).into_iter().next() else { return Ok(BTreeMap::new()) };
+    let seq = hidden.tokens(windows.start);
+    let windows = windows.start..windows.end.min(windows.start + (SAMPLED / seq.max(1)).max(1));
+    let mut inputs = BTreeMap::new();
+    forward_run(model, index, parameters, seq, hidden.read(windows)?, run, &mut |point, input| {
+        if let Point::Site(site) = point {
+            let kept = SAMPLED * input.dims()[1];
+            let mut input = values(input.clone());
+            input.truncate(kept);
+            inputs.insert(site, input);
+        }
+    });
+    Ok(inputs)
 }
 
 /// Sends all hidden states through a block, from the middle where its first half is known (`joined`); gives the outputs

@@ -216,7 +216,7 @@ impl Gate {
 #[derive(Debug, Clone, Copy, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ReportOptions {
-    /// Measure ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² of every layer; needs the Gram matrices.
+    /// Measure ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² of every layer over all calibration tokens, also where no stage needs XᵀX.
     pub layer_error: bool,
 }
 

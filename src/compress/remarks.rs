@@ -1,0 +1,77 @@
+//! What a report says about layers that give methods little to work with, whatever the method.
+
+use crate::kernels::gram::add_column_squares;
+use crate::model::block::Site;
+use crate::model::seen::Seen;
+use crate::weight::Weight;
+
+/// What is unusual about a weight before compression.
+pub fn of_weight(weight: &Weight) -> Option<String> {
+    match weight {
+        Weight::Stored(stored) => {
+            let width = stored.float.bytes();
+            let bytes: &[u8] = (*stored.bytes).as_ref();
+            let value = |at: usize| &bytes[at * width..(at + 1) * width];
+            let zero = |at: usize| value(at).iter().all(|byte| *byte == 0);
+            constant_rows(stored.rows, stored.columns, |a, b| value(a) == value(b), zero)
+        }
+        Weight::Dense(matrix) => of_floats(&matrix.data, matrix.columns),
+        _ => None,
+    }
+}
+
+/// What is unusual about floats, `rows × columns`.
+pub fn of_floats(floats: &[f32], columns: usize) -> Option<String> {
+    constant_rows(floats.len() / columns.max(1), columns, |a, b| floats[a] == floats[b], |at| floats[at] == 0.0)
+}
+
+/// A sentence on rows of one value each; most rows are told by their first two entries.
+fn constant_rows(rows: usize, columns: usize, equal: impl Fn(usize, usize) -> bool, zero: impl Fn(usize) -> bool) -> Option<String> {
+    if columns < 2 {
+        return None;
+    }
+    let constant: Vec<usize> =
+        (0..rows).map(|row| row * columns).filter(|&start| (1..columns).all(|column| equal(start, start + column))).collect();
+    let zeros = constant.iter().filter(|&&start| zero(start)).count();
+    match (constant.len(), zeros) {
+        (0, _) => None,
+        (_, zeros) if zeros == rows => Some("all weights were zero before compression".into()),
+        (constant, 0) => Some(format!("{constant} of {rows} rows hold one value each")),
+        (constant, zeros) => Some(format!("{constant} of {rows} rows hold one value each, {zeros} of them zero")),
+    }
+}
+
+/// What is unusual about the inputs of a layer of `columns`, given how many tokens calibration has.
+pub fn of_inputs(seen: &Seen, site: Site, columns: usize, tokens: usize) -> Vec<String> {
+    let squares = seen.sites.get(&site).map(|statistics| statistics.squares.clone()).or_else(|| {
+        let mut squares = vec![0.0; columns];
+        add_column_squares(seen.inputs.get(&site)?, &mut squares);
+        Some(squares)
+    });
+    let dead = squares.iter().flatten().filter(|square| **square == 0.0).count();
+    let mut remarks = Vec::new();
+    if dead > 0 {
+        remarks.push(format!("{dead} of {columns} input columns were zero for all tokens seen"));
+    }
+    if tokens < columns {
+        remarks.push(format!("{tokens} calibration tokens are fewer than the {columns} input columns; use more --samples"));
+    }
+    remarks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn constant_rows_zeros_and_dead_inputs_are_told() {
+        assert_eq!(of_floats(&[1.0, 2.0, 3.0, 4.0], 2), None);
+        assert_eq!(of_floats(&[1.0, 1.0, 3.0, 4.0], 2).unwrap(), "1 of 2 rows hold one value each");
+        assert_eq!(of_floats(&[0.0, -0.0, 4.0, 4.0, 1.0, 2.0], 2).unwrap(), "2 of 3 rows hold one value each, 1 of them zero");
+        assert_eq!(of_floats(&[0.0; 4], 2).unwrap(), "all weights were zero before compression");
+        let seen = Seen { inputs: [(Site::Mlp, vec![1.0, 0.0, 0.0, 2.0, 0.0, 0.0])].into(), ..Seen::default() };
+        let remarks = of_inputs(&seen, Site::Mlp, 3, 2);
+        assert!(remarks[0].starts_with("1 of 3 input columns") && remarks[1].starts_with("2 calibration tokens"), "{remarks:?}");
+        assert!(of_inputs(&Seen::default(), Site::Down, 3, 3).is_empty());
+    }
+}
