@@ -2,8 +2,8 @@
 //! weights, its norms and its input. The forward itself is [`crate::model::forward`], with a tap that keeps what the
 //! adjoint reads; tests compare every gradient with automatic differentiation of that one forward.
 //!
-//! A batch is worked through in groups of whole windows that are small enough to stay in cache. The groups follow one
-//! another in order and every product adds to the gradients in that order, so results do not depend on threads.
+//! A batch is worked through in groups of whole windows that are small enough to stay in cache, side by side. What they
+//! add to the gradients of weights and norms is added in their order, so results do not depend on threads.
 
 use std::collections::BTreeMap;
 
@@ -45,24 +45,24 @@ pub struct Gradients {
     /// The gradient of the output, which turns step by step into that of the input, tokens × hidden.
     stream: Vec<f32>,
     output: Vec<f32>,
-    scratch: Scratch,
+    groups: Vec<Group>,
 }
 
-/// Gradients between the steps of the adjoint of one group.
+/// What the adjoint finds for one group.
 #[derive(Debug, Default)]
-struct Scratch {
+struct Group {
+    /// Gradients of what the projections give, by role.
+    outputs: [Vec<f32>; 7],
+    /// Gradients of norms.
+    norms: [Vec<f32>; 6],
     branch: Vec<f32>,
-    middle: Vec<f32>,
-    gate: Vec<f32>,
     mixed: Vec<f32>,
-    q: Vec<f32>,
-    k: Vec<f32>,
-    v: Vec<f32>,
 }
 
 impl Gradients {
-    /// Makes room for what is wanted.
-    fn prepare(&mut self, operands: &Operands, wanted: Wanted) {
+    /// Makes room for what is wanted, for so many groups.
+    fn prepare(&mut self, operands: &Operands, wanted: Wanted, groups: usize) {
+        self.groups.resize_with(groups.max(self.groups.len()), Group::default);
         if wanted.weights {
             self.weights.iter_mut().zip(&operands.weights).for_each(|(gradient, weight)| gradient.resize(weight.slice().len(), 0.0));
         }
@@ -106,17 +106,25 @@ pub fn squared_error(target: &[f32], factor: f64) -> impl FnMut(&[f32], &mut [f3
     move |y, dy| factor * error_sum(y, target, dy, factor, f32::INFINITY)
 }
 
-/// The loss factor · Σ (y − target)² without the `dropped` entries of largest error; of equal errors at the edge all stay.
-pub fn trimmed_squared_error(target: &[f32], factor: f64, dropped: usize) -> impl FnMut(&[f32], &mut [f32]) -> f64 {
+/// The loss factor · Σ (y − target)² without the `dropped` entries of largest error in every `window` entries; of equal
+/// errors at the edge all stay.
+pub fn trimmed_squared_error(target: &[f32], factor: f64, window: usize, dropped: usize) -> impl FnMut(&[f32], &mut [f32]) -> f64 {
     move |y, dy| {
-        let kept = y.len().saturating_sub(dropped);
-        if kept == 0 {
-            dy.fill(0.0);
-            return 0.0;
+        let windows = y.chunks(window.max(1)).zip(target.chunks(window.max(1))).zip(dy.chunks_mut(window.max(1)));
+        let judged = windows.map(|((y, target), dy)| factor * error_sum(y, target, dy, factor, edge(y, target, dropped)));
+        judged.sum()
+    }
+}
+
+/// The largest error that counts when the `dropped` largest do not; below all when none counts.
+fn edge(y: &[f32], target: &[f32], dropped: usize) -> f32 {
+    match (dropped, y.len().saturating_sub(dropped)) {
+        (0, _) => f32::INFINITY,
+        (_, 0) => -1.0,
+        (_, kept) => {
+            let mut errors: Vec<f32> = y.par_iter().zip(target).map(|(y, target)| (y - target).abs()).collect();
+            *errors.select_nth_unstable_by(kept - 1, f32::total_cmp).1
         }
-        let mut errors: Vec<f32> = y.par_iter().zip(target).map(|(y, target)| (y - target).abs()).collect();
-        let (_, &mut edge, _) = errors.select_nth_unstable_by(kept - 1, f32::total_cmp);
-        factor * error_sum(y, target, dy, factor, edge)
     }
 }
 
@@ -156,23 +164,41 @@ type Record = BTreeMap<Point, Floats>;
 /// wanted. Gives the value of the loss.
 pub fn block(spec: &Spec<'_>, parameters: &Parameters, x: &[f32], wanted: Wanted, gradients: &mut Gradients, loss: Loss<'_>) -> f64 {
     let hidden = spec.config.hidden;
-    let group = hidden * spec.seq * (GROUP_TOKENS / spec.seq).max(1);
+    let size = (hidden * spec.seq * (GROUP_TOKENS / spec.seq).max(1)).max(1);
     let operands = Operands::of(parameters);
-    gradients.prepare(&operands, wanted);
+    gradients.prepare(&operands, wanted, x.len().div_ceil(size));
     let device = parameters.weight(Role::Query).device();
-    gradients.output.clear();
-    let mut records = Vec::with_capacity(x.len().div_ceil(group.max(1)));
-    for x in x.chunks(group) {
-        let (record, y) = recorded(spec, parameters, tensor(x.to_vec(), [x.len() / hidden, hidden], &device));
-        gradients.output.extend_from_slice(Floats::fetched(&y).slice());
-        records.push(record);
-    }
-    let Gradients { weights, norms, stream, output, scratch } = gradients;
+    let forward = |x: &[f32]| recorded(spec, parameters, tensor(x.to_vec(), [x.len() / hidden, hidden], &device));
+    let (records, outputs): (Vec<Record>, Vec<Tensor<2>>) = x.par_chunks(size).map(forward).unzip();
+    let Gradients { weights, norms, stream, output, groups } = gradients;
+    output.clear();
+    outputs.into_iter().for_each(|y| output.extend_from_slice(Floats::fetched(&y).slice()));
     let value = loss(output, room(stream, output.len()));
-    for (record, stream) in records.into_iter().zip(stream.chunks_mut(group)) {
-        Adjoint { spec, operands: &operands, record: &record, wanted, weights, norms }.run(stream, scratch);
+    records.par_iter().zip(stream.par_chunks_mut(size)).zip(&mut *groups).for_each(|((record, stream), group)| {
+        group.norms.iter_mut().zip(norms.iter()).for_each(|(sums, norm)| {
+            sums.clear();
+            sums.resize(norm.len(), 0.0);
+        });
+        Adjoint { spec, operands: &operands, record, wanted }.run(stream, group);
+    });
+    for group in &groups[..records.len()] {
+        norms.iter_mut().zip(&group.norms).for_each(|(total, sums)| add(total, sums));
+    }
+    if wanted.weights {
+        weights.par_iter_mut().zip(Role::ALL).for_each(|(total, role)| {
+            for (record, group) in records.iter().zip(&*groups) {
+                add_weight(role, operands.shapes[role as usize], record, &group.outputs[role as usize], total);
+            }
+        });
     }
     value
+}
+
+/// dW += dYᵀ X.
+fn add_weight(role: Role, [outputs, inputs]: [usize; 2], record: &Record, d: &[f32], total: &mut [f32]) {
+    let x = record[&Point::Site(role.site())].slice();
+    let sizes = Sizes { m: outputs, n: inputs, k: x.len() / inputs.max(1) };
+    product(sizes, total, inputs, true, 1.0, View::transposed(d, outputs), View::rows(x, inputs), true);
 }
 
 /// The slices of a block's parameters.
@@ -231,65 +257,48 @@ struct Adjoint<'a> {
     operands: &'a Operands,
     record: &'a Record,
     wanted: Wanted,
-    weights: &'a mut [Vec<f32>; 7],
-    norms: &'a mut [Vec<f32>; 6],
 }
 
 impl<'a> Adjoint<'a> {
     /// `stream` enters as the gradient of the output and leaves as that of the input, where that is wanted.
-    fn run(mut self, stream: &mut [f32], scratch: &mut Scratch) {
-        self.mlp(stream, scratch);
-        self.branch(Role::Output, Place::AttentionOut, stream, &mut scratch.branch, &mut scratch.mixed);
-        self.attention(scratch);
-        if self.wanted.weights {
-            self.weight(Role::Query, &scratch.q);
-            self.weight(Role::Key, &scratch.k);
-            self.weight(Role::Value, &scratch.v);
-        }
+    fn run(&self, stream: &mut [f32], group: &mut Group) {
+        let Group { outputs: [q, k, v, output, gate, up, down], norms, branch, mixed } = group;
+        self.branch(Role::Down, Place::MlpOut, stream, down, up, norms);
+        let (passed_gate, passed_up) = (self.passed(Point::Gate), self.passed(Point::Up));
+        gated_adjoint(self.spec.config.activation, passed_gate, passed_up, up, room(gate, passed_gate.len()));
+        let d = room(branch, stream.len());
+        self.input(Role::Gate, gate, d, false);
+        self.input(Role::Up, up, d, true);
+        self.norm(Place::MlpIn, Point::Joined, d, norms);
+        add(stream, d);
+        self.branch(Role::Output, Place::AttentionOut, stream, output, mixed, norms);
+        self.attention(mixed, [&mut *q, &mut *k, &mut *v], norms);
         if self.wanted.input || self.wanted.norms && self.operands.norms[Place::AttentionIn as usize].is_some() {
-            let d = room(&mut scratch.branch, stream.len());
-            self.input(Role::Query, &scratch.q, d, false);
-            self.input(Role::Key, &scratch.k, d, true);
-            self.input(Role::Value, &scratch.v, d, true);
-            self.norm(Place::AttentionIn, Point::Input, d);
+            let d = room(branch, stream.len());
+            self.input(Role::Query, q, d, false);
+            self.input(Role::Key, k, d, true);
+            self.input(Role::Value, v, d, true);
+            self.norm(Place::AttentionIn, Point::Input, d, norms);
             add(stream, d);
         }
     }
 
-    fn mlp(&mut self, stream: &mut [f32], scratch: &mut Scratch) {
-        self.branch(Role::Down, Place::MlpOut, stream, &mut scratch.branch, &mut scratch.middle);
-        let (gate, up) = (self.passed(Point::Gate), self.passed(Point::Up));
-        gated_adjoint(self.spec.config.activation, gate, up, &mut scratch.middle, room(&mut scratch.gate, gate.len()));
-        if self.wanted.weights {
-            self.weight(Role::Gate, &scratch.gate);
-            self.weight(Role::Up, &scratch.middle);
-        }
-        let d = room(&mut scratch.branch, stream.len());
-        self.input(Role::Gate, &scratch.gate, d, false);
-        self.input(Role::Up, &scratch.middle, d, true);
-        self.norm(Place::MlpIn, Point::Joined, d);
-        add(stream, d);
-    }
-
-    /// From the gradient of the residual stream after a branch to that of the input of the branch's last projection.
-    fn branch(&mut self, role: Role, place: Place, stream: &[f32], d: &mut Vec<f32>, input: &mut Vec<f32>) {
+    /// From the gradient of the residual stream after a branch to that of the branch's last projection (`d`) and of its
+    /// input.
+    fn branch(&self, role: Role, place: Place, stream: &[f32], d: &mut Vec<f32>, input: &mut Vec<f32>, norms: &mut [Vec<f32>; 6]) {
         let d = room(d, stream.len());
         let factor = self.spec.config.residual_factor;
         d.par_chunks_mut(CHUNK).zip(stream.par_chunks(CHUNK)).for_each(|(d, stream)| {
             d.iter_mut().zip(stream).for_each(|(d, stream)| *d = stream * factor);
         });
-        self.norm(place, Point::Branch(place), d);
-        if self.wanted.weights {
-            self.weight(role, d);
-        }
+        self.norm(place, Point::Branch(place), d, norms);
         let width = self.passed(Point::Site(role.site())).len();
         self.input(role, d, room(input, width), false);
     }
 
-    /// From `mixed` to the gradients of queries, keys and values as their projections gave them.
-    fn attention(&mut self, scratch: &mut Scratch) {
+    /// From the gradient of attention's output to those of queries, keys and values as their projections gave them.
+    fn attention(&self, mixed: &[f32], [q, k, v]: [&mut Vec<f32>; 3], norms: &mut [Vec<f32>; 6]) {
         let config = self.spec.config;
-        let Scratch { mixed, q, k, v, .. } = scratch;
         let passed = Passed {
             q: self.passed(Point::TurnedQuery),
             k: self.passed(Point::TurnedKey),
@@ -303,8 +312,8 @@ impl<'a> Adjoint<'a> {
             rope_cpu(q, config.query_width(), config.head_dim, &table);
             rope_cpu(k, config.kv_width(), config.head_dim, &table);
         }
-        self.norm(Place::Query, Point::Query, q);
-        self.norm(Place::Key, Point::Key, k);
+        self.norm(Place::Query, Point::Query, q, norms);
+        self.norm(Place::Key, Point::Key, k, norms);
     }
 
     fn passed(&self, point: Point) -> &'a [f32] {
@@ -312,22 +321,12 @@ impl<'a> Adjoint<'a> {
     }
 
     /// From the gradient of a norm's output to that of its input, in place; nothing where there is no norm.
-    fn norm(&mut self, place: Place, input: Point, d: &mut [f32]) {
+    fn norm(&self, place: Place, input: Point, d: &mut [f32], norms: &mut [Vec<f32>; 6]) {
         let Some(weight) = &self.operands.norms[place as usize] else { return };
         let (epsilon, one_plus) = (self.spec.config.epsilon as f32, self.spec.config.family.norm == NormKind::OnePlus);
         let x = self.passed(input);
-        let sums = self.wanted.norms.then_some(self.norms[place as usize].as_mut_slice());
+        let sums = self.wanted.norms.then_some(norms[place as usize].as_mut_slice());
         rms_norm_adjoint(x, weight.slice(), epsilon, one_plus, d, sums);
-    }
-
-    /// dW += dYᵀ X.
-    fn weight(&mut self, role: Role, d: &[f32]) {
-        let x = self.passed(Point::Site(role.site()));
-        let sums = &mut self.weights[role as usize];
-        let [outputs, inputs] = self.operands.shapes[role as usize];
-        let tokens = x.len() / inputs.max(1);
-        let sizes = Sizes { m: outputs, n: inputs, k: tokens };
-        product(sizes, sums, inputs, true, 1.0, View::transposed(d, outputs), View::rows(x, inputs), true);
     }
 
     /// dX = dY W, or dX plus it where `add`.

@@ -14,7 +14,7 @@ use crate::kernels::gram::{add_cross, add_gram};
 use crate::kernels::{tensor, values};
 use crate::matrix::Matrix;
 use crate::model::Model;
-use crate::model::backward::{self, Gradients, Wanted, squared_error, trimmed_squared_error};
+use crate::model::backward::{self, Gradients, Wanted, trimmed_squared_error};
 use crate::model::block::{Block, Linear, Parameters, Place, Role, Site};
 use crate::model::forward::{self, Spec};
 use crate::model::hidden::Hidden;
@@ -23,6 +23,9 @@ use crate::run::Run;
 
 /// Of this many windows one is held out of the statistics of a capture.
 const HELD_OUT: usize = 10;
+
+/// Memory that windows which are differentiated side by side may take, in bytes.
+const SIDE_BY_SIDE_BYTES: usize = 256 << 20;
 
 /// What both streams say at one input site. Legend: A (compressed) and F (float) are tokens × columns, R is what the
 /// float residual stream has and the compressed one has not.
@@ -178,19 +181,31 @@ impl Bench<'_> {
         let streams = self.streams.as_ref().ok_or_else(|| Error::run("the float stream was not kept"))?;
         let width = self.model.config.hidden;
         let entries: usize = windows.iter().map(|&window| self.hidden.tokens(window) * width).sum();
+        let factor = 1.0 / entries as f64;
         let mut loss = 0.0;
-        for &window in windows {
-            let spec = Spec::new(&self.model.config, self.block.index, self.hidden.tokens(window));
-            let (x, target) = (self.hidden.read(window..window + 1)?, streams.targets.read(window..window + 1)?);
-            let factor = 1.0 / entries as f64;
-            let dropped = (target.len() as f64 * trim) as usize;
-            loss += if dropped == 0 {
-                backward::block(&spec, parameters, &x, wanted, gradients, &mut squared_error(&target, factor))
-            } else {
-                backward::block(&spec, parameters, &x, wanted, gradients, &mut trimmed_squared_error(&target, factor, dropped))
-            };
+        for windows in windows.chunk_by(|&a, &b| self.hidden.tokens(a) == self.hidden.tokens(b)) {
+            let seq = self.hidden.tokens(windows[0]);
+            let spec = Spec::new(&self.model.config, self.block.index, seq);
+            for windows in windows.chunks(self.side_by_side(seq)) {
+                let (mut x, mut target) = (Vec::new(), Vec::new());
+                for &window in windows {
+                    x.extend(self.hidden.read(window..window + 1)?);
+                    target.extend(streams.targets.read(window..window + 1)?);
+                }
+                let dropped = ((seq * width) as f64 * trim) as usize;
+                let mut judge = trimmed_squared_error(&target, factor, seq * width, dropped);
+                loss += backward::block(&spec, parameters, &x, wanted, gradients, &mut judge);
+            }
         }
         Ok(loss)
+    }
+
+    /// Windows of `seq` tokens that are differentiated side by side: as many as there are threads, where what they keep is
+    /// small.
+    fn side_by_side(&self, seq: usize) -> usize {
+        let config = &self.model.config;
+        let floats = seq * (9 * config.hidden + 8 * config.query_width() + 6 * config.intermediate);
+        (SIDE_BY_SIDE_BYTES / (4 * floats).max(1)).clamp(1, rayon::current_num_threads())
     }
 
     /// Runs a block with these tensors on a window of the compressed stream, beside the original block on the same

@@ -3,7 +3,7 @@
 //!
 //! Hidden states are `tokens × width` with the windows of a batch one after the other, `seq` tokens each.
 
-use std::cell::RefCell;
+use std::sync::{Mutex, PoisonError};
 
 use burn::tensor::Tensor;
 
@@ -29,7 +29,7 @@ pub struct Spec<'a> {
     pub seq: usize,
     /// Keys and values of the positions before, when a forward goes one position at a time; it takes in the new ones.
     /// A cell, because the layer's surroundings are otherwise only read.
-    pub cache: Option<&'a RefCell<Cache>>,
+    pub cache: Option<&'a Mutex<Cache>>,
 }
 
 impl<'a> Spec<'a> {
@@ -41,9 +41,9 @@ impl<'a> Spec<'a> {
 
     /// The surroundings of layer `index` for the next position of windows that will hold `length` tokens in the end;
     /// rotations whose frequencies depend on the length then turn as in a forward of whole windows.
-    pub fn next(config: &'a Config, index: usize, length: usize, cache: &'a RefCell<Cache>) -> Self {
+    pub fn next(config: &'a Config, index: usize, length: usize, cache: &'a Mutex<Cache>) -> Self {
         let layer = &config.layers[index];
-        let position = cache.borrow().len();
+        let position = cache.lock().unwrap_or_else(PoisonError::into_inner).len();
         let table = layer.rotation.as_ref().map(|rotation| rotation.table_at(position..position + 1, length));
         Self { config, layer, table, seq: 1, cache: Some(cache) }
     }
@@ -118,7 +118,7 @@ pub fn attend(spec: &Spec<'_>, parameters: &Parameters, x: Tensor<2>, tap: Tap<'
     let v = linear(parameters, Role::Value, &x);
     tap(Point::Value, &v);
     let mixed = match spec.cache {
-        Some(cache) => decode_attention::attend(&spec.attention(), &mut cache.borrow_mut(), q, k, v),
+        Some(cache) => decode_attention::attend(&spec.attention(), &mut cache.lock().unwrap_or_else(PoisonError::into_inner), q, k, v),
         None => spec.attention().run(q, k, v),
     };
     tap(Point::Site(Site::Output), &mixed);

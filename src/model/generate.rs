@@ -12,8 +12,8 @@
 //! more than 512 inputs may still round otherwise below 65 rows). How windows are grouped follows from the model and
 //! the options alone, so equal runs write equal windows in any case.
 
-use std::cell::RefCell;
 use std::ops::Range;
+use std::sync::Mutex;
 
 use burn::tensor::Tensor;
 use rayon::prelude::*;
@@ -230,14 +230,14 @@ fn take_room(room: &mut u64, bytes: u64) -> bool {
 pub struct Decoder<'w, 'a> {
     weights: &'w mut Weights<'a>,
     length: usize,
-    caches: Vec<RefCell<Cache>>,
+    caches: Vec<Mutex<Cache>>,
 }
 
 impl<'w, 'a> Decoder<'w, 'a> {
     /// `windows` windows that will hold `length` tokens in the end.
     pub fn new(weights: &'w mut Weights<'a>, windows: usize, length: usize) -> Self {
         let config = &weights.model.config;
-        let cache = || RefCell::new(Cache::new(windows, length, config.kv_heads, config.head_dim));
+        let cache = || Mutex::new(Cache::new(windows, length, config.kv_heads, config.head_dim));
         let caches = config.layers.iter().map(|_| cache()).collect();
         Self { weights, length, caches }
     }

@@ -213,7 +213,13 @@ fn observe(
 }
 
 /// Inputs of all sites of the original block for the first tokens.
-fn first_inputs(model: &Model<'_>, index: usize, parameters: &Parameters, hidden: &Hidden, run: &Run<'_>) -> Result<BTreeMap<Site, Vec<f32>>> {
+fn first_inputs(
+    model: &Model<'_>,
+    index: usize,
+    parameters: &Parameters,
+    hidden: &Hidden,
+    run: &Run<'_>,
+) -> Result<BTreeMap<Site, Vec<f32>>> {
     let Some(windows) = runs(model, hidden).into_iter().next() else { return Ok(BTreeMap::new()) };
     let seq = hidden.tokens(windows.start);
     let windows = windows.start..windows.end.min(windows.start + (SAMPLED / seq.max(1)).max(1));

@@ -194,7 +194,7 @@ fn gradients_do_not_depend_on_the_number_of_threads() {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| {
             let spec = Spec::new(&config, 0, 200);
             let mut gradients = Gradients::default();
-            let mut loss = trimmed_squared_error(&target, 1e-3, 96);
+            let mut loss = trimmed_squared_error(&target, 1e-3, 200 * config.hidden, 96);
             let value = backward::block(&spec, &parameters, &x, ALL, &mut gradients, &mut loss);
             let all =
                 Role::ALL.iter().flat_map(|&role| gradients.weight(role)).chain(Place::ALL.iter().flat_map(|&place| gradients.norm(place)));
@@ -239,11 +239,14 @@ fn gradients_add_up_until_they_are_cleared_and_only_what_is_wanted_is_there() {
 fn a_trimmed_error_leaves_out_the_largest() {
     let (y, target) = ([1.0, -4.0, 0.5, 3.0, 0.0], [0.0; 5]);
     let mut dy = [9.0; 5];
-    assert_eq!(trimmed_squared_error(&target, 0.5, 2)(&y, &mut dy), 0.5 * 1.25);
+    assert_eq!(trimmed_squared_error(&target, 0.5, 5, 2)(&y, &mut dy), 0.5 * 1.25);
     assert_eq!(dy, [1.0, 0.0, 0.5, 0.0, 0.0]);
-    assert_eq!(trimmed_squared_error(&target, 1.0, 0)(&y, &mut dy), squared_error(&target, 1.0)(&y, &mut [0.0; 5]));
-    assert_eq!(trimmed_squared_error(&target, 1.0, 5)(&y, &mut dy), 0.0);
+    assert_eq!(trimmed_squared_error(&target, 1.0, 5, 0)(&y, &mut dy), squared_error(&target, 1.0)(&y, &mut [0.0; 5]));
+    assert_eq!(trimmed_squared_error(&target, 1.0, 5, 5)(&y, &mut dy), 0.0);
     assert_eq!(dy, [0.0; 5]);
+    let (y, target) = ([1.0, -4.0, 2.0, 3.0], [0.0; 4]);
+    assert_eq!(trimmed_squared_error(&target, 1.0, 2, 1)(&y, &mut dy[..4]), 5.0, "the largest of every window");
+    assert_eq!(dy[..4], [2.0, 0.0, 4.0, 0.0]);
 }
 
 /// A leaf with the values of a tensor, on a device that differentiates.

@@ -48,15 +48,8 @@ fn change(model: &Path, name: &str, edit: impl Fn(&mut [f32], usize)) {
     std::fs::write(file, all).unwrap();
 }
 
-const LINEARS: &[&str] = &[
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-];
+const LINEARS: &[&str] =
+    &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"];
 
 /// Dead input columns and constant rows in block 0, nothing but zeros in block 1.
 fn damage(model: &Path) {
