@@ -11,6 +11,7 @@ use drawknife::checkpoint::decode::{decode, decode_chunk, encode};
 use drawknife::kernels::gemm::{Sizes, View, product};
 use drawknife::kernels::gram::{add_column_squares, add_gram};
 use drawknife::kernels::quantize::{Grid, round_stored};
+use drawknife::kernels::rough_product::Precision;
 use drawknife::kernels::values;
 use drawknife::matrix::Matrix;
 use drawknife::methods::wanda::prune;
@@ -133,7 +134,8 @@ fn block(device: &Device, with_gradients: bool) -> (f64, f64) {
     let attention = 2.0 * (TOKENS * TOKENS / 2 * WIDTH) as f64;
     if with_gradients {
         let (x, target) = (values(x), vec![0.0; TOKENS * WIDTH]);
-        let (wanted, mut gradients) = (Wanted { weights: true, norms: false, input: false }, Gradients::default());
+        let (wanted, mut gradients) =
+            (Wanted { weights: true, norms: false, input: false, precision: Precision::Single }, Gradients::default());
         let seconds = best(|| {
             black_box(backward::block(&spec, &parameters, &x, wanted, &mut gradients, &mut squared_error(&target, 1.0)));
         });

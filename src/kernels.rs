@@ -24,6 +24,7 @@ pub mod quantize;
 pub mod refit;
 pub mod rms_norm;
 pub mod rope;
+pub mod rough_product;
 pub mod sampling;
 pub mod scale_search;
 pub mod select;

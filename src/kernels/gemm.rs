@@ -22,7 +22,12 @@ impl<'a> View<'a> {
         Self { data, row_stride: 1, column_stride: row_stride }
     }
 
-    fn holds(&self, rows: usize, columns: usize) -> bool {
+    /// The data, with the strides of rows and of columns.
+    pub(crate) fn parts(&self) -> (&'a [f32], usize, usize) {
+        (self.data, self.row_stride, self.column_stride)
+    }
+
+    pub(crate) fn holds(&self, rows: usize, columns: usize) -> bool {
         rows == 0 || columns == 0 || (rows - 1) * self.row_stride + (columns - 1) * self.column_stride < self.data.len()
     }
 }

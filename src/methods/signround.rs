@@ -11,6 +11,7 @@
 
 use crate::error::{Error, Result};
 use crate::kernels::quantize::round_to_nearest;
+use crate::kernels::rough_product::Precision;
 use crate::kernels::scale_search::{Scale, grids};
 use crate::kernels::sign_descent::{Rounding, Start};
 use crate::matrix::Matrix;
@@ -253,7 +254,7 @@ impl SignRound {
         let mut parameters = bench.parameters();
         let mut gradients = Gradients::default();
         let mut sampler = Sampler::new(bench.hidden.len(), bench.run.seed ^ (bench.index() as u64) << 32);
-        let wanted = Wanted { weights: true, norms: false, input: false };
+        let wanted = Wanted { weights: true, norms: false, input: false, precision: Precision::Rough };
         let (mut curve, mut best) = (Vec::with_capacity(iterations), f64::INFINITY);
         for iteration in 0..iterations {
             bench.run.check_stop()?;

@@ -12,9 +12,10 @@ use rayon::prelude::*;
 
 use crate::kernels::attention_adjoint::Passed;
 use crate::kernels::gated::gated_adjoint;
-use crate::kernels::gemm::{Sizes, View, product};
+use crate::kernels::gemm::{Sizes, View};
 use crate::kernels::rms_norm::rms_norm_adjoint;
 use crate::kernels::rope::{Table, rope_cpu};
+use crate::kernels::rough_product::{Precision, product_in};
 use crate::kernels::{Floats, dot_lanes, tensor, vectorized};
 use crate::model::architecture::NormKind;
 use crate::model::block::{Parameters, Place, Role, Site};
@@ -35,6 +36,8 @@ pub struct Wanted {
     pub norms: bool,
     /// That of the block's input.
     pub input: bool,
+    /// How exact the products of the adjoint are; the forward is always in single precision.
+    pub precision: Precision,
 }
 
 /// Gradients of a block. Those of weights and norms add up over calls until [`Self::clear`]; the memory is kept.
@@ -187,7 +190,7 @@ pub fn block(spec: &Spec<'_>, parameters: &Parameters, x: &[f32], wanted: Wanted
     if wanted.weights {
         weights.par_iter_mut().zip(Role::ALL).for_each(|(total, role)| {
             for (record, group) in records.iter().zip(&*groups) {
-                add_weight(role, operands.shapes[role as usize], record, &group.outputs[role as usize], total);
+                add_weight(wanted.precision, role, operands.shapes[role as usize], record, &group.outputs[role as usize], total);
             }
         });
     }
@@ -195,10 +198,10 @@ pub fn block(spec: &Spec<'_>, parameters: &Parameters, x: &[f32], wanted: Wanted
 }
 
 /// dW += dYᵀ X.
-fn add_weight(role: Role, [outputs, inputs]: [usize; 2], record: &Record, d: &[f32], total: &mut [f32]) {
+fn add_weight(precision: Precision, role: Role, [outputs, inputs]: [usize; 2], record: &Record, d: &[f32], total: &mut [f32]) {
     let x = record[&Point::Site(role.site())].slice();
     let sizes = Sizes { m: outputs, n: inputs, k: x.len() / inputs.max(1) };
-    product(sizes, total, inputs, true, 1.0, View::transposed(d, outputs), View::rows(x, inputs), true);
+    product_in(precision, sizes, total, inputs, true, View::transposed(d, outputs), View::rows(x, inputs), true);
 }
 
 /// The slices of a block's parameters.
@@ -334,6 +337,7 @@ impl<'a> Adjoint<'a> {
         let [outputs, inputs] = self.operands.shapes[role as usize];
         let tokens = dx.len() / inputs.max(1);
         let weight = View::rows(self.operands.weights[role as usize].slice(), inputs);
-        product(Sizes { m: tokens, n: inputs, k: outputs }, dx, inputs, add, 1.0, View::rows(d, outputs), weight, true);
+        let sizes = Sizes { m: tokens, n: inputs, k: outputs };
+        product_in(self.wanted.precision, sizes, dx, inputs, add, View::rows(d, outputs), weight, true);
     }
 }

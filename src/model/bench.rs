@@ -11,6 +11,7 @@ use burn::tensor::Tensor;
 
 use crate::error::{Error, Result};
 use crate::kernels::gram::{add_cross, add_gram};
+use crate::kernels::rough_product::Precision;
 use crate::kernels::{tensor, values};
 use crate::matrix::Matrix;
 use crate::model::Model;
@@ -220,7 +221,7 @@ impl Bench<'_> {
         let x = self.hidden.read(window..window + 1)?;
         let reference = self.forward(original, seq, x.clone());
         let spec = Spec::new(&self.model.config, self.block.index, seq);
-        let wanted = Wanted { weights: false, norms: true, input: false };
+        let wanted = Wanted { weights: false, norms: true, input: false, precision: Precision::Single };
         Ok(backward::block(&spec, parameters, &x, wanted, gradients, &mut |y, dy| loss(y, &reference, dy)))
     }
 

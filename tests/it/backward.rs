@@ -12,6 +12,7 @@ use drawknife::kernels::gated::{Activation, gated_adjoint, gated_reference};
 use drawknife::kernels::gemm::{Sizes, View, product};
 use drawknife::kernels::rms_norm::{rms_norm_adjoint, rms_norm_reference};
 use drawknife::kernels::rope::{Table, rope_cpu, rope_reference};
+use drawknife::kernels::rough_product::Precision;
 use drawknife::kernels::{tensor, values};
 use drawknife::model::Model;
 use drawknife::model::backward::{self, Gradients, Wanted, squared_error, trimmed_squared_error, upstream};
@@ -21,7 +22,7 @@ use drawknife::model::forward::{self, Spec};
 
 use crate::kernels::random;
 
-const ALL: Wanted = Wanted { weights: true, norms: true, input: true };
+const ALL: Wanted = Wanted { weights: true, norms: true, input: true, precision: Precision::Single };
 
 /// Largest difference, relative to the largest magnitude or to `floor` when all are smaller.
 fn difference(found: &[f32], exact: &[f32], floor: f32) -> f32 {
@@ -222,11 +223,11 @@ fn gradients_add_up_until_they_are_cleared_and_only_what_is_wanted_is_there() {
     let doubled = |found: &[f32], once: &[f32]| difference(found, &once.iter().map(|value| 2.0 * value).collect::<Vec<f32>>(), 0.0) < 1e-6;
     assert!(doubled(gradients.weight(Role::Query), &query) && doubled(gradients.norm(Place::MlpIn), &norm));
     gradients.clear();
-    step(Wanted { weights: true, norms: false, input: false }, &mut gradients);
+    step(Wanted { weights: true, norms: false, input: false, precision: Precision::Single }, &mut gradients);
     assert_eq!(gradients.weight(Role::Query), query);
     assert!(gradients.norm(Place::MlpIn).iter().all(|&value| value == 0.0));
     let mut norms = Gradients::default();
-    step(Wanted { weights: false, norms: true, input: false }, &mut norms);
+    step(Wanted { weights: false, norms: true, input: false, precision: Precision::Single }, &mut norms);
     assert_eq!(norms.norm(Place::MlpIn), norm);
     assert!(Role::ALL.iter().all(|&role| norms.weight(role).is_empty()));
     let dy: Vec<f32> = gradients.output().iter().zip(&target).map(|(y, target)| y - target).collect();
@@ -379,9 +380,10 @@ fn seconds_of_a_step_on_a_small_model() {
     });
     let mut gradients = Gradients::default();
     for (name, wanted) in [
-        ("step, weights", Wanted { weights: true, norms: false, input: false }),
+        ("step, weights", Wanted { weights: true, norms: false, input: false, precision: Precision::Single }),
+        ("step, weights, rough", Wanted { weights: true, norms: false, input: false, precision: Precision::Rough }),
         ("step, all", ALL),
-        ("step, norms", Wanted { weights: false, norms: true, input: false }),
+        ("step, norms", Wanted { weights: false, norms: true, input: false, precision: Precision::Single }),
     ] {
         let products = if wanted.weights { 3.0 } else { 2.0 };
         show(name, products * linears + 7.0 * attention, || {
