@@ -74,10 +74,11 @@ pub struct SignRound {
     /// Iterations; those of the preset when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub iters: Option<usize>,
-    /// Learning rate of the offsets, 1 / iterations when absent; it falls linearly to zero.
+    /// Learning rate of the offsets; when absent 1 / iterations, from the closed form at most 1 / 200. It falls linearly to
+    /// zero.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lr: Option<f64>,
-    /// Learning rate of the grids; as `lr` when absent.
+    /// Learning rate of the grids; when absent `lr`, from the closed form a fifth of it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub grid_lr: Option<f64>,
     /// Windows per iteration.
@@ -120,14 +121,19 @@ impl SignRound {
         self.init.unwrap_or(if self.iterations() == 0 { Init::Range } else { Init::ClosedForm })
     }
 
-    fn rate(&self) -> f64 {
+    /// Learning rates of the offsets and of the grids. AutoRound's; from the closed form, which is close to an optimum, at
+    /// most 1/200 and a fifth of that: with 1/50 half a hundred iterations lead away from it.
+    fn rates(&self) -> [f64; 2] {
         let iterations = self.iterations().max(1) as f64;
+        let near = self.start() == Init::ClosedForm;
         let automatic = match self.preset {
             Preset::Light if self.iters.is_none() => 1.0 / 200.0,
             _ if self.iterations() >= 1000 && self.bits < LOW_BITS => 2.0 / iterations,
+            _ if near => 1.0 / iterations.max(200.0),
             _ => 1.0 / iterations,
         };
-        self.lr.unwrap_or(automatic)
+        let rate = self.lr.unwrap_or(automatic);
+        [rate, self.grid_lr.unwrap_or(if near { rate / 5.0 } else { rate })]
     }
 
     fn trim(&self) -> f64 {
@@ -249,8 +255,7 @@ impl SignRound {
 
     /// The iterations; gives the loss of each, before its step.
     fn learn(&self, bench: &Bench<'_>, learned: &mut [Learned]) -> Result<Vec<f64>> {
-        let (iterations, rate, trim) = (self.iterations(), self.rate(), self.trim());
-        let grid_rate = self.grid_lr.unwrap_or(rate);
+        let (iterations, [rate, grid_rate], trim) = (self.iterations(), self.rates(), self.trim());
         let mut parameters = bench.parameters();
         let mut gradients = Gradients::default();
         let mut sampler = Sampler::new(bench.hidden.len(), bench.run.seed ^ (bench.index() as u64) << 32);
