@@ -23,7 +23,7 @@
 use rayon::prelude::*;
 
 use crate::kernels::quantize::{Bounds, Grid, range, span, stored_scale};
-use crate::kernels::{sum_lanes, vectorized};
+use crate::kernels::vectorized;
 use crate::matrix::Matrix;
 use crate::weight::{Float, Split};
 
@@ -39,7 +39,8 @@ const TOLERANCE: f32 = 1.05;
 const SAMPLE: usize = 1 << 16;
 /// Magnitudes between which squares in f32 neither vanish nor overflow.
 const SAFE: std::ops::Range<f32> = 1e-15..1e15;
-const LANES: usize = 16;
+/// Clip ratios that are worked on side by side, those beyond the last for nothing.
+const LANES: usize = 32;
 /// Weights per parallel piece.
 const PIECE: usize = 1 << 16;
 
@@ -216,56 +217,39 @@ fn clipped(weights: &[f32], grid: Grid, order: &[usize]) -> (f32, f32) {
     if order.len() < RATIOS || !SAFE.contains(&high.max(-low)) {
         return (low, high);
     }
-    let (mut errors, mut least) = ([f32::INFINITY; RATIOS], f32::INFINITY);
-    vectorized(
+    let errors = vectorized(
         #[inline(always)]
-        || {
-            for (index, error) in errors.iter_mut().enumerate() {
-                let (scale, zero) = span(low * ratio(index), high * ratio(index), grid);
-                *error = squared_error(weights, scale, zero, grid.bits);
-                least = least.min(*error);
-                // What is not clipped is at most half a step off. The error beyond that is of clipped weights, and on
-                // a symmetric grid it grows as the range shrinks further.
-                let unclipped = weights.len() as f32 * 0.25 * scale * scale;
-                if grid.symmetric && *error > TOLERANCE * least + unclipped {
-                    break;
-                }
-            }
-        },
+        || squared_errors(weights, low, high, grid),
     );
+    let least = errors.iter().copied().fold(f32::INFINITY, f32::min);
     let chosen = order.iter().copied().find(|&index| errors[index] <= TOLERANCE * least).unwrap_or(0);
     (low * ratio(chosen), high * ratio(chosen))
 }
 
-/// Sum of squares of the rounding error of a group.
+/// Sums of squares of the rounding error of a group for every clip ratio: every weight is read once, for all ratios side
+/// by side.
 #[inline(always)]
-fn squared_error(weights: &[f32], scale: f32, zero: u8, bits: u8) -> f32 {
-    let ends = [-f32::from(zero), ((1u32 << bits) - 1) as f32 - f32::from(zero)];
-    let mut squares = [0.0f32; LANES];
-    let (chunks, rest) = weights.as_chunks::<LANES>();
-    for chunk in chunks {
-        add_squares(&mut squares, chunk, scale, scale.recip(), ends);
-    }
-    if !rest.is_empty() {
-        // A zero has no error, so a short piece is filled up with zeros.
-        let mut filled = [0.0; LANES];
-        filled[..rest.len()].copy_from_slice(rest);
-        add_squares(&mut squares, &filled, scale, scale.recip(), ends);
-    }
-    sum_lanes(&squares, |square| square)
-}
-
-#[inline(always)]
-fn add_squares(squares: &mut [f32; LANES], weights: &[f32; LANES], scale: f32, inverse: f32, [lowest, highest]: [f32; 2]) {
+fn squared_errors(weights: &[f32], low: f32, high: f32, grid: Grid) -> [f32; RATIOS] {
     /// Adding and subtracting 1.5 · 2^23 rounds a small number to the nearest whole one, ties to even.
     const WHOLE: f32 = 12_582_912.0;
-    for (square, &weight) in squares.iter_mut().zip(weights) {
-        let code = weight * inverse + WHOLE - WHOLE;
-        let code = if code > highest { highest } else { code };
-        let code = if code > lowest { code } else { lowest };
-        let error = weight - code * scale;
-        *square += error * error;
+    let top = ((1u32 << grid.bits) - 1) as f32;
+    let (mut scales, mut inverses, mut lowest, mut highest) = ([1.0f32; LANES], [1.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES]);
+    for lane in 0..RATIOS {
+        let (scale, zero) = span(low * ratio(lane), high * ratio(lane), grid);
+        (scales[lane], inverses[lane]) = (scale, scale.recip());
+        (lowest[lane], highest[lane]) = (-f32::from(zero), top - f32::from(zero));
     }
+    let mut squares = [0.0f32; LANES];
+    for &weight in weights {
+        for lane in 0..LANES {
+            let code = weight * inverses[lane] + WHOLE - WHOLE;
+            let code = if code > highest[lane] { highest[lane] } else { code };
+            let code = if code > lowest[lane] { code } else { lowest[lane] };
+            let error = weight - code * scales[lane];
+            squares[lane] += error * error;
+        }
+    }
+    std::array::from_fn(|lane| squares[lane])
 }
 
 /// AdpQ: core weights |w| ≤ θ and outliers |w| > θ, each on a symmetric grid of its own per group with 2^bits − 1 points

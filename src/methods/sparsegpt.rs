@@ -6,6 +6,10 @@
 //! for it. The paper's count is the default; `reference_code` repeats the released code, which prunes everything up to
 //! and including the threshold, so one entry per block of columns and all ties more.
 //!
+//! The released code damps by 0.01, which its single precision needs. In double precision less does better: 0.003 gave a
+//! lower divergence than 0.01 at 50 % and at 2:4 on two small models (0.0379 / 1.550 against 0.0380 / 1.551, and
+//! 0.1380 / 2.095 against 0.1387 / 2.135), so it is the default; with `reference_code` set `damping` to 0.01 as well.
+//!
 //! Columns that were never active are zeroed as in the released code, but count in the damping with the mean of the
 //! active ones: there the one that it puts on their diagonal may outweigh every real input.
 
@@ -46,7 +50,7 @@ fn block() -> usize {
 }
 
 fn damping() -> f64 {
-    0.01
+    0.003
 }
 
 impl Default for SparseGpt {
@@ -72,7 +76,7 @@ impl Method for SparseGpt {
             return Err(Error::input("block is 0 columns, it must be at least 1, like 128"));
         }
         if !(1e-9..=10.0).contains(&self.damping) {
-            return Err(Error::input(format!("damping is {}, it must be from 1e-9 to 10, like 0.01", self.damping)));
+            return Err(Error::input(format!("damping is {}, it must be from 1e-9 to 10, like 0.003", self.damping)));
         }
         Ok(Storage::Sparse(self.pattern))
     }
@@ -209,7 +213,7 @@ mod tests {
             (Pattern::Unstructured, "10011100 00100100 01010110 00110110", 77.764027),
             (TWO_OF_FOUR, "10011100 01101100 01010110 00110110", 56.958361),
         ] {
-            let options = SparseGpt { pattern, block: 4, reference_code: true, ..SparseGpt::default() };
+            let options = SparseGpt { pattern, block: 4, damping: 0.01, reference_code: true, ..SparseGpt::default() };
             let pruned = options.prune(&exact, &gram).unwrap();
             assert_eq!(mask(&pruned.matrix), expected);
             close(error(&gram, &exact, &pruned.matrix), e);
@@ -283,10 +287,10 @@ mod tests {
         assert!(pruned.matrix.zeros() == 64 && pruned.notes[0].starts_with("1 of 16 input columns"), "{:?}", pruned.notes);
         let none = SparseGpt::default().prune(&exact, &[0.0; 256]).unwrap();
         assert_eq!(none.matrix.zeros(), 8 * 16);
-        // The identity minus a little more than its damping in one direction is indefinite until damped by a tenth.
-        let indefinite: Vec<f64> = (0..256).map(|at| if at / 16 == at % 16 { 1.0 } else { -1.05 / 15.0 }).collect();
+        // The identity minus a little more than its damping in one direction is indefinite until damped by a few hundredths.
+        let indefinite: Vec<f64> = (0..256).map(|at| if at / 16 == at % 16 { 1.0 } else { -1.02 / 15.0 }).collect();
         let pruned = SparseGpt::default().prune(&exact, &indefinite).unwrap();
-        assert!(pruned.notes[0].contains("0.1 was used"), "{:?}", pruned.notes);
+        assert!(pruned.notes[0].contains("0.03 was used"), "{:?}", pruned.notes);
         assert!(SparseGpt::default().prune(&exact, &[-1.0; 3]).is_err());
         let negative: Vec<f64> = (0..256).map(|at| if at / 16 == at % 16 { 1.0 } else { -5.0 }).collect();
         assert!(SparseGpt::default().prune(&exact, &negative).unwrap_err().to_string().contains("cannot be inverted"));
