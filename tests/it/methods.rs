@@ -58,6 +58,21 @@ fn methods_on_blocks_give_the_same_bytes_for_any_number_of_threads() {
 }
 
 #[test]
+fn every_preset_gives_the_same_bytes_for_any_number_of_threads() {
+    let (folder, model) = workplace();
+    let run = |preset: &str, threads: &str| {
+        let out = folder.path().join(format!("{}-{threads}", preset.replace(':', "-")));
+        let few = ["--samples", "3", "--seq", "32", "--no-eval", "--threads", threads];
+        json(&[&["compress", &model, "-o", out.to_str().unwrap(), "--preset", preset], &few[..]].concat());
+        weights(&out)
+    };
+    // The slowest differs from another in its number of iterations alone.
+    for preset in drawknife::plan::recipe::PRESETS.iter().filter(|preset| preset.name != "w4-best") {
+        assert!(run(preset.name, "1") == run(preset.name, "3"), "{}", preset.name);
+    }
+}
+
+#[test]
 fn learned_rounding_lowers_the_block_error_and_keeps_pruned_weights_at_zero() {
     let (folder, model) = workplace();
     let learned = stage("signround", "bits = 3\niters = 20\ninit = \"range\"");
