@@ -102,8 +102,11 @@ pub struct Compress {
     /// Tokens to measure quality on at most.
     #[arg(long, value_name = "N", default_value_t = 8192)]
     pub eval_tokens: usize,
+    /// Tokens per window that quality is measured on, or as many as the model takes.
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    pub eval_seq: usize,
     /// Do not measure quality.
-    #[arg(long, conflicts_with_all = ["eval_text", "eval_tokens"])]
+    #[arg(long, conflicts_with_all = ["eval_text", "eval_tokens", "eval_seq"])]
     pub no_eval: bool,
     /// Fail with 3 when the quality exceeds a limit, like kld_mean=0.05 or ppl_ratio=1.02; may be repeated.
     #[arg(long, value_name = "NAME=LIMIT")]

@@ -17,9 +17,6 @@ use crate::plan::recipe::{Gate, OneOrMany, Override, Recipe, Skip};
 use crate::report::{Report, bytes};
 use crate::run::Run;
 
-/// Tokens per window of the measurement at the end.
-const QUALITY_SEQ: usize = 512;
-
 /// Runs the verb.
 ///
 /// # Errors
@@ -130,10 +127,12 @@ fn quality(arguments: &Compress) -> Result<Option<QualityOptions>> {
     if arguments.no_eval {
         return Ok(None);
     }
-    if arguments.eval_tokens < 2 {
-        return Err(Error::input("--eval-tokens: use at least 2"));
+    for (name, value) in [("--eval-tokens", arguments.eval_tokens), ("--eval-seq", arguments.eval_seq)] {
+        if value < 2 {
+            return Err(Error::input(format!("{name} is {value}, it must be at least 2, like 512")));
+        }
     }
-    let seq = QUALITY_SEQ.min(arguments.eval_tokens);
+    let seq = arguments.eval_seq.min(arguments.eval_tokens);
     let protocol = Protocol { seq, max_tokens: Some(arguments.eval_tokens), bos: Bos::Once };
     Ok(Some(QualityOptions { text: arguments.eval_text.clone(), protocol }))
 }

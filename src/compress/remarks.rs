@@ -71,7 +71,7 @@ mod tests {
         assert_eq!(of_floats(&[0.0; 4], 2).unwrap(), "all weights were zero before compression");
         let seen = Seen { inputs: [(Site::Mlp, vec![1.0, 0.0, 0.0, 2.0, 0.0, 0.0])].into(), ..Seen::default() };
         let remarks = of_inputs(&seen, Site::Mlp, 3, 2);
-        assert!(remarks[0].starts_with("1 of 3 input columns") && remarks[1].starts_with("2 calibration tokens"), "{remarks:?}");
+        assert!(remarks[0].starts_with("2 of 3 input columns") && remarks[1].starts_with("2 calibration tokens"), "{remarks:?}");
         assert!(of_inputs(&Seen::default(), Site::Down, 3, 3).is_empty());
     }
 }

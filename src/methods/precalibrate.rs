@@ -4,7 +4,11 @@
 //! Source: Ghaffari et al. 2025, arXiv:2501.09107, whose text could not be read beyond its abstract; the ranges are our
 //! reading of it, stated step by step in [`crate::kernels::precalibrate`]. `storage = "adpq"` is its predecessor AdpQ,
 //! arXiv:2405.13358. Needs nothing. With ranges it leaves the weight as it is; with `outliers = 0` the next stage does
-//! what it would do without it. It does not tune anything, and rounds nothing unless it splits.
+//! what it would do without it. As mean KLD on a model of 7M parameters / one of 260k, groups of 128, without it and with
+//! it: SignRound from the closed form at 2 bits 0.0950 / 0.906 and 0.1053 / 0.910 (50 / 200 iterations), at 3 bits on the
+//! smaller 0.278 and 0.277; GPTQ on the smaller at 2 bits 2.187 and 2.170, at 3 bits 0.590 and 0.559; round to nearest at
+//! 3 bits 0.1114 and 0.1144 on the larger. It helps what does not look at inputs more than what does, and harms SignRound
+//! at 2 bits: no preset puts it before a calibrated method. It does not tune anything, and rounds nothing unless it splits.
 
 use crate::error::{Error, Result};
 use crate::kernels::precalibrate::{precalibrate, split, threshold};

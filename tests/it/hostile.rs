@@ -115,8 +115,9 @@ fn dead_inputs_constant_rows_and_blocks_of_zeros_end_in_a_finite_model_with_a_no
 fn one_window_is_enough_to_end_in_a_finite_model_with_a_note() {
     let (folder, model) = workplace();
     for (name, stages) in RECIPES {
-        let few = ["--samples", "1", "--seq", "64", "--eval-tokens", "512"];
+        let few = ["--samples", "1", "--seq", "64", "--eval-tokens", "512", "--eval-seq", "128"];
         let (out, found) = compress(folder.path(), &model, name, &format!("[[stage]]\n{stages}"), &few);
+        assert_eq!(found["report"]["quality"]["seq"], 128);
         assert!(finite(&out) && found["report"]["quality"]["nll"].as_f64().unwrap().is_finite(), "{name}");
         if !found["report"]["calibration"].is_null() {
             let query = notes(&found, "model.layers.2.self_attn.q_proj");
