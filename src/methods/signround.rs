@@ -8,7 +8,7 @@
 //!
 //! Which start wins was measured as mean KLD, groups of 128, 200 iterations, on a model of 7M parameters / one of 260k.
 //! 3 bits: closed form 0.0246 / 0.278, searched grids 0.0265 / 0.271, ranges – / 0.310. 2 bits: closed form 0.0952 /
-//! 0.921, searched grids 0.1039 / 0.887, ranges – / 1.192. 4 bits, 260k parameters: 0.0777, 0.0812, 0.0824. After 50
+//! 0.921, searched grids 0.1039 / 0.887, ranges – / 1.192. 4 bits: closed form 0.0064 / 0.0745, searched grids – / 0.0812, ranges – / 0.0824. After 50
 //! iterations at 4 bits, 7M parameters: closed form 0.0063, ranges 0.0089. The closed form wins on the larger model and
 //! everywhere at 4 bits, so it is the default. With learning rates of 1/50 half a hundred iterations from it ended where
 //! they began or worse; see `lr`.
@@ -82,8 +82,8 @@ pub struct SignRound {
     /// Iterations; those of the preset when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub iters: Option<usize>,
-    /// Learning rate of the offsets; when absent 1 / iterations, from the closed form at most 1 / 200. It falls linearly to
-    /// zero.
+    /// Learning rate of the offsets; when absent 1 / iterations, from the closed form at most 1 / 200 below 4 bits and 1 / 500
+    /// else. It falls linearly to zero.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lr: Option<f64>,
     /// Learning rate of the grids; when absent `lr`, from the closed form a fifth of it.
@@ -130,14 +130,15 @@ impl SignRound {
     }
 
     /// Learning rates of the offsets and of the grids. AutoRound's; from the closed form, which is close to an optimum, at
-    /// most 1/200 and a fifth of that: with 1/50 half a hundred iterations lead away from it.
+    /// most 1/200 below 4 bits, 1/500 from there on, and a fifth of that: with 1/50 half a hundred iterations lead away
+    /// from it.
     fn rates(&self) -> [f64; 2] {
         let iterations = self.iterations().max(1) as f64;
         let near = self.start() == Init::ClosedForm;
         let automatic = match self.preset {
             Preset::Light if self.iters.is_none() => 1.0 / 200.0,
             _ if self.iterations() >= 1000 && self.bits < LOW_BITS => 2.0 / iterations,
-            _ if near => 1.0 / iterations.max(200.0),
+            _ if near => 1.0 / iterations.max(if self.bits < LOW_BITS { 200.0 } else { 500.0 }),
             _ => 1.0 / iterations,
         };
         let rate = self.lr.unwrap_or(automatic);
