@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use drawknife::kernels::gemm::{Sizes, View, product};
 use drawknife::kernels::gram::add_gram;
+use drawknife::kernels::precalibrate::precalibrate;
 use drawknife::kernels::quantize::{Grid, round_to_nearest};
 use drawknife::kernels::sign_descent::{Rounding, Start};
 use drawknife::kernels::trits::{Rule, fit_free, fit_tied};
@@ -31,7 +32,7 @@ fn main() {
         println!("{name:<33}  {:8.1} million weights per core-second  {:.1} % of a copy", rate / 1e6, 100.0 * rate / copy);
     };
     ptqtp(&weight, &show);
-    precalibrate(&weight, &show);
+    ranges(&matrix, &show);
     sign_descent(&matrix, &show);
     let peak = gemm();
     println!("matrix product 2048 x {COLUMNS} x {ROWS}     {:8.1} GFLOP/s  the limit of what follows", peak / 1e9);
@@ -39,12 +40,10 @@ fn main() {
 }
 
 /// Ranges for the grids of the stage that follows.
-fn precalibrate(weight: &Weight, show: &dyn Fn(&str, f64)) {
+fn ranges(matrix: &Matrix, show: &dyn Fn(&str, f64)) {
     for (bits, symmetric) in [(4, true), (4, false), (3, true), (2, false)] {
-        let options = toml::toml! { bits = bits symmetric = symmetric };
-        let method = methods::read("precalibrate", options).expect("sound options");
-        let layer = layer(None);
-        let seconds = best(|| drop(black_box(method.apply(weight.clone(), &layer).expect("sound weights"))));
+        let grid = Grid { bits, group: 128, symmetric, scale_float: Float::BF16 };
+        let seconds = best(|| drop(black_box(precalibrate(matrix, grid, 0.05, false))));
         show(&format!("precalibrate, {bits} bits{}", if symmetric { "" } else { ", asymmetric" }), seconds);
     }
 }

@@ -7,11 +7,10 @@
 //! [`crate::methods::closed_form`] with offsets inside their cells (quality-records §2d).
 //!
 //! Which start wins was measured as mean KLD, groups of 128, 200 iterations, on a model of 7M parameters / one of 260k.
-//! 3 bits: closed form 0.0246 / 0.278, searched grids 0.0265 / 0.271, ranges – / 0.310. 2 bits: closed form 0.0952 /
-//! 0.921, searched grids 0.1039 / 0.887, ranges – / 1.192. 4 bits: closed form 0.0064 / 0.0745, searched grids – / 0.0812, ranges – / 0.0824. After 50
-//! iterations at 4 bits, 7M parameters: closed form 0.0063, ranges 0.0089. The closed form wins on the larger model and
-//! everywhere at 4 bits, so it is the default. With learning rates of 1/50 half a hundred iterations from it ended where
-//! they began or worse; see `lr`.
+//! 4 bits: closed form 0.0064 / 0.0745, searched grids – / 0.0812, ranges – / 0.0824. 3 bits: 0.0246 / 0.278, 0.0265 /
+//! 0.271, – / 0.310. 2 bits: 0.0952 / 0.921, 0.1039 / 0.887, – / 1.192. After 50 iterations at 4 bits, 7M parameters:
+//! closed form 0.0063, ranges 0.0089. The closed form wins on the larger model and everywhere at 4 bits, so it is the
+//! default. With learning rates of 1/50 half a hundred iterations from it ended where they began or worse; see `lr`.
 //!
 //! Beyond the paper: the start, the best mini-batch and the last state are compared on the same calibration windows and the
 //! best is kept; the loss with outliers suppressed drops them per window. The adjoint's products are rounded to
