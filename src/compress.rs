@@ -28,7 +28,7 @@ use crate::model::config::known_family;
 use crate::model::generate::{self, BUDGET};
 use crate::model::hidden::{BUDGET_BYTES, Hidden};
 use crate::model::seen::Needs;
-use crate::model::walk::{embed, walk};
+use crate::model::walk::{self, embed, walk};
 use crate::model::{Model, config};
 use crate::plan::Plan;
 use crate::plan::recipe::Recipe;
@@ -122,7 +122,11 @@ impl Prepared {
             evaluation = evaluation_windows(&job, model, &mut notes)?;
             (calibration, generation) = calibration_windows(&mut job, model, needs, &mut notes)?;
             let writing = generation.as_ref().map_or(0, |options| BUDGET.memory_bytes(model, options));
-            memory_bytes += writing.max(2 * model.block_bytes());
+            let windows = calibration.as_ref().map_or(&[][..], |packed: &Packed| &packed.windows);
+            let read: usize = windows.iter().map(Vec::len).sum();
+            let written = generation.as_ref().map_or(0, |options| options.samples * options.seq);
+            let seen = walk::memory_bytes(model, (read + written) as u64, needs);
+            memory_bytes += writing.max(2 * model.block_bytes() + seen);
         }
         if !job.recipe.gate.is_empty() && evaluation.is_none() {
             return Err(Error::input(format!(

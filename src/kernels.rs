@@ -18,6 +18,7 @@ pub mod gemm;
 pub mod gram;
 pub mod gram_space;
 pub mod likelihood;
+pub mod linear;
 pub mod precalibrate;
 pub mod quadratic;
 pub mod quantize;

@@ -50,8 +50,8 @@
 //! - A tensor's bytes are mapped while somebody holds them and no longer; one block is resident at a time.
 //! - The destination appears complete or not at all.
 //! - A new method, family, format or kernel is one file or row and one line in a table.
-//! - Unsafe code stands in [`checkpoint::shard`] (mapping), [`kernels::gemm`] (calls of the gemm crate) and
-//!   [`cli::allocator`] (two settings of the C library) alone.
+//! - Unsafe code stands in [`checkpoint::shard`] (mapping), [`kernels::gemm`] (calls of the gemm crate),
+//!   [`kernels::rough_product`] (bfloat16 instructions) and [`cli::allocator`] (two settings of the C library) alone.
 //!
 //! The tests `layering` and `tidy` check most of these.
 

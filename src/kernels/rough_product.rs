@@ -9,10 +9,9 @@
 use crate::kernels::gemm::{Sizes, View, product};
 
 /// How exact a product is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Precision {
     /// Single precision.
-    #[default]
     Single,
     /// Operands in bfloat16 where the processor multiplies it.
     Rough,

@@ -10,10 +10,9 @@ use burn::tensor::Tensor;
 use crate::kernels::attention::Attention;
 use crate::kernels::decode_attention::{self, Cache};
 use crate::kernels::gated::gated;
-use crate::kernels::gemm::{Sizes, View, product};
+use crate::kernels::linear;
 use crate::kernels::rms_norm::rms_norm;
 use crate::kernels::rope::{Table, rope};
-use crate::kernels::{Floats, tensor};
 use crate::model::architecture::{NormKind, QkNorm};
 use crate::model::block::{Parameters, Place, Role, Site};
 use crate::model::config::{Config, Layer};
@@ -30,7 +29,7 @@ pub struct Spec<'a> {
     /// Tokens per window.
     pub seq: usize,
     /// Keys and values of the positions before, when a forward goes one position at a time; it takes in the new ones.
-    /// A cell, because the layer's surroundings are otherwise only read.
+    /// Behind a lock, because the layer's surroundings are otherwise only read, by all threads.
     pub cache: Option<&'a Mutex<Cache>>,
 }
 
@@ -206,21 +205,11 @@ fn norm(spec: &Spec<'_>, parameters: &Parameters, place: Place, x: Tensor<2>) ->
 }
 
 fn linear(parameters: &Parameters, role: Role, x: &Tensor<2>) -> Tensor<2> {
-    let weight = parameters.weight(role);
-    let product = projected(x, weight).unwrap_or_else(|| x.clone().matmul(weight.clone().transpose()));
+    let product = linear::linear(x, parameters.weight(role));
     match parameters.bias(role) {
         Some(bias) => product + bias.clone().unsqueeze(),
         None => product,
     }
-}
-
-/// x Wᵀ on the processor, outside automatic differentiation: straight from the slices.
-fn projected(x: &Tensor<2>, weight: &Tensor<2>) -> Option<Tensor<2>> {
-    let ([m, k], [n, _]) = (x.dims(), weight.dims());
-    let (left, right) = (Floats::of(x)?, Floats::of(weight)?);
-    let mut out = vec![0.0; m * n];
-    product(Sizes { m, n, k }, &mut out, n, false, 1.0, View::rows(left.slice(), k), View::transposed(right.slice(), k), true);
-    Some(tensor(out, [m, n], &x.device()))
 }
 
 /// Queries or keys after their norm and rotation.

@@ -99,7 +99,9 @@ pub fn walk(model: &Model<'_>, hidden: &mut Hidden, stage: &str, run: &Run<'_>, 
             if let Some(float) = &mut float {
                 wanted = float.advance(model, index, &parameters, run)?;
             }
-            seen.inputs = first_inputs(model, index, &parameters, hidden, run)?;
+            if visitor.observes() < Needs::Gram {
+                seen.inputs = first_inputs(model, index, &parameters, hidden, run)?;
+            }
             parameters.give_back(&mut block);
         }
         let streams = float.as_mut().map(FloatStream::lend);
@@ -120,6 +122,20 @@ pub fn walk(model: &Model<'_>, hidden: &mut Hidden, stage: &str, run: &Run<'_>, 
     }
     run.observer.end();
     Ok(())
+}
+
+/// Memory for what must have been seen of so many tokens, in bytes, beside the block and the hidden states: Gram matrices
+/// of all sites and, for both streams, the stores of the float stream and of the states between sites (what is over their
+/// budget lies on disk), and the sums of the widest site for most windows, those held out, and all.
+pub fn memory_bytes(model: &Model<'_>, tokens: u64, needs: Needs) -> u64 {
+    let (hidden, query, middle) = (model.config.hidden as u64, model.config.query_width() as u64, model.config.intermediate as u64);
+    let square = |columns: u64| 8 * columns * columns;
+    let gram = if needs >= Needs::Gram { 2 * square(hidden) + square(query) + square(middle) } else { 0 };
+    if needs < Needs::Streams {
+        return gram;
+    }
+    let store = |width: u64| (4 * tokens * width).min(BUDGET_BYTES);
+    gram + 4 * store(hidden) + 2 * store(query) + 6 * square(hidden.max(query).max(middle))
 }
 
 /// The hidden states of the float model beside those of the compressed one.
