@@ -26,7 +26,7 @@ use crate::formats::output::{Output, write_json};
 use crate::formats::{self, Entry, Format};
 use crate::model::config::known_family;
 use crate::model::generate::{self, BUDGET};
-use crate::model::hidden::{BUDGET_BYTES, Hidden};
+use crate::model::hidden::{Hidden, Keeping};
 use crate::model::seen::Needs;
 use crate::model::walk::{self, embed, walk};
 use crate::model::{Model, config};
@@ -180,7 +180,7 @@ impl Prepared {
             let model = Model::open(&self.checkpoint, &source)?;
             generation::write(&model, self.generation.as_ref(), self.calibration.as_mut(), run)?;
             let windows = self.calibration.as_ref().map_or(&[][..], |packed| &packed.windows);
-            let mut hidden: Hidden = embed(&model, windows, BUDGET_BYTES, run)?;
+            let mut hidden: Hidden = embed(&model, windows, Keeping::HALVED, run)?;
             walk(&model, &mut hidden, "compress", run, &mut compressor)?;
         }
         let (layers, blocks) = compressor.finish();

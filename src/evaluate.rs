@@ -12,7 +12,7 @@ use crate::calibrate::tokens::Tokenizer;
 use crate::error::{Error, Result};
 use crate::kernels::likelihood::Pair;
 use crate::kernels::{tensor, values};
-use crate::model::hidden::{BUDGET_BYTES, Hidden};
+use crate::model::hidden::{Hidden, Keeping};
 use crate::model::walk::{Pass, embed, walk};
 use crate::model::{Model, forward};
 use crate::run::Run;
@@ -140,7 +140,7 @@ pub fn measure(model: &Model<'_>, reference: Option<&Model<'_>>, windows: &[Vec<
         return Err(Error::input(format!("the model predicts {found} tokens, the reference {needed}; they cannot be compared")));
     }
     let last = |model: &Model<'_>, stage: &str| -> Result<Hidden> {
-        let mut hidden = embed(model, windows, BUDGET_BYTES, run)?;
+        let mut hidden = embed(model, windows, Keeping::EXACT, run)?;
         walk(model, &mut hidden, stage, run, &mut Pass)?;
         Ok(hidden)
     };

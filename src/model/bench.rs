@@ -63,9 +63,8 @@ impl Between {
     ///
     /// # Errors
     /// When a temporary file cannot be made.
-    pub fn new(model: &Model<'_>, hidden: &Hidden, budget_bytes: u64, run: &Run<'_>) -> Result<Self> {
-        let lengths: Vec<usize> = (0..hidden.len()).map(|window| hidden.tokens(window)).collect();
-        let store = |width| Hidden::new(&lengths, width, budget_bytes, run.scratch);
+    pub fn new(model: &Model<'_>, hidden: &Hidden, run: &Run<'_>) -> Result<Self> {
+        let store = |width| hidden.like(width, run.scratch);
         Ok(Self { mixed: store(model.config.query_width())?, joined: store(model.config.hidden)? })
     }
 

@@ -12,7 +12,7 @@ use crate::model::Model;
 use crate::model::bench::{Bench, Between, Streams, relative_error};
 use crate::model::block::{Parameters, Site};
 use crate::model::forward::{self, Point, Spec, Tap};
-use crate::model::hidden::{BUDGET_BYTES, Hidden};
+use crate::model::hidden::{Hidden, Keeping};
 use crate::model::seen::{Needs, Seen, Statistics};
 use crate::run::Run;
 
@@ -64,9 +64,9 @@ impl Visitor for Pass {
 ///
 /// # Errors
 /// When a token is beyond the vocabulary or the store cannot be written.
-pub fn embed(model: &Model<'_>, windows: &[Vec<u32>], budget_bytes: u64, run: &Run<'_>) -> Result<Hidden> {
+pub fn embed(model: &Model<'_>, windows: &[Vec<u32>], keeping: Keeping, run: &Run<'_>) -> Result<Hidden> {
     let lengths: Vec<usize> = windows.iter().map(Vec::len).collect();
-    let mut hidden = Hidden::new(&lengths, model.config.hidden, budget_bytes, run.scratch)?;
+    let mut hidden = Hidden::new(&lengths, model.config.hidden, keeping, run.scratch)?;
     for (number, window) in windows.iter().enumerate() {
         hidden.write(number..number + 1, &model.embed(window)?)?;
     }
@@ -134,7 +134,7 @@ pub fn memory_bytes(model: &Model<'_>, tokens: u64, needs: Needs) -> u64 {
     if needs < Needs::Streams {
         return gram;
     }
-    let store = |width: u64| (4 * tokens * width).min(BUDGET_BYTES);
+    let store = |width: u64| Keeping::HALVED.memory_bytes(tokens, width);
     gram + 4 * store(hidden) + 2 * store(query) + 6 * square(hidden.max(query).max(middle))
 }
 
@@ -147,12 +147,8 @@ struct FloatStream {
 
 impl FloatStream {
     fn new(model: &Model<'_>, hidden: &Hidden, run: &Run<'_>) -> Result<Self> {
-        let between = || Between::new(model, hidden, BUDGET_BYTES, run);
-        Ok(Self {
-            inputs: hidden.copy(BUDGET_BYTES, run.scratch)?,
-            targets: hidden.copy(BUDGET_BYTES, run.scratch)?,
-            between: [between()?, between()?],
-        })
+        let between = || Between::new(model, hidden, run);
+        Ok(Self { inputs: hidden.copy(run.scratch)?, targets: hidden.copy(run.scratch)?, between: [between()?, between()?] })
     }
 
     /// Computes the outputs of the original block; gives those of the first windows.

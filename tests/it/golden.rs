@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use drawknife::checkpoint::{Checkpoint, Shard, source::Plain};
 use drawknife::device::Device;
 use drawknife::kernels::{tensor, values};
+use drawknife::model::hidden::Keeping;
 use drawknife::model::walk::{Pass, embed, walk};
 use drawknife::model::{Model, forward};
 use drawknife::run::{Run, Silent};
@@ -32,7 +33,7 @@ pub fn logits(folder: &Path, tokens: &[u32]) -> Vec<f32> {
     let model = Model::open(&checkpoint, &Plain).unwrap();
     let device = Device::cpu();
     let run = Run { device: &device, seed: 0, observer: &Silent, scratch: Path::new(".") };
-    let mut hidden = embed(&model, &[tokens.to_vec()], u64::MAX, &run).unwrap();
+    let mut hidden = embed(&model, &[tokens.to_vec()], Keeping::EXACT, &run).unwrap();
     walk(&model, &mut hidden, "golden", &run, &mut Pass).unwrap();
     let config = &model.config;
     let x = tensor(hidden.read(0..1).unwrap(), [tokens.len(), config.hidden], &device.burn);
