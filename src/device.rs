@@ -1,6 +1,16 @@
 //! Where tensors are computed.
 
-use crate::error::{Error, Result};
+#[cfg(not(feature = "gpu"))]
+mod absent;
+#[cfg(feature = "gpu")]
+mod gpu;
+
+#[cfg(not(feature = "gpu"))]
+pub use absent::{Buffer, Gpu, adapters, open};
+#[cfg(feature = "gpu")]
+pub use gpu::{Buffer, Gpu, adapters, open};
+
+use crate::error::Result;
 
 /// What `--device` asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -29,6 +39,50 @@ impl std::str::FromStr for Choice {
     }
 }
 
+/// A compute shader: one valid WGSL file whose entry point is `main`, of 64 threads per workgroup.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Shader {
+    /// Name of the kernel and, with `.wgsl`, of its file.
+    pub name: &'static str,
+    /// The text.
+    pub source: &'static str,
+}
+
+/// What a GPU adapter says of itself.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Adapter {
+    /// Its number, for `--device gpu:N`.
+    pub number: usize,
+    /// Its name.
+    pub name: String,
+    /// Discrete, integrated, virtual, or software.
+    pub kind: String,
+    /// Whether it computes on the processor: good for tests, slow for work.
+    pub software: bool,
+    /// The graphics interface.
+    pub backend: String,
+    /// The driver and its version.
+    pub driver: String,
+    /// Bytes of a buffer that a kernel sees at once.
+    pub binding_bytes: u64,
+    /// Bytes of a buffer.
+    pub buffer_bytes: u64,
+    /// Workgroups per dimension of a launch.
+    pub workgroups: u32,
+    /// Threads of a workgroup.
+    pub workgroup_threads: u32,
+    /// Bytes that a workgroup shares.
+    pub workgroup_bytes: u32,
+    /// Buffers of a kernel.
+    pub bindings: u32,
+    /// Whether kernels may use 16-bit floats.
+    pub half: bool,
+    /// Smallest and largest number of threads that step together.
+    pub subgroups: [u32; 2],
+    /// Matrix units: shapes, operand and result types.
+    pub matrix_units: Vec<String>,
+}
+
 /// A device that computes.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Device {
@@ -36,51 +90,36 @@ pub struct Device {
     pub burn: burn::tensor::Device,
     /// What a person calls it.
     pub name: String,
+    /// Where kernels are launched, when it is a GPU.
+    pub gpu: Option<Gpu>,
 }
 
 impl Device {
-    /// Picks the device. `auto` is the processor: until every kernel has its GPU twin, it is the faster of the two
-    /// for the small windows of calibration.
+    /// Picks the device. `auto` is the first real GPU, else the processor; a software adapter must be asked for.
     ///
     /// # Errors
-    /// When the GPU asked for is not there, or the program was built without GPU support.
+    /// When the GPU asked for is not there or fails, or the program was built without GPU support.
     pub fn pick(choice: Choice) -> Result<Self> {
         match choice {
-            Choice::Auto | Choice::Cpu => Ok(Self::cpu()),
+            Choice::Cpu => Ok(Self::cpu()),
             Choice::Gpu(number) => Self::gpu(number),
+            Choice::Auto => match adapters().iter().find(|adapter| !adapter.software) {
+                Some(adapter) => Self::gpu(adapter.number).or_else(|_| Ok(Self::cpu())),
+                None => Ok(Self::cpu()),
+            },
         }
     }
 
     /// The GPU of this number, after it has computed something.
-    #[cfg(feature = "gpu")]
     fn gpu(number: usize) -> Result<Self> {
-        use burn::tensor::{DeviceKind, Tensor};
-        let kinds = [DeviceKind::DiscreteGpu(number), DeviceKind::IntegratedGpu(number), DeviceKind::VirtualGpu(number), DeviceKind::Cpu];
-        for kind in kinds {
-            let name = format!("gpu:{number} ({kind:?})");
-            let works = std::panic::catch_unwind(|| {
-                let device = burn::tensor::Device::wgpu(kind);
-                let sum = Tensor::<1>::ones([4], &device).sum().into_data().try_into_vec::<f32>();
-                (sum == Ok(vec![4.0])).then_some(device)
-            });
-            if let Ok(Some(burn)) = works {
-                return Ok(Self { burn, name });
-            }
-        }
-        Err(Error::input(format!("--device gpu:{number}: no such adapter answers; use --device cpu")))
-    }
-
-    #[cfg(not(feature = "gpu"))]
-    fn gpu(number: usize) -> Result<Self> {
-        Err(Error::input(format!(
-            "--device gpu:{number}: this program was built without GPU support; build it with `--features gpu`, or use --device cpu"
-        )))
+        let (gpu, burn) = open(number)?;
+        Ok(Self { burn, name: format!("gpu:{number} ({})", gpu.adapter().name), gpu: Some(gpu) })
     }
 
     /// The processor.
     pub fn cpu() -> Self {
         let threads = rayon::current_num_threads();
-        Self { burn: burn::tensor::Device::flex(), name: format!("cpu ({threads} threads, {})", simd()) }
+        Self { burn: burn::tensor::Device::flex(), name: format!("cpu ({threads} threads, {})", simd()), gpu: None }
     }
 }
 

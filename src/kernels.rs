@@ -8,6 +8,7 @@
 pub mod admm;
 pub mod attention;
 pub mod attention_adjoint;
+pub mod channels;
 pub mod decode_attention;
 pub mod descent;
 pub mod error_feedback;
@@ -29,6 +30,7 @@ pub mod rough_product;
 pub mod sampling;
 pub mod scale_search;
 pub mod select;
+pub mod self_test;
 pub mod sign_descent;
 pub mod sparsegpt;
 pub mod swap;
@@ -37,7 +39,31 @@ pub mod trits;
 use burn::tensor::{Device, Tensor, TensorData};
 use burn_flex::{Flex, FlexTensor};
 
+use crate::device::Shader;
 pub use crate::lanes::{dot_lanes, maximum, sum_lanes, vectorized};
+
+/// All compute shaders.
+pub static SHADERS: [&Shader; 19] = [
+    &admm::gpu::ADMM_SPLIT,
+    &admm::gpu::ADMM_COMBINE,
+    &channels::gpu::CHANNEL_STATISTICS,
+    &gram::gpu::COLUMN_SQUARES,
+    &gram::gpu::GRAM,
+    &linear::gpu::PRODUCT,
+    &linear::gpu::PRODUCT_INTS,
+    &linear::gpu::PRODUCT_TRITS,
+    &precalibrate::gpu::CLIP_RATIOS,
+    &precalibrate::gpu::ROUNDED_HISTOGRAM,
+    &quantize::gpu::GROUP_GRIDS,
+    &quantize::gpu::ROUND_CODES,
+    &select::gpu::KEEP_LARGEST,
+    &select::gpu::KEY_HISTOGRAM,
+    &select::gpu::SELECT_BLOCKS,
+    &select::gpu::SELECT_SMALLEST,
+    &sign_descent::gpu::SIGN_DESCENT,
+    &trits::gpu::TRIT_CODES,
+    &trits::gpu::TRIT_SCALES,
+];
 
 /// The floats of a tensor that lies on the processor.
 #[derive(Debug)]

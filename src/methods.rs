@@ -17,6 +17,7 @@ pub mod wanda;
 
 use std::fmt::Debug;
 
+use crate::device::Gpu;
 use crate::error::{Error, Result};
 use crate::kernels::quantize::{Bounds, Grid};
 use crate::matrix::Matrix;
@@ -41,6 +42,8 @@ pub struct Layer<'a> {
     pub bounds: Option<&'a Bounds>,
     /// For methods that aim at the float model's output: the corrected weight, dense even where the weight is pruned.
     pub goal: Option<&'a Matrix>,
+    /// The GPU that kernels run on, where the run has one.
+    pub gpu: Option<&'a Gpu>,
 }
 
 impl Layer<'_> {

@@ -6,9 +6,11 @@ use crate::cli::Invocation;
 use crate::cli::arguments::Presets;
 use crate::cli::text::{say, say_json};
 use crate::compress::destination::free_bytes;
-use crate::device::{Device, simd};
-use crate::error::Result;
+use crate::device::{Adapter, Choice, Device, adapters, simd};
+use crate::error::{Error, Result};
 use crate::formats::FORMATS;
+use crate::kernels::SHADERS;
+use crate::kernels::self_test::CHECKS;
 use crate::methods::METHODS;
 use crate::plan::recipe::{PRESETS, Recipe};
 use crate::report::bytes;
@@ -41,35 +43,124 @@ pub fn presets(arguments: &Presets, invocation: &Invocation) -> Result<()> {
     Ok(())
 }
 
-/// Shows what the machine offers.
+/// Shows what the machine offers, and has the kernels of its first GPU compared with their twins for two seconds.
 ///
 /// # Errors
-/// When a file system cannot be asked.
+/// When a file system cannot be asked, or a GPU computes something wrong.
 pub fn doctor(invocation: &Invocation) -> Result<()> {
     let device = Device::cpu();
     let (here, temporary) = (std::path::PathBuf::from("."), std::env::temp_dir());
     let (total, available) = memory();
     let (free_here, free_temporary) = (free_bytes(&here)?, free_bytes(&temporary)?);
+    let adapters = adapters();
+    let examined = (!adapters.is_empty()).then(|| examine(adapters[0].number));
     if invocation.json {
         say_json(&json!({
             "version": env!("CARGO_PKG_VERSION"), "device": device.name, "simd": simd(), "threads": rayon::current_num_threads(),
             "memory_bytes": total, "memory_available_bytes": available, "disk_free_bytes": free_here,
             "temporary_folder": temporary, "temporary_free_bytes": free_temporary, "gpu_support": cfg!(feature = "gpu"),
+            "adapters": adapters, "self_test": examined,
         }));
-        return Ok(());
+    } else {
+        say(&format!("drawknife  {}", env!("CARGO_PKG_VERSION")));
+        say(&format!("compute    {}", device.name));
+        show_adapters(&adapters);
+        if let Some(examined) = &examined {
+            say(&format!("self-test  {examined}"));
+        }
+        say(&format!("memory     {} of {} available", bytes(available), bytes(total)));
+        say(&format!(
+            "disk       {} free here, {} free in {} (hidden states go there when they outgrow memory)",
+            bytes(free_here),
+            bytes(free_temporary),
+            temporary.display()
+        ));
     }
-    say(&format!("drawknife  {}", env!("CARGO_PKG_VERSION")));
-    say(&format!("compute    {}", device.name));
-    let gpu = if cfg!(feature = "gpu") { "used with --device gpu" } else { "not used: this program was built without GPU support" };
-    say(&format!("gpu        {gpu}"));
-    say(&format!("memory     {} of {} available", bytes(available), bytes(total)));
-    say(&format!(
-        "disk       {} free here, {} free in {} (hidden states go there when they outgrow memory)",
-        bytes(free_here),
-        bytes(free_temporary),
-        temporary.display()
-    ));
-    Ok(())
+    match examined {
+        Some(Examined { failure: Some(failure), .. }) => Err(Error::run(format!("{failure}; use --device cpu"))),
+        _ => Ok(()),
+    }
+}
+
+fn show_adapters(adapters: &[Adapter]) {
+    if adapters.is_empty() {
+        let why = if cfg!(feature = "gpu") {
+            "none that Vulkan, Metal or DirectX 12 knows; --device auto is the processor"
+        } else {
+            "not used: this program was built without GPU support"
+        };
+        say(&format!("gpu        {why}"));
+    }
+    for adapter in adapters {
+        let kind = if adapter.software { "software, for tests: only with --device gpu" } else { &adapter.kind };
+        say(&format!("gpu:{:<6} {} ({kind}; {}, {})", adapter.number, adapter.name, adapter.backend, adapter.driver));
+        let units = if adapter.matrix_units.is_empty() { "no matrix units".into() } else { adapter.matrix_units.join(", ") };
+        say(&format!(
+            "           bindings of {}, buffers of {}, {} bindings, {} threads and {} a workgroup, subgroups of {} to {}, {}, {units}",
+            bytes(adapter.binding_bytes),
+            bytes(adapter.buffer_bytes),
+            adapter.bindings,
+            adapter.workgroup_threads,
+            bytes(adapter.workgroup_bytes.into()),
+            adapter.subgroups[0],
+            adapter.subgroups[1],
+            if adapter.half { "16-bit floats" } else { "no 16-bit floats" },
+        ));
+    }
+}
+
+/// What the self-test of a GPU found.
+#[derive(Debug, serde::Serialize)]
+struct Examined {
+    adapter: usize,
+    comparisons: usize,
+    shaders: usize,
+    seconds: f64,
+    failure: Option<String>,
+}
+
+impl std::fmt::Display for Examined {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match &self.failure {
+            Some(failure) => write!(f, "FAILED: {failure}"),
+            None => write!(
+                f,
+                "gpu:{}: {} of {} kernels agree with the processor in {} comparisons ({:.1} s)",
+                self.adapter,
+                self.shaders,
+                SHADERS.len(),
+                self.comparisons,
+                self.seconds
+            ),
+        }
+    }
+}
+
+/// Compares kernels of an adapter with their twins until two seconds are over.
+fn examine(number: usize) -> Examined {
+    let start = std::time::Instant::now();
+    let mut examined = Examined { adapter: number, comparisons: 0, shaders: 0, seconds: 0.0, failure: None };
+    match Device::pick(Choice::Gpu(number)) {
+        Err(error) => examined.failure = Some(error.to_string()),
+        Ok(Device { gpu: None, .. }) => {}
+        Ok(Device { gpu: Some(gpu), .. }) => {
+            for check in CHECKS.iter().take_while(|_| start.elapsed().as_secs_f64() < 2.0) {
+                match (check.run)(&gpu) {
+                    Err(error) => examined.failure = Some(error.to_string()),
+                    Ok(found) => {
+                        examined.shaders += check.shaders.len();
+                        examined.comparisons += found.len();
+                        if let Some(wrong) = found.iter().find(|found| !found.agrees()) {
+                            let what = format!("{}: {} is {:.1e} apart", check.shaders.join(" or "), wrong.case, wrong.difference);
+                            examined.failure.get_or_insert(what);
+                        }
+                    }
+                }
+            }
+        }
+    }
+    examined.seconds = start.elapsed().as_secs_f64();
+    examined
 }
 
 /// Total and available memory in bytes; 0 where the system does not tell.

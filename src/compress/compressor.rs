@@ -6,6 +6,7 @@ use crate::checkpoint::Checkpoint;
 use crate::checkpoint::decode::encode;
 use crate::checkpoint::source::Source;
 use crate::compress::remarks;
+use crate::device::Gpu;
 use crate::error::{Error, Result};
 use crate::formats::Format;
 use crate::formats::output::Output;
@@ -61,7 +62,7 @@ impl<'a> Compressor<'a> {
             let (mut handed, mut change) = (Handed::default(), [0.0; 2]);
             handed.notes.extend(remarks::of_weight(&weight));
             for &stage in &planned.stages {
-                (weight, change) = apply(&plan.stages[stage], planned, weight, None, &mut handed)?;
+                (weight, change) = apply(&plan.stages[stage], planned, weight, None, &mut handed, run.device.gpu.as_ref())?;
             }
             if let Some(original) = original {
                 change = methods::change(&original.data, &weight.to_matrix().data);
@@ -119,7 +120,8 @@ impl<'a> Compressor<'a> {
             let linear = bench.block.linears.iter_mut().find(|linear| linear.role == layer.role);
             let linear = linear.ok_or_else(|| Error::run("not part of the block").tensor(&layer.name))?;
             let weight = std::mem::replace(&mut linear.weight, Weight::Dense(Matrix::new(0, 0, Vec::new())));
-            (linear.weight, _) = apply(stage, planned, weight, statistics, handed.entry(layer.role).or_default())?;
+            let gpu = bench.run.device.gpu.as_ref();
+            (linear.weight, _) = apply(stage, planned, weight, statistics, handed.entry(layer.role).or_default(), gpu)?;
         }
         Ok(Default::default())
     }
@@ -214,10 +216,18 @@ fn apply(
     weight: Weight,
     statistics: Option<&Statistics>,
     handed: &mut Handed,
+    gpu: Option<&Gpu>,
 ) -> Result<(Weight, [f64; 2])> {
     let outlined = &planned.outlined;
-    let layer =
-        Layer { name: &outlined.name, statistics, float: outlined.float, bits: planned.bits, bounds: handed.bounds.as_ref(), goal: None };
+    let layer = Layer {
+        name: &outlined.name,
+        statistics,
+        float: outlined.float,
+        bits: planned.bits,
+        bounds: handed.bounds.as_ref(),
+        goal: None,
+        gpu,
+    };
     let applied = stage.method.apply(weight, &layer).map_err(|error| error.tensor(&outlined.name))?;
     handed.bounds = applied.bounds.or(handed.bounds.take());
     handed.notes.extend(applied.notes);

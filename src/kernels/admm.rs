@@ -7,6 +7,8 @@
 //! Δ ← ρ(G + ρ)⁻¹(Z − U − V₀): one product less, no G, and a layer that needs no correction gets none, exactly.
 //! On kept entries U is zero and Z = V + U; on pruned ones Z is zero and U ← V + U.
 
+pub mod gpu;
+
 use rayon::prelude::*;
 
 use crate::kernels::gemm::{Sizes, View, product};

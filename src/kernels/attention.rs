@@ -3,6 +3,8 @@
 //! Legend: q (tokens × heads · d), k and v (tokens × kv_heads · d), token = window · seq + position. Position i sees
 //! the positions j with j ≤ i and, under a sliding window W, j > i − W.
 
+use std::ops::Range;
+
 use burn::tensor::activation::softmax;
 use burn::tensor::{Int, Tensor};
 use rayon::prelude::*;
@@ -33,6 +35,11 @@ pub struct Attention {
 /// Query rows that share one pass over the keys.
 pub(super) const BLOCK: usize = 64;
 
+/// Pieces side by side along an axis.
+fn joined(mut pieces: Vec<Tensor<2>>, axis: usize) -> Tensor<2> {
+    if pieces.len() == 1 { pieces.remove(0) } else { Tensor::cat(pieces, axis) }
+}
+
 impl Attention {
     /// Attention output (tokens × heads · d).
     pub fn run(&self, q: Tensor<2>, k: Tensor<2>, v: Tensor<2>) -> Tensor<2> {
@@ -42,8 +49,30 @@ impl Attention {
                 self.run_cpu(fq.slice(), fk.slice(), fv.slice(), &mut out);
                 tensor(out, q.dims(), &q.device())
             }
-            _ => self.run_reference(q, k, v),
+            _ => self.run_in_pieces(q, k, v),
         }
+    }
+
+    /// The definition, a few windows and heads at a time, so that no matrix of scores outgrows what any GPU binds.
+    fn run_in_pieces(&self, q: Tensor<2>, k: Tensor<2>, v: Tensor<2>) -> Tensor<2> {
+        const BYTES: usize = 64 << 20;
+        let (tokens, times) = (q.dims()[0], self.heads / self.kv_heads);
+        let head_bytes = 4 * self.seq * self.seq;
+        let kv_heads = (BYTES / (head_bytes * times)).clamp(1, self.kv_heads);
+        let windows = (BYTES / (head_bytes * self.heads)).max(1);
+        let piece = |rows: Range<usize>, heads: Range<usize>| {
+            let part = Self { heads: heads.len() * times, kv_heads: heads.len(), ..*self };
+            let d = self.head_dim;
+            let of = |x: &Tensor<2>, times: usize| x.clone().slice([rows.clone(), heads.start * times * d..heads.end * times * d]);
+            part.run_reference(of(&q, times), of(&k, 1), of(&v, 1))
+        };
+        let step = windows * self.seq;
+        let by_window = (0..tokens).step_by(step).map(|row| {
+            let rows = row..tokens.min(row + step);
+            let by_head = (0..self.kv_heads).step_by(kv_heads).map(|head| piece(rows.clone(), head..self.kv_heads.min(head + kv_heads)));
+            joined(by_head.collect(), 1)
+        });
+        joined(by_window.collect(), 0)
     }
 
     /// The definition in tensor algebra.

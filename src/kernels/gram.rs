@@ -2,6 +2,8 @@
 //!
 //! Products are f32; totals over windows are f64, so that a long calibration loses nothing.
 
+pub mod gpu;
+
 use rayon::prelude::*;
 
 use crate::kernels::gemm::{Sizes, View, product};

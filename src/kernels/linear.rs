@@ -1,5 +1,7 @@
 //! The product with a linear layer's weight, y = x Wᵀ.
 
+pub mod gpu;
+
 use burn::tensor::Tensor;
 
 use crate::kernels::gemm::{Sizes, View, product};

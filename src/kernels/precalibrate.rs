@@ -20,6 +20,8 @@
 //! Groups whose largest magnitude is outside 1e-15..1e15 keep their whole range. Pruned entries, where the caller says
 //! that zeros are such, count neither in α nor in the histograms; in errors and ranges a zero has no part anyhow.
 
+pub mod gpu;
+
 use rayon::prelude::*;
 
 use crate::kernels::quantize::{Bounds, Grid, range, span, stored_scale};

@@ -4,6 +4,8 @@
 //! serve the entry of largest magnitude, so no code is wasted. Asymmetric grids contain zero exactly. In both, a
 //! zero weight has the code of the zero point, so pruned weights stay zero.
 
+pub mod gpu;
+
 use rayon::prelude::*;
 
 use crate::kernels::{sum_lanes, vectorized};

@@ -1,6 +1,8 @@
 //! Selection of the smallest scores of a row, and of every block of a row. Scores are not negative, so the order of
 //! their bits is the order of their values; on ties the lower index goes first.
 
+pub mod gpu;
+
 use rayon::prelude::*;
 
 /// Calls `each` with the index of each of the `count` smallest of `scores`, in order of index.

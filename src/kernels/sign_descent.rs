@@ -4,6 +4,8 @@
 //! Legend: w weight, V offset, s scale as stored, z zero point, t = round(w/s + V) + z, q = clamp(t, 0, Q),
 //! ŵ = s (q − z), g = ∂L/∂ŵ. Rounding passes gradients through; inside means 0 ≤ t ≤ Q.
 
+pub mod gpu;
+
 use rayon::prelude::*;
 
 use crate::kernels::quantize::stored_scale;

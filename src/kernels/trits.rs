@@ -10,6 +10,8 @@
 //! in range. Plane 1 is always the coarser one: signs and the order of the planes are free, and both scales are kept
 //! in the order α₁ ≥ α₂ ≥ 0. Weights that are zero, pruned ones too, take (0, 0) and weigh nothing in the solve.
 
+pub mod gpu;
+
 use rayon::prelude::*;
 
 use crate::kernels::quantize::{decodable, stored_scale};

@@ -152,6 +152,7 @@ impl Site {
 /// As the method, or when hidden states cannot be read.
 pub fn by_site(bench: &mut Bench<'_>, layers: &[BlockLayer], method: &dyn Method) -> Result<Vec<(Role, String)>> {
     let mut notes = Vec::new();
+    let gpu = bench.run.device.gpu.as_ref();
     for site in block::Site::ALL {
         let capture = bench.capture(site)?;
         let reads: Vec<&BlockLayer> = layers.iter().filter(|layer| layer.role.site() == site).collect();
@@ -165,7 +166,7 @@ pub fn by_site(bench: &mut Bench<'_>, layers: &[BlockLayer], method: &dyn Method
             let linear = bench.linear(one.role).ok_or_else(|| Error::run("not part of the block").tensor(&one.name))?;
             let weight = std::mem::replace(&mut linear.weight, Weight::Dense(Matrix::new(0, 0, Vec::new())));
             let layer =
-                Layer { name: &one.name, statistics: None, float: one.float, bits: one.bits, bounds: one.bounds.as_ref(), goal: None };
+                Layer { name: &one.name, statistics: None, float: one.float, bits: one.bits, bounds: one.bounds.as_ref(), goal: None, gpu };
             let (applied, strength) = prepared.apply(method, weight, &original, &layer).map_err(|error| error.tensor(&one.name))?;
             linear.weight = applied.weight;
             notes.extend(applied.notes.into_iter().map(|note| (one.role, note)));

@@ -11,6 +11,7 @@
 //! stored in f32, because their steps are below what 16 bits resolve. Needs both streams; changes only norms.
 
 use crate::error::{Error, Result};
+use crate::kernels::channels::channels;
 use crate::methods::{Applied, BlockApplied, BlockLayer, BlockMethod, Layer, Method};
 use crate::model::backward::Gradients;
 use crate::model::bench::Bench;
@@ -58,6 +59,13 @@ impl Default for NormTweak {
     }
 }
 
+impl NormTweak {
+    /// The learning rate of a block: lr · (1 + slope · l / L).
+    fn rate(&self, block: usize, blocks: usize) -> f64 {
+        self.lr * (1.0 + self.slope * block as f64 / blocks as f64)
+    }
+}
+
 impl Method for NormTweak {
     fn needs(&self) -> Needs {
         Needs::Streams
@@ -96,7 +104,7 @@ impl BlockMethod for NormTweak {
         let judged = if held.is_empty() { &tuned } else { &held };
         let mut parameters = bench.parameters();
         let before = bench.loss(&parameters, judged)?;
-        let rate = self.lr * (1.0 + self.slope * bench.index() as f64 / bench.model.config.layers.len() as f64);
+        let rate = self.rate(bench.index(), bench.model.config.layers.len());
         let mut norms: Vec<(usize, Vec<f32>)> = Vec::new();
         for (number, norm) in bench.block.norms.iter().enumerate() {
             if self.qk_norms || !matches!(norm.place, Place::Query | Place::Key) {
@@ -182,8 +190,8 @@ pub fn judge(loss: Loss, width: usize, f: &[f32], y: &[f32], dy: &mut [f32]) -> 
         }
         return sum * factor;
     }
-    let (mean_f, spread_f) = channels(width, f, loss);
-    let (mean_y, spread_y) = channels(width, y, loss);
+    let [mean_f, spread_f] = compared(width, f, loss);
+    let [mean_y, spread_y] = compared(width, y, loss);
     let mut sum = 0.0;
     let (mut by_mean, mut by_spread) = (vec![0.0; width], vec![0.0; width]);
     for c in 0..width {
@@ -211,22 +219,12 @@ pub fn judge(loss: Loss, width: usize, f: &[f32], y: &[f32], dy: &mut [f32]) -> 
 }
 
 /// Mean of every channel over tokens, and its variance (for `dist-abs`) or √(variance + 1e-6).
-fn channels(width: usize, values: &[f32], loss: Loss) -> (Vec<f64>, Vec<f64>) {
-    let tokens = (values.len() / width.max(1)) as f64;
-    let (mut mean, mut spread) = (vec![0.0f64; width], vec![0.0f64; width]);
-    for row in values.chunks_exact(width) {
-        mean.iter_mut().zip(row).for_each(|(mean, &value)| *mean += f64::from(value) / tokens);
+fn compared(width: usize, values: &[f32], loss: Loss) -> [Vec<f64>; 2] {
+    let [mean, mut spread] = channels(width, values);
+    if loss == Loss::DistSq {
+        spread.iter_mut().for_each(|spread| *spread = (*spread + 1e-6).sqrt());
     }
-    for row in values.chunks_exact(width) {
-        spread.iter_mut().zip(row).zip(&mean).for_each(|((spread, &value), mean)| *spread += (f64::from(value) - mean).powi(2));
-    }
-    spread.iter_mut().for_each(|spread| {
-        *spread /= (tokens - 1.0).max(1.0);
-        if loss == Loss::DistSq {
-            *spread = (*spread + 1e-6).sqrt();
-        }
-    });
-    (mean, spread)
+    [mean, spread]
 }
 
 fn sign(value: f64) -> f64 {
@@ -236,6 +234,14 @@ fn sign(value: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_learning_rate_grows_with_depth_from_that_of_the_first_block() {
+        let method = NormTweak { lr: 1e-5, slope: 10.0, ..NormTweak::default() };
+        for (block, expected) in [(0, 1e-5), (16, 6e-5), (31, 1e-5 * (1.0 + 310.0 / 32.0))] {
+            assert!((method.rate(block, 32) - expected).abs() < 1e-15, "block {block}: {}", method.rate(block, 32));
+        }
+    }
 
     #[test]
     fn the_distance_of_channel_statistics_is_the_published_example() {

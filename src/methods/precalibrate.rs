@@ -5,13 +5,13 @@
 //! reading of it, stated step by step in [`crate::kernels::precalibrate`]. `storage = "adpq"` is its predecessor AdpQ,
 //! arXiv:2405.13358. Needs nothing. With ranges it leaves the weight as it is; with `outliers = 0` the next stage does
 //! what it would do without it. As mean KLD on a model of 7M parameters / one of 260k, groups of 128, without it and with
-//! it: SignRound from the closed form at 2 bits 0.0950 / 0.906 and 0.1053 / 0.910 (50 / 200 iterations), at 3 bits on the
-//! smaller 0.278 and 0.277; GPTQ on the smaller at 2 bits 2.187 and 2.170, at 3 bits 0.590 and 0.559; round to nearest at
+//! it: SignRound from the closed form at 2 bits 0.0950 / 0.906 and 0.1053 / 0.910 (50 / 200 iterations), at 3 bits
+//! 0.0237 / 0.278 and 0.0247 / 0.277; GPTQ on the smaller at 2 bits 2.187 and 2.170, at 3 bits 0.590 and 0.559; round to nearest at
 //! 3 bits 0.1114 and 0.1144 on the larger. It helps what does not look at inputs more than what does, and harms SignRound
-//! at 2 bits: no preset puts it before a calibrated method. It does not tune anything, and rounds nothing unless it splits.
+//! on the larger: no preset puts it before a calibrated method. It does not tune anything, and rounds nothing unless it splits.
 
 use crate::error::{Error, Result};
-use crate::kernels::precalibrate::{precalibrate, split, threshold};
+use crate::kernels::precalibrate::{self as kernel, precalibrate, split, threshold};
 use crate::kernels::quantize::Grid;
 use crate::methods::round_to_nearest::Group;
 use crate::methods::{Applied, Layer, Method};
@@ -101,7 +101,11 @@ impl Method for Precalibrate {
             return Ok(Applied::new(Weight::Split(split), change));
         }
         let grid = Grid { bits, group, symmetric: self.symmetric, scale_float: layer.float };
-        let bounds = precalibrate(&matrix, grid, self.outliers, pruned).ok_or_else(not_finite)?;
+        let bounds = match layer.gpu.filter(|gpu| gpu.rows_per_binding(4 * matrix.columns) >= matrix.rows) {
+            Some(gpu) => kernel::gpu::precalibrate(gpu, &matrix, grid, self.outliers, pruned)?,
+            None => precalibrate(&matrix, grid, self.outliers, pruned),
+        };
+        let bounds = bounds.ok_or_else(not_finite)?;
         drop(matrix);
         Ok(Applied { bounds: Some(bounds), ..Applied::new(weight, [0.0; 2]) })
     }
@@ -128,7 +132,7 @@ mod tests {
     }
 
     fn layer() -> Layer<'static> {
-        Layer { name: "layer", statistics: None, float: Float::BF16, bits: None, bounds: None, goal: None }
+        Layer { name: "layer", statistics: None, float: Float::BF16, bits: None, bounds: None, goal: None, gpu: None }
     }
 
     fn wavy() -> Matrix {

@@ -4,7 +4,7 @@
 //! integers, keeps pruned weights exactly zero.
 
 use crate::error::{Error, Result};
-use crate::kernels::quantize::{Grid, round_stored_within, round_to_nearest, round_to_nearest_within};
+use crate::kernels::quantize::{self, Grid, round_stored_within, round_to_nearest, round_to_nearest_within};
 use crate::methods::{Applied, Layer, Method, quantizable};
 use crate::model::seen::Needs;
 use crate::weight::{Storage, Weight};
@@ -113,10 +113,11 @@ impl Method for RoundToNearest {
         if layer.bounds.is_some_and(|bounds| !bounds.fits(shape, grid.group)) {
             return Err(Error::run(format!("the ranges that an earlier stage chose are not for groups of {}", grid.group)));
         }
-        let (ints, change) = match (&weight, layer.bounds) {
-            (Weight::Stored(stored), bounds) => round_stored_within(stored, grid, bounds),
-            (weight, Some(bounds)) => round_to_nearest_within(&weight.to_matrix(), grid, bounds),
-            (weight, None) => round_to_nearest(&weight.to_matrix(), grid),
+        let (ints, change) = match (&weight, layer.bounds, layer.gpu) {
+            (weight, bounds, Some(gpu)) => quantize::gpu::round_to_nearest(gpu, &weight.to_matrix(), grid, bounds)?,
+            (Weight::Stored(stored), bounds, None) => round_stored_within(stored, grid, bounds),
+            (weight, Some(bounds), None) => round_to_nearest_within(&weight.to_matrix(), grid, bounds),
+            (weight, None, None) => round_to_nearest(&weight.to_matrix(), grid),
         };
         Ok(Applied::new(Weight::Ints(ints), change))
     }

@@ -16,10 +16,12 @@
 //! best is kept; the loss with outliers suppressed drops them per window. The adjoint's products are rounded to
 //! bfloat16 where the processor multiplies it, because only signs are read. Needs both streams; leaves integers.
 
+use crate::device::Buffer;
 use crate::error::{Error, Result};
 use crate::kernels::quantize::round_to_nearest;
 use crate::kernels::rough_product::Precision;
 use crate::kernels::scale_search::{Scale, grids};
+use crate::kernels::sign_descent::gpu::OnGpu;
 use crate::kernels::sign_descent::{Rounding, Start};
 use crate::matrix::Matrix;
 use crate::methods::closed_form::ClosedForm;
@@ -189,6 +191,9 @@ struct Learned {
     rounding: Rounding,
     first: Ints,
     best: Ints,
+    /// The layer on a GPU while it learns there, and its best state.
+    there: Option<OnGpu>,
+    snapshot: Option<[Buffer; 2]>,
 }
 
 impl BlockMethod for SignRound {
@@ -239,6 +244,7 @@ impl SignRound {
                 bits: layer.bits,
                 bounds: layer.bounds.as_ref(),
                 goal: None,
+                gpu: None,
             };
             let grid = view.grid(self.bits, self.group, self.symmetric, goal.columns);
             let ranged = mask.as_ref().unwrap_or(&goal);
@@ -256,7 +262,7 @@ impl SignRound {
             let rounding = Rounding::new(start, &goal, mask.as_ref(), &ints);
             let first = rounding.ints();
             linear.weight = Weight::Ints(first.clone());
-            learned.push(Learned { role: layer.role, rounding, best: first.clone(), first });
+            learned.push(Learned { role: layer.role, rounding, best: first.clone(), first, there: None, snapshot: None });
         }
         Ok(learned)
     }
@@ -269,6 +275,9 @@ impl SignRound {
         let mut sampler = Sampler::new(bench.hidden.len(), bench.run.seed ^ (bench.index() as u64) << 32);
         let wanted = Wanted { weights: true, norms: false, input: false, precision: Precision::Rough };
         let (mut curve, mut best) = (Vec::with_capacity(iterations), f64::INFINITY);
+        if let Some(gpu) = &bench.run.device.gpu {
+            learned.iter_mut().for_each(|one| one.there = OnGpu::new(gpu, one.rounding.clone()));
+        }
         for iteration in 0..iterations {
             bench.run.check_stop()?;
             fill(&mut parameters, learned);
@@ -276,14 +285,15 @@ impl SignRound {
             let loss = bench.descend_into(&parameters, &sampler.next(self.batch), trim, wanted, &mut gradients)?;
             if loss < best {
                 best = loss;
-                learned.iter_mut().for_each(|one| one.best = one.rounding.ints());
+                learned.iter_mut().for_each(Learned::keep);
             }
             curve.push(loss);
             let left = 1.0 - iteration as f64 / iterations as f64;
             for one in learned.iter_mut() {
-                one.rounding.step(gradients.weight(one.role), (rate * left) as f32, (grid_rate * left) as f32);
+                one.step(&gradients, [rate * left, grid_rate * left].map(|rate| rate as f32));
             }
         }
+        learned.iter_mut().try_for_each(Learned::come_back)?;
         Ok(curve)
     }
 
@@ -317,7 +327,43 @@ impl SignRound {
 /// Puts the weights as they would be stored into the block's tensors, in the memory of the old ones.
 fn fill(parameters: &mut Parameters, learned: &[Learned]) {
     for one in learned {
-        parameters.refill(one.role, |floats| one.rounding.quantize(floats));
+        match &one.there {
+            Some(there) => parameters.set_weight_buffer(one.role, there.gpu(), there.quantized().clone()),
+            None => parameters.refill(one.role, |floats| one.rounding.quantize(floats)),
+        }
+    }
+}
+
+impl Learned {
+    /// Keeps the state as the best one.
+    fn keep(&mut self) {
+        match &self.there {
+            Some(there) => self.snapshot = Some(there.snapshot()),
+            None => self.best = self.rounding.ints(),
+        }
+    }
+
+    /// A signed step on offsets and on the grid.
+    fn step(&mut self, gradients: &Gradients, [rate, grid_rate]: [f32; 2]) {
+        match &self.there {
+            Some(there) => {
+                if let Some(gradient) = gradients.weight_buffer(self.role, there.gpu()) {
+                    there.step(&gradient, rate, grid_rate);
+                }
+            }
+            None => self.rounding.step(&gradients.fetched_weight(self.role), rate, grid_rate),
+        }
+    }
+
+    /// Fetches from a GPU what was learned there.
+    fn come_back(&mut self) -> Result<()> {
+        if let Some(there) = self.there.take() {
+            self.rounding = there.fetch()?;
+            if let Some(snapshot) = self.snapshot.take() {
+                self.best = there.fetch_snapshot(&snapshot)?.ints();
+            }
+        }
+        Ok(())
     }
 }
 

@@ -9,10 +9,11 @@
 
 use rayon::prelude::*;
 
+use crate::device::Gpu;
 use crate::error::{Error, Result};
 use crate::kernels::quadratic::layer_error;
 use crate::kernels::refit::{conjugate_gradient, correlation, normalised, norms, restored};
-use crate::kernels::select::{smallest, smallest_in_blocks};
+use crate::kernels::select::{self, smallest, smallest_in_blocks};
 use crate::kernels::swap::refine;
 use crate::matrix::Matrix;
 use crate::methods::sparsegpt::{fits, settle};
@@ -60,7 +61,11 @@ impl Method for Wanda {
         let statistics = layer.statistics.ok_or_else(|| Error::run("wanda needs calibration").tensor(layer.name))?;
         let mut matrix = weight.into_matrix();
         let exact = (self.needs() == Needs::Gram).then(|| matrix.clone());
-        let change = prune(&mut matrix, &statistics.norms(), share(self.sparsity, self.pattern)?, self.pattern);
+        let sparsity = share(self.sparsity, self.pattern)?;
+        let change = match layer.gpu {
+            Some(gpu) => prune_on(gpu, &mut matrix, &statistics.norms(), sparsity, self.pattern)?,
+            None => prune(&mut matrix, &statistics.norms(), sparsity, self.pattern),
+        };
         let Some(exact) = exact else { return Ok(Applied::new(Weight::Sparse(Sparse { matrix, pattern: self.pattern }), change)) };
         let (mut matrix, notes) = self.improve(&exact, matrix, layer.gram()?)?;
         settle(&mut matrix.data, layer.float);
@@ -143,6 +148,21 @@ pub fn prune(weight: &mut Matrix, norms: &[f32], sparsity: f64, pattern: Pattern
     );
     let sums: Vec<[f64; 2]> = rows.collect();
     sums.iter().fold([0.0; 2], |total, row| [total[0] + row[0], total[1] + row[1]])
+}
+
+/// As [`prune`], on a GPU.
+///
+/// # Errors
+/// When the GPU fails.
+fn prune_on(gpu: &Gpu, weight: &mut Matrix, norms: &[f32], sparsity: f64, pattern: Pattern) -> Result<[f64; 2]> {
+    let energy = |matrix: &Matrix| -> f64 { matrix.data.iter().map(|&weight| f64::from(weight).powi(2)).sum() };
+    let total = energy(weight);
+    let blocks = match pattern {
+        Pattern::Unstructured => None,
+        Pattern::Blocks { kept, of } => Some([kept, of]),
+    };
+    select::gpu::prune(gpu, weight, norms, (weight.columns as f64 * sparsity) as usize, blocks)?;
+    Ok([total - energy(weight), total])
 }
 
 #[cfg(test)]
@@ -236,7 +256,7 @@ pub(crate) mod tests {
         let (exact, gram) = methods::admm::tests::layer(16, 48, 300, 3);
         let squares = (0..48).map(|j| gram[j * 49]).collect();
         let statistics = Statistics::new(300, squares, Some(gram.clone()));
-        let layer = Layer { name: "x", statistics: Some(&statistics), float: Float::F32, bits: None, bounds: None, goal: None };
+        let layer = Layer { name: "x", statistics: Some(&statistics), float: Float::F32, bits: None, bounds: None, goal: None, gpu: None };
         for pattern in [Pattern::Unstructured, Pattern::Blocks { kept: 2, of: 4 }] {
             let run = |swaps, refit| {
                 let wanda = Wanda { sparsity: None, pattern, swaps, refit };

@@ -5,18 +5,20 @@
 //! A batch is worked through in groups of whole windows that are small enough to stay in cache, side by side. What they
 //! add to the gradients of weights and norms is added in their order, so results do not depend on threads.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use burn::tensor::Tensor;
 use rayon::prelude::*;
 
+use crate::device::{Buffer, Gpu};
 use crate::kernels::attention_adjoint::Passed;
 use crate::kernels::gated::gated_adjoint;
 use crate::kernels::gemm::{Sizes, View};
 use crate::kernels::rms_norm::rms_norm_adjoint;
 use crate::kernels::rope::{Table, rope_cpu};
 use crate::kernels::rough_product::{Precision, product_in};
-use crate::kernels::{Floats, dot_lanes, tensor, vectorized};
+use crate::kernels::{Floats, dot_lanes, tensor, values, vectorized};
 use crate::model::architecture::NormKind;
 use crate::model::block::{Parameters, Place, Role, Site};
 use crate::model::forward::{self, Point, Spec};
@@ -44,6 +46,8 @@ pub struct Wanted {
 #[derive(Debug, Default)]
 pub struct Gradients {
     weights: [Vec<f32>; 7],
+    /// Those of weights that lie on another device than the processor.
+    elsewhere: [Option<Tensor<2>>; 7],
     norms: [Vec<f32>; 6],
     /// The gradient of the output, which turns step by step into that of the input, tokens × hidden.
     stream: Vec<f32>,
@@ -75,9 +79,22 @@ impl Gradients {
         }
     }
 
-    /// dL/dW of a role, `[outputs, inputs]`; empty until it was wanted.
+    /// dL/dW of a role, `[outputs, inputs]`; empty until it was wanted, and where the weight lies on another device.
     pub fn weight(&self, role: Role) -> &[f32] {
         &self.weights[role as usize]
+    }
+
+    /// dL/dW of a role whose weight lies on a GPU.
+    pub fn weight_buffer(&self, role: Role, gpu: &Gpu) -> Option<Buffer> {
+        gpu.buffer(self.elsewhere[role as usize].as_ref()?)
+    }
+
+    /// dL/dW of a role, wherever it lies.
+    pub fn fetched_weight(&self, role: Role) -> Cow<'_, [f32]> {
+        match &self.elsewhere[role as usize] {
+            Some(there) => Cow::Owned(values(there.clone())),
+            None => Cow::Borrowed(self.weight(role)),
+        }
     }
 
     /// dL/dw of a norm's stored weight; empty until it was wanted, and where the block has no such norm.
@@ -98,6 +115,7 @@ impl Gradients {
     /// Sets the gradients of weights and norms to zero.
     pub fn clear(&mut self) {
         self.weights.iter_mut().chain(&mut self.norms).for_each(|gradient| gradient.par_iter_mut().for_each(|value| *value = 0.0));
+        self.elsewhere = Default::default();
     }
 }
 
@@ -164,8 +182,12 @@ fn error_sum(y: &[f32], target: &[f32], dy: &mut [f32], factor: f64, edge: f32) 
 type Record = BTreeMap<Point, Floats>;
 
 /// Runs the block on `x` (tokens × hidden, whole windows), lets `loss` judge the output, and adds the gradients that are
-/// wanted. Gives the value of the loss.
+/// wanted. Gives the value of the loss. Where the parameters do not lie on the processor, automatic differentiation of the
+/// forward does the work there.
 pub fn block(spec: &Spec<'_>, parameters: &Parameters, x: &[f32], wanted: Wanted, gradients: &mut Gradients, loss: Loss<'_>) -> f64 {
+    if Floats::of(parameters.weight(Role::Query)).is_none() {
+        return differentiated(spec, parameters, x, wanted, gradients, loss);
+    }
     let hidden = spec.config.hidden;
     let size = (hidden * spec.seq * (GROUP_TOKENS / spec.seq).max(1)).max(1);
     let operands = Operands::of(parameters);
@@ -173,7 +195,7 @@ pub fn block(spec: &Spec<'_>, parameters: &Parameters, x: &[f32], wanted: Wanted
     let device = parameters.weight(Role::Query).device();
     let forward = |x: &[f32]| recorded(spec, parameters, tensor(x.to_vec(), [x.len() / hidden, hidden], &device));
     let (records, outputs): (Vec<Record>, Vec<Tensor<2>>) = x.par_chunks(size).map(forward).unzip();
-    let Gradients { weights, norms, stream, output, groups } = gradients;
+    let Gradients { weights, norms, stream, output, groups, .. } = gradients;
     output.clear();
     outputs.into_iter().for_each(|y| output.extend_from_slice(Floats::fetched(&y).slice()));
     let value = loss(output, room(stream, output.len()));
@@ -193,6 +215,40 @@ pub fn block(spec: &Spec<'_>, parameters: &Parameters, x: &[f32], wanted: Wanted
                 add_weight(wanted.precision, role, operands.shapes[role as usize], record, &group.outputs[role as usize], total);
             }
         });
+    }
+    value
+}
+
+/// As [`block`] on any device, by automatic differentiation.
+fn differentiated(spec: &Spec<'_>, parameters: &Parameters, x: &[f32], wanted: Wanted, gradients: &mut Gradients, loss: Loss<'_>) -> f64 {
+    let hidden = spec.config.hidden;
+    let tracked = parameters.tracked(wanted.weights, wanted.norms);
+    let device = parameters.weight(Role::Query).device();
+    let shape = [x.len() / hidden.max(1), hidden];
+    let leaf = tensor::<2>(x.to_vec(), shape, &device).autodiff().set_require_grad(wanted.input);
+    let y = forward::block(spec, &tracked, leaf.clone(), &mut |_, _| {});
+    gradients.output = values(y.clone().inner());
+    let value = loss(&gradients.output, room(&mut gradients.stream, x.len()));
+    let upstream = tensor::<2>(gradients.stream.clone(), shape, &device).autodiff();
+    let found = (y * upstream).sum().backward();
+    for role in Role::ALL.into_iter().filter(|_| wanted.weights) {
+        let total = &mut gradients.elsewhere[role as usize];
+        let more = tracked.weight(role).grad(&found);
+        *total = match (total.take(), more) {
+            (Some(total), Some(more)) => Some(total + more),
+            (total, more) => total.or(more),
+        };
+    }
+    for place in Place::ALL.into_iter().filter(|_| wanted.norms) {
+        let Some(more) = tracked.norm(place).and_then(|norm| norm.grad(&found)) else { continue };
+        let (total, more) = (&mut gradients.norms[place as usize], values(more));
+        total.resize(more.len(), 0.0);
+        add(total, &more);
+    }
+    if wanted.input
+        && let Some(input) = leaf.grad(&found)
+    {
+        gradients.stream = values(input);
     }
     value
 }

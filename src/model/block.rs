@@ -2,6 +2,7 @@
 
 use burn::tensor::{Device, Tensor};
 
+use crate::device::{Buffer, Gpu};
 use crate::kernels::{tensor, values};
 use crate::matrix::Matrix;
 use crate::weight::{Sparse, Weight};
@@ -179,6 +180,16 @@ impl Parameters {
         self.norms[place as usize] = Some(weight);
     }
 
+    /// The same tensors for automatic differentiation, which keeps gradients of weights and of norms where those are wanted.
+    pub fn tracked(&self, weights: bool, norms: bool) -> Self {
+        let vector = |tensor: &Option<Tensor<1>>, keep: bool| tensor.clone().map(|tensor| tensor.autodiff().set_require_grad(keep));
+        Self {
+            weights: self.weights.each_ref().map(|weight| weight.clone().map(|weight| weight.autodiff().set_require_grad(weights))),
+            biases: self.biases.each_ref().map(|bias| vector(bias, false)),
+            norms: self.norms.each_ref().map(|norm| vector(norm, norms)),
+        }
+    }
+
     /// Takes the floats out of a block, without a copy where the block holds floats; [`Self::give_back`] returns them.
     pub fn take(block: &mut Block, device: &Device) -> Self {
         let mut parameters = Self::default();
@@ -207,6 +218,12 @@ impl Parameters {
         let mut memory = values(old);
         fill(&mut memory);
         self.weights[role as usize] = Some(tensor(memory, shape, &device));
+    }
+
+    /// Sets the weight of a role to floats that lie on a GPU, `[outputs, inputs]` as before.
+    pub fn set_weight_buffer(&mut self, role: Role, gpu: &Gpu, floats: Buffer) {
+        let shape = self.weight(role).dims();
+        self.set_weight(role, gpu.tensor(floats, shape));
     }
 
     /// Sets the weight of a norm from floats.

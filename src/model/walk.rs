@@ -2,11 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
 use burn::tensor::Tensor;
 
+use crate::device::Gpu;
 use crate::error::{Error, Result};
-use crate::kernels::gram::{add_column_squares, add_gram};
+use crate::kernels::gram::gpu::Gram;
+use crate::kernels::gram::{self, add_column_squares, add_gram};
 use crate::kernels::{Floats, tensor, values};
 use crate::model::Model;
 use crate::model::bench::{Bench, Between, Streams, relative_error};
@@ -154,7 +157,7 @@ impl FloatStream {
     /// Computes the outputs of the original block; gives those of the first windows.
     fn advance(&mut self, model: &Model<'_>, index: usize, parameters: &Parameters, run: &Run<'_>) -> Result<Vec<Vec<f32>>> {
         let mut first = Vec::new();
-        for runs in batches(model, &self.inputs, false) {
+        for runs in batches(model, &self.inputs, false, run) {
             run.check_stop()?;
             let inputs = &self.inputs;
             let outputs = inputs.map(&runs, |windows, x| {
@@ -202,15 +205,17 @@ fn observe(
 ) -> Result<(Seen, Vec<Vec<f32>>)> {
     let mut seen = Seen::default();
     let mut outputs = Vec::new();
-    for runs in batches(model, hidden, needs >= Needs::Gram) {
+    let grams = Mutex::new(BTreeMap::new());
+    for runs in batches(model, hidden, needs >= Needs::Gram, run) {
         run.check_stop()?;
         let results = hidden.map(&runs, |windows, x| {
             let mut sites = BTreeMap::new();
             let y = forward_run(model, index, parameters, hidden.tokens(windows.start), x, run, &mut |point, input| {
                 if let Point::Site(site) = point {
-                    sites.insert(site, statistics(input, needs));
+                    sites.insert(site, statistics(site, input, needs, run.device.gpu.as_ref(), &grams));
                 }
             });
+            let sites = sites.into_iter().map(|(site, statistics)| Ok((site, statistics?))).collect::<Result<BTreeMap<_, _>>>()?;
             Ok((sites, y))
         })?;
         for (windows, (sites, y)) in runs.iter().zip(results) {
@@ -220,6 +225,9 @@ fn observe(
             keep_first(&mut outputs, windows, y);
         }
         run.observer.step(runs.iter().map(Range::len).sum::<usize>() as u64, note);
+    }
+    for (site, gram) in grams.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        seen.sites.entry(site).or_default().gram = Some(gram.totals()?);
     }
     Ok((seen, outputs))
 }
@@ -259,7 +267,7 @@ fn advance(
     note: &str,
 ) -> Result<Vec<Vec<f32>>> {
     let mut first = Vec::new();
-    for runs in batches(model, hidden, false) {
+    for runs in batches(model, hidden, false, run) {
         run.check_stop()?;
         let outputs = joined.unwrap_or(hidden).map(&runs, |windows, x| {
             let seq = hidden.tokens(windows.start);
@@ -315,15 +323,28 @@ pub(crate) fn runs(model: &Model<'_>, hidden: &Hidden) -> Vec<Range<usize>> {
     hidden.runs(RUN_BYTES / (4 * floats_per_token))
 }
 
-/// Runs of windows that are worked on at once: one run per thread, or one at all when each needs much memory.
-fn batches(model: &Model<'_>, hidden: &Hidden, single: bool) -> Vec<Vec<Range<usize>>> {
+/// Runs of windows that are worked on at once: one run per thread, or one at all when each needs much memory or a GPU works.
+fn batches(model: &Model<'_>, hidden: &Hidden, single: bool, run: &Run<'_>) -> Vec<Vec<Range<usize>>> {
     let runs = runs(model, hidden);
-    runs.chunks(if single { 1 } else { rayon::current_num_threads() }).map(<[_]>::to_vec).collect()
+    runs.chunks(if single || run.device.gpu.is_some() { 1 } else { rayon::current_num_threads() }).map(<[_]>::to_vec).collect()
 }
 
-fn statistics(input: &Tensor<2>, needs: Needs) -> Statistics {
+/// Statistics of an input of a site. Where it lies on a GPU its Gram matrix adds up there, in `grams`.
+fn statistics(site: Site, input: &Tensor<2>, needs: Needs, gpu: Option<&Gpu>, grams: &Mutex<BTreeMap<Site, Gram>>) -> Result<Statistics> {
     let [tokens, columns] = input.dims();
     let mut statistics = Statistics::new(tokens as u64, vec![0.0; columns], None);
+    if let Some((gpu, buffer)) = gpu.and_then(|gpu| Some((gpu, gpu.buffer(input)?))) {
+        let mut grams = grams.lock().unwrap_or_else(PoisonError::into_inner);
+        let sum = (needs >= Needs::Gram).then(|| grams.remove(&site).or_else(|| Gram::new(gpu, columns))).flatten();
+        if needs < Needs::Gram || sum.is_some() {
+            gram::gpu::add_column_squares(gpu, &buffer, &mut statistics.squares)?;
+            if let Some(sum) = sum {
+                sum.add(&buffer);
+                grams.insert(site, sum);
+            }
+            return Ok(statistics);
+        }
+    }
     let copy;
     let floats = Floats::of(input);
     let x = match &floats {
@@ -339,7 +360,7 @@ fn statistics(input: &Tensor<2>, needs: Needs) -> Statistics {
         add_gram(x, columns, &mut gram);
         statistics.gram = Some(gram);
     }
-    statistics
+    Ok(statistics)
 }
 
 fn merge(total: &mut Statistics, part: Statistics) {

@@ -6,6 +6,7 @@ mod broken;
 mod command;
 mod generate;
 mod golden;
+mod gpu;
 mod hostile;
 mod kernels;
 mod layering;

@@ -1,0 +1,152 @@
+// The range that every group's grid shall span: by the best-ranked clip ratio whose squared error is at most 5 % above the least
+// of the 26. Twin of `clipped` in src/kernels/precalibrate.rs.
+//
+// weights: rows × columns. order: ranks of ratios, best first. ranges: lower and upper end per group of a row. One workgroup per
+// group; a thread takes every 64th weight for all ratios.
+@group(0) @binding(0) var<storage, read_write> weights: array<f32>;
+@group(0) @binding(1) var<storage, read_write> order: array<u32>;
+@group(0) @binding(2) var<storage, read_write> ranges: array<vec2<f32>>;
+// rows, columns, group, bits, symmetric, format of scales (0 f32, 1 f16, 2 bf16), the scale that stands for one that would
+// overflow, ranks in use (26, or 1: every range stays whole)
+@group(0) @binding(3) var<storage, read_write> parameters: array<u32>;
+
+const RATIOS: u32 = 26u;
+var<workgroup> lows: array<f32, 64>;
+var<workgroup> highs: array<f32, 64>;
+var<workgroup> parts: array<f32, 1664>;
+var<workgroup> scales: array<f32, 26>;
+var<workgroup> ends: array<vec2<f32>, 26>;
+
+fn f16_rounded(x: f32) -> f32 {
+    let bits = bitcast<u32>(x);
+    let magnitude = bits & 0x7fffffffu;
+    let sign = bits & 0x80000000u;
+    // Below 2⁻¹⁴ the steps are 2⁻²⁴; above, ten bits of the fraction stay; from 65520 on it is infinite.
+    let small = round(abs(x) * 16777216.0) * 5.9604645e-8;
+    let large = (magnitude + 0xfffu + (magnitude >> 13u & 1u)) & 0xffffe000u;
+    var rounded = select(large, bitcast<u32>(small), magnitude < 0x38800000u);
+    rounded = select(rounded, 0x7f800000u, magnitude >= 0x477ff000u);
+    return bitcast<f32>(rounded | sign);
+}
+
+fn stored_scale(scale: f32, format: u32) -> f32 {
+    let bits = bitcast<u32>(scale);
+    var rounded = scale;
+    var smallest = 0x00800000u;
+    if (format == 1u) {
+        rounded = f16_rounded(scale);
+        smallest = 0x33800000u;
+    } else if (format == 2u) {
+        rounded = bitcast<f32>((bits + 0x7fffu + (bits >> 16u & 1u)) & 0xffff0000u);
+    }
+    let vanishes = (bitcast<u32>(rounded) & 0x7fffffffu) < smallest;
+    return select(rounded, bitcast<f32>(smallest | (bits & 0x80000000u)), vanishes);
+}
+
+fn decodable(scale: f32, reach: f32, limit: f32) -> f32 {
+    let product = bitcast<u32>(scale * reach) & 0x7f800000u;
+    let stands = bitcast<f32>(bitcast<u32>(limit) | (bitcast<u32>(scale) & 0x80000000u));
+    return select(scale, stands, product == 0x7f800000u);
+}
+
+fn ratio(index: u32) -> f32 {
+    return 1.0 - 0.02 * f32(index);
+}
+
+// Scale, and the lowest and the highest step from the zero point.
+fn span(low: f32, high: f32) -> vec3<f32> {
+    let bits = parameters[3];
+    let middle = f32(1u << (bits - 1u));
+    let top = f32((1u << bits) - 1u);
+    let limit = bitcast<f32>(parameters[6]);
+    if (low == 0.0 && high == 0.0) {
+        return vec3<f32>(1.0, -middle, top - middle);
+    }
+    if (parameters[4] == 1u) {
+        let extreme = select(low, high, high > -low);
+        return vec3<f32>(decodable(stored_scale(extreme / -middle, parameters[5]), middle, limit), -middle, top - middle);
+    }
+    let scale = decodable(stored_scale(high / top - low / top, parameters[5]), top, limit);
+    let zero = clamp(round(-low / scale), 0.0, top);
+    return vec3<f32>(scale, -zero, top - zero);
+}
+
+@compute @workgroup_size(64, 1, 1)
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) workgroups: vec3<u32>,
+    @builtin(local_invocation_index) local: u32,
+) {
+    let columns = parameters[1];
+    let group = parameters[2];
+    let groups = (columns + group - 1u) / group;
+    let at = workgroup.y * workgroups.x + workgroup.x;
+    let inside = at < parameters[0] * groups;
+    let place = select(0u, at, inside);
+    let row = place / groups * columns;
+    let first = row + place % groups * group;
+    let end = min(first + group, row + columns);
+    var low = 0.0;
+    var high = 0.0;
+    for (var i = first + local; i < end; i += 64u) {
+        low = min(low, weights[i]);
+        high = max(high, weights[i]);
+    }
+    lows[local] = low;
+    highs[local] = high;
+    workgroupBarrier();
+    for (var half = 32u; half > 0u; half >>= 1u) {
+        if (local < half) {
+            lows[local] = min(lows[local], lows[local + half]);
+            highs[local] = max(highs[local], highs[local + half]);
+        }
+        workgroupBarrier();
+    }
+    low = lows[0];
+    high = highs[0];
+    if (local < RATIOS) {
+        let grid = span(low * ratio(local), high * ratio(local));
+        scales[local] = grid.x;
+        ends[local] = grid.yz;
+    }
+    workgroupBarrier();
+    for (var index = 0u; index < RATIOS; index++) {
+        let scale = scales[index];
+        let inverse = 1.0 / scale;
+        var squares = 0.0;
+        for (var i = first + local; i < end; i += 64u) {
+            let code = clamp(round(weights[i] * inverse), ends[index].x, ends[index].y);
+            let error = weights[i] - code * scale;
+            squares += error * error;
+        }
+        parts[index * 64u + local] = squares;
+    }
+    workgroupBarrier();
+    // One thread per ratio adds up its parts.
+    if (local < RATIOS) {
+        var squares = 0.0;
+        for (var i = 0u; i < 64u; i++) {
+            squares += parts[local * 64u + i];
+        }
+        parts[local * 64u] = squares;
+    }
+    workgroupBarrier();
+    if (local != 0u || !inside) {
+        return;
+    }
+    let largest = max(high, -low);
+    var chosen = 0u;
+    if (parameters[7] == RATIOS && largest >= 1e-15 && largest < 1e15) {
+        var least = parts[0];
+        for (var index = 1u; index < RATIOS; index++) {
+            least = min(least, parts[index * 64u]);
+        }
+        for (var rank = 0u; rank < RATIOS; rank++) {
+            if (parts[order[rank] * 64u] <= 1.05 * least) {
+                chosen = order[rank];
+                break;
+            }
+        }
+    }
+    ranges[at] = vec2<f32>(low, high) * ratio(chosen);
+}

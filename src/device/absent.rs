@@ -1,0 +1,86 @@
+//! The face of a GPU in a program that was built without: there is never one.
+
+use burn::tensor::Tensor;
+
+use crate::device::{Adapter, Shader};
+use crate::error::{Error, Result};
+
+/// A GPU, which this program cannot have.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Gpu {}
+
+/// Words on a GPU, which this program cannot have.
+#[derive(Debug, Clone)]
+pub enum Buffer {}
+
+impl Buffer {
+    /// Number of words.
+    pub fn words(&self) -> usize {
+        match *self {}
+    }
+}
+
+/// All adapters of this machine that this program can use: none.
+pub fn adapters() -> Vec<Adapter> {
+    Vec::new()
+}
+
+/// Refuses.
+///
+/// # Errors
+/// Always.
+pub fn open(number: usize) -> Result<(Gpu, burn::tensor::Device)> {
+    Err(Error::input(format!(
+        "--device gpu:{number}: this program was built without GPU support; build it with its default features, or use --device cpu"
+    )))
+}
+
+impl Gpu {
+    /// What the adapter says of itself.
+    pub fn adapter(&self) -> &Adapter {
+        match *self {}
+    }
+
+    /// Rows of so many bytes that one binding holds.
+    pub fn rows_per_binding(&self, _: usize) -> usize {
+        match *self {}
+    }
+
+    /// Words that are copied to the GPU.
+    pub fn upload<T: bytemuck::NoUninit>(&self, _: &[T]) -> Buffer {
+        match *self {}
+    }
+
+    /// Words that hold anything.
+    pub fn empty(&self, _: usize) -> Buffer {
+        match *self {}
+    }
+
+    /// A copy of floats.
+    pub fn copy(&self, _: &Buffer) -> Buffer {
+        match *self {}
+    }
+
+    /// The values of a tensor that lies on this GPU.
+    pub fn buffer<const D: usize>(&self, _: &Tensor<D>) -> Option<Buffer> {
+        match *self {}
+    }
+
+    /// A tensor that takes over a buffer of floats.
+    pub fn tensor<const D: usize>(&self, _: Buffer, _: [usize; D]) -> Tensor<D> {
+        match *self {}
+    }
+
+    /// Launches so many workgroups of a kernel.
+    pub fn launch(&self, _: &'static Shader, _: usize, _: &[&Buffer], _: &[u32]) {
+        match *self {}
+    }
+
+    /// The words of a buffer.
+    ///
+    /// # Errors
+    /// Never here.
+    pub fn read<T: bytemuck::Pod>(&self, _: &Buffer) -> Result<Vec<T>> {
+        match *self {}
+    }
+}

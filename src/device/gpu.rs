@@ -1,0 +1,249 @@
+//! A wgpu adapter that computes: which there are, what they can, buffers on them, and launches of WGSL kernels.
+//!
+//! Kernels run through the tensor library's client, so that they share its queue and its memory with tensors. Buffers are
+//! pieces of shared pages: shaders declare every binding `read_write`. Parameters are words in one more buffer, the last.
+//! An error of a launch shows when its outcome is read.
+
+use std::sync::Arc;
+
+use burn::tensor::wgpu::{WgpuSetup, wgpu};
+use burn::tensor::{Shape, Tensor};
+use burn_wgpu::{CubeDim, CubeTensor, KernelSource, SourceKernel, SourceTemplate, Wgpu, into_contiguous};
+use cubecl::client::Client;
+use cubecl::future::block_on;
+use cubecl::prelude::{CubeCount, KernelId};
+use cubecl::server::{Handle, KernelArguments};
+
+use crate::device::{Adapter, Shader};
+use crate::error::{Error, Result};
+
+/// Threads of a workgroup of every kernel.
+const THREADS: u32 = 64;
+
+/// A GPU that kernels are launched on.
+#[derive(Clone)]
+pub struct Gpu {
+    client: Client,
+    device: burn::tensor::Device,
+    adapter: Arc<Adapter>,
+}
+
+impl std::fmt::Debug for Gpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Gpu on {}", self.adapter.name)
+    }
+}
+
+impl PartialEq for Gpu {
+    fn eq(&self, other: &Self) -> bool {
+        self.adapter.number == other.adapter.number
+    }
+}
+
+/// Words of 32 bits on a GPU. A clone is the same words.
+#[derive(Debug, Clone)]
+pub struct Buffer {
+    handle: Handle,
+    words: usize,
+}
+
+impl Buffer {
+    /// Number of words.
+    pub fn words(&self) -> usize {
+        self.words
+    }
+}
+
+/// The instance, and its adapters in a fixed order: real ones first.
+fn enumerate() -> (wgpu::Instance, Vec<wgpu::Adapter>) {
+    let backends = wgpu::Backends::VULKAN | wgpu::Backends::METAL | wgpu::Backends::DX12;
+    let instance = wgpu::Instance::new(wgpu::InstanceDescriptor { backends, ..wgpu::InstanceDescriptor::new_without_display_handle() });
+    let mut adapters = block_on(instance.enumerate_adapters(backends));
+    adapters.sort_by_key(|adapter| match adapter.get_info().device_type {
+        wgpu::DeviceType::DiscreteGpu => 0,
+        wgpu::DeviceType::IntegratedGpu => 1,
+        wgpu::DeviceType::VirtualGpu => 2,
+        wgpu::DeviceType::Other => 3,
+        wgpu::DeviceType::Cpu => 4,
+    });
+    (instance, adapters)
+}
+
+/// What an adapter says of itself.
+fn describe(number: usize, adapter: &wgpu::Adapter) -> Adapter {
+    let (info, limits, features) = (adapter.get_info(), adapter.limits(), adapter.features());
+    let matrix_units = adapter
+        .cooperative_matrix_properties()
+        .iter()
+        .map(|unit| format!("{}x{}x{} {:?}->{:?}", unit.m_size, unit.n_size, unit.k_size, unit.ab_type, unit.cr_type))
+        .collect();
+    Adapter {
+        number,
+        name: info.name,
+        kind: format!("{:?}", info.device_type),
+        software: info.device_type == wgpu::DeviceType::Cpu,
+        backend: info.backend.to_string(),
+        driver: format!("{} {}", info.driver, info.driver_info).trim().to_owned(),
+        binding_bytes: limits.max_storage_buffer_binding_size.min(limits.max_buffer_size),
+        buffer_bytes: limits.max_buffer_size,
+        workgroups: limits.max_compute_workgroups_per_dimension,
+        workgroup_threads: limits.max_compute_invocations_per_workgroup,
+        workgroup_bytes: limits.max_compute_workgroup_storage_size,
+        bindings: limits.max_storage_buffers_per_shader_stage,
+        half: features.contains(wgpu::Features::SHADER_F16),
+        subgroups: [info.subgroup_min_size, info.subgroup_max_size],
+        matrix_units,
+    }
+}
+
+/// All adapters of this machine. None where there is no graphics library.
+pub fn adapters() -> Vec<Adapter> {
+    let found = std::panic::catch_unwind(|| enumerate().1.iter().enumerate().map(|(number, one)| describe(number, one)).collect());
+    found.unwrap_or_default()
+}
+
+/// Opens the adapter of this number.
+///
+/// # Errors
+/// When there is none, it gives no device, or a first computation on it fails.
+pub fn open(number: usize) -> Result<(Gpu, burn::tensor::Device)> {
+    let opened = std::panic::catch_unwind(|| open_adapter(number));
+    opened.unwrap_or_else(|_| Err(Error::run(format!("--device gpu:{number}: the driver failed; use --device cpu"))))
+}
+
+fn open_adapter(number: usize) -> Result<(Gpu, burn::tensor::Device)> {
+    let (instance, mut adapters) = enumerate();
+    if number >= adapters.len() {
+        let have = match adapters.len() {
+            0 => "this machine has no GPU that Vulkan, Metal or DirectX 12 knows".to_owned(),
+            1 => "there is one adapter, gpu:0".to_owned(),
+            count => format!("there are the adapters gpu:0 to gpu:{}", count - 1),
+        };
+        return Err(Error::input(format!("--device gpu:{number}: {have}; use --device cpu, or see `drawknife doctor`")));
+    }
+    let adapter = adapters.swap_remove(number);
+    let description = describe(number, &adapter);
+    let failed = |what: &dyn std::fmt::Display| Error::run(format!("--device gpu:{number}: {what}; use --device cpu"));
+    let request = wgpu::DeviceDescriptor {
+        label: None,
+        required_features: adapter
+            .features()
+            .difference(wgpu::Features::MAPPABLE_PRIMARY_BUFFERS | wgpu::Features::all_experimental_mask()),
+        required_limits: adapter.limits(),
+        memory_hints: wgpu::MemoryHints::MemoryUsage,
+        ..wgpu::DeviceDescriptor::default()
+    };
+    let (device, queue) = block_on(adapter.request_device(&request)).map_err(|error| failed(&error))?;
+    let backend = adapter.get_info().backend;
+    let setup = WgpuSetup { instance, adapter, device, queue, backend };
+    let device = burn::tensor::Device::wgpu_options().setup(setup).init().map_err(|error| failed(&error))?;
+    let probe = Tensor::<1>::ones([4], &device);
+    let client = probe.clone().try_into_primitive::<Wgpu>().map_err(|_| failed(&"not a device of this kind"))?.client;
+    let sum = probe.sum().into_data().try_into_vec::<f32>();
+    if sum != Ok(vec![4.0]) {
+        return Err(failed(&"it does not add"));
+    }
+    Ok((Gpu { client, device: device.clone(), adapter: Arc::new(description) }, device))
+}
+
+impl Gpu {
+    /// What the adapter says of itself.
+    pub fn adapter(&self) -> &Adapter {
+        &self.adapter
+    }
+
+    /// Rows of so many bytes that one binding holds; at least one.
+    pub fn rows_per_binding(&self, row_bytes: usize) -> usize {
+        (self.adapter.binding_bytes as usize / row_bytes.max(1)).max(1)
+    }
+
+    /// Words that are copied to the GPU.
+    pub fn upload<T: bytemuck::NoUninit>(&self, values: &[T]) -> Buffer {
+        let bytes: &[u8] = bytemuck::cast_slice(values);
+        if bytes.len().is_multiple_of(4) && !bytes.is_empty() {
+            return Buffer { handle: self.client.create_from_slice(bytes), words: bytes.len() / 4 };
+        }
+        let mut whole = bytes.to_vec();
+        whole.resize(bytes.len().next_multiple_of(4).max(4), 0);
+        Buffer { handle: self.client.create_from_slice(&whole), words: whole.len() / 4 }
+    }
+
+    /// Words that hold anything.
+    pub fn empty(&self, words: usize) -> Buffer {
+        Buffer { handle: self.client.empty(4 * words.max(1)), words: words.max(1) }
+    }
+
+    /// A copy of floats.
+    pub fn copy(&self, buffer: &Buffer) -> Buffer {
+        // The caller's clone keeps the product from being formed in place.
+        let copy = self.tensor(buffer.clone(), [buffer.words]).mul_scalar(1.0);
+        self.buffer(&copy).expect("a tensor made on this device")
+    }
+
+    /// The values of a tensor that lies on this GPU, without a copy where it is contiguous; nothing when it lies elsewhere.
+    pub fn buffer<const D: usize>(&self, tensor: &Tensor<D>) -> Option<Buffer> {
+        let tensor = into_contiguous(tensor.clone().try_into_primitive::<Wgpu>().ok()?);
+        let words = tensor.meta.shape().num_elements();
+        Some(Buffer { handle: tensor.handle, words })
+    }
+
+    /// A tensor that takes over a buffer of floats.
+    pub fn tensor<const D: usize>(&self, buffer: Buffer, shape: [usize; D]) -> Tensor<D> {
+        let probe = Tensor::<1>::empty([1], &self.device);
+        let probe = probe.try_into_primitive::<Wgpu>().expect("a tensor made on this device");
+        Tensor::from_primitive::<Wgpu>(CubeTensor::new_contiguous(
+            probe.client,
+            probe.device,
+            Shape::from(shape),
+            buffer.handle,
+            burn::tensor::DType::F32,
+        ))
+    }
+
+    /// Launches so many workgroups of a kernel.
+    pub fn launch(&self, shader: &'static Shader, workgroups: usize, buffers: &[&Buffer], parameters: &[u32]) {
+        if workgroups == 0 {
+            return;
+        }
+        let most = self.adapter.workgroups as usize;
+        let (x, y) = (workgroups.min(most), workgroups.div_ceil(most));
+        let parameters = self.client.create_from_slice(bytemuck::cast_slice(parameters));
+        let bindings = buffers.iter().map(|buffer| buffer.handle.clone().binding()).chain([parameters.binding()]);
+        let arguments = bindings.fold(KernelArguments::new(), KernelArguments::with_buffer);
+        let kernel = SourceKernel::new(Launched(shader), CubeDim::new_1d(THREADS));
+        self.client.launch(Box::new(kernel), CubeCount::Static(x as u32, y as u32, 1), arguments);
+    }
+
+    /// The words of a buffer, after everything that was launched before.
+    ///
+    /// # Errors
+    /// When a launch failed, or the device is lost or out of memory.
+    pub fn read<T: bytemuck::Pod>(&self, buffer: &Buffer) -> Result<Vec<T>> {
+        let bytes = self.client.read_one(buffer.handle.clone());
+        let bytes = bytes.map_err(|error| Error::run(format!("{}: {}; use --device cpu", self.adapter.name, cause(&error.to_string()))))?;
+        Ok(bytemuck::pod_collect_to_vec(&bytes[..4 * buffer.words]))
+    }
+}
+
+/// The last cause of an error that lists causes line by line, without drawings and backtraces.
+fn cause(message: &str) -> &str {
+    let lines = message.lines().map(str::trim).take_while(|line| !line.starts_with("Backtrace") && !line.starts_with('┌'));
+    lines.filter(|line| !line.is_empty() && !line.starts_with("Caused by")).last().unwrap_or("the device failed")
+}
+
+/// A kernel as the client launches it.
+struct Launched(&'static Shader);
+
+impl KernelSource for Launched {
+    fn source(&self) -> SourceTemplate {
+        SourceTemplate::new(self.0.source)
+    }
+
+    fn id(&self) -> KernelId {
+        KernelId::new::<Self>().info(self.0.name)
+    }
+
+    fn lang(&self) -> &'static str {
+        "wgsl"
+    }
+}
