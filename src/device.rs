@@ -103,7 +103,7 @@ impl Device {
         match choice {
             Choice::Cpu => Ok(Self::cpu()),
             Choice::Gpu(number) => Self::gpu(number),
-            Choice::Auto => match adapters().iter().find(|adapter| !adapter.software) {
+            Choice::Auto => match installed().iter().find(|adapter| !adapter.software) {
                 Some(adapter) => Self::gpu(adapter.number).or_else(|_| Ok(Self::cpu())),
                 None => Ok(Self::cpu()),
             },
@@ -121,6 +121,13 @@ impl Device {
         let threads = rayon::current_num_threads();
         Self { burn: burn::tensor::Device::flex(), name: format!("cpu ({threads} threads, {})", simd()), gpu: None }
     }
+}
+
+/// The adapters, without waking the graphics library where the system has no GPU: that takes longer than a refusal may.
+fn installed() -> Vec<Adapter> {
+    let nodes = ["/dev/dri", "/dev/nvidia0", "/dev/dxg", "/dev/kgsl-3d0", "/dev/mali0"];
+    let any = !cfg!(target_os = "linux") || nodes.iter().any(|node| std::path::Path::new(node).exists());
+    if any { adapters() } else { Vec::new() }
 }
 
 /// The widest vector instructions that the processor has and this program uses.

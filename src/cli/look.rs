@@ -4,7 +4,7 @@ use serde_json::json;
 
 use crate::cli::Invocation;
 use crate::cli::arguments::Presets;
-use crate::cli::text::{say, say_json};
+use crate::cli::text::{quietly, say, say_json};
 use crate::compress::destination::free_bytes;
 use crate::device::{Adapter, Choice, Device, adapters, simd};
 use crate::error::{Error, Result};
@@ -52,7 +52,7 @@ pub fn doctor(invocation: &Invocation) -> Result<()> {
     let (here, temporary) = (std::path::PathBuf::from("."), std::env::temp_dir());
     let (total, available) = memory();
     let (free_here, free_temporary) = (free_bytes(&here)?, free_bytes(&temporary)?);
-    let adapters = adapters();
+    let adapters = quietly(adapters);
     let examined = (!adapters.is_empty()).then(|| examine(adapters[0].number));
     if invocation.json {
         say_json(&json!({
@@ -140,7 +140,7 @@ impl std::fmt::Display for Examined {
 fn examine(number: usize) -> Examined {
     let start = std::time::Instant::now();
     let mut examined = Examined { adapter: number, comparisons: 0, shaders: 0, seconds: 0.0, failure: None };
-    match Device::pick(Choice::Gpu(number)) {
+    match quietly(|| Device::pick(Choice::Gpu(number))) {
         Err(error) => examined.failure = Some(error.to_string()),
         Ok(Device { gpu: None, .. }) => {}
         Ok(Device { gpu: Some(gpu), .. }) => {

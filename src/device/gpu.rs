@@ -98,8 +98,8 @@ fn describe(number: usize, adapter: &wgpu::Adapter) -> Adapter {
 
 /// All adapters of this machine. None where there is no graphics library.
 pub fn adapters() -> Vec<Adapter> {
-    let found = std::panic::catch_unwind(|| enumerate().1.iter().enumerate().map(|(number, one)| describe(number, one)).collect());
-    found.unwrap_or_default()
+    let all = || enumerate().1.iter().enumerate().map(|(number, one)| describe(number, one)).collect();
+    std::panic::catch_unwind(all).unwrap_or_default()
 }
 
 /// Opens the adapter of this number.

@@ -24,6 +24,7 @@ const LAYERS: &[(&str, &[&str])] = &[
         &[
             "calibrate",
             "checkpoint",
+            "device",
             "error",
             "evaluate",
             "formats",

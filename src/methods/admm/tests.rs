@@ -1,3 +1,5 @@
+//! Tests of ADMM pruning.
+
 use super::*;
 use crate::kernels::factor::solve_rows;
 use crate::kernels::refit::{correlation, norms};
@@ -95,7 +97,7 @@ fn reference(weight: &Matrix, gram: &[f64], options: &Admm, fixed: Option<&[bool
 }
 
 fn solve(weight: &Matrix, gram: &[f64], options: &Admm, keep: &[bool]) -> Matrix {
-    Space::new(weight, gram, options).unwrap().solve("given", Some(keep), false).matrix
+    Space::new(weight, gram, options).unwrap().solve(None, "given", Some(keep), false).unwrap().matrix
 }
 
 fn close(found: f64, expected: f64) {
