@@ -3,6 +3,7 @@
 pub mod allocator;
 pub mod arguments;
 pub mod compress;
+pub mod device;
 pub mod eval;
 pub mod inspect;
 pub mod look;

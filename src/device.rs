@@ -92,6 +92,8 @@ pub struct Device {
     pub name: String,
     /// Where kernels are launched, when it is a GPU.
     pub gpu: Option<Gpu>,
+    /// Bytes of GPU memory to use at most, where the user says so.
+    pub gpu_memory: Option<u64>,
 }
 
 impl Device {
@@ -113,13 +115,24 @@ impl Device {
     /// The GPU of this number, after it has computed something.
     fn gpu(number: usize) -> Result<Self> {
         let (gpu, burn) = open(number)?;
-        Ok(Self { burn, name: format!("gpu:{number} ({})", gpu.adapter().name), gpu: Some(gpu) })
+        Ok(Self { burn, name: format!("gpu:{number} ({})", gpu.adapter().name), gpu: Some(gpu), gpu_memory: None })
+    }
+
+    /// Bytes that the weights of one block may take on the GPU, a quarter of its memory: a block stands there up to three
+    /// times, and its activations besides. What does not fit stays on the processor's side and passes by tile by tile.
+    pub fn room_for_weights(&self) -> u64 {
+        self.gpu_memory.map_or(u64::MAX, |bytes| bytes / 4)
+    }
+
+    /// Whether a tensor of so many bytes can be one buffer that a kernel binds.
+    pub fn binds(&self, bytes: u64) -> bool {
+        self.gpu.as_ref().is_none_or(|gpu| bytes <= gpu.adapter().binding_bytes)
     }
 
     /// The processor.
     pub fn cpu() -> Self {
         let threads = rayon::current_num_threads();
-        Self { burn: burn::tensor::Device::flex(), name: format!("cpu ({threads} threads, {})", simd()), gpu: None }
+        Self { burn: burn::tensor::Device::flex(), name: format!("cpu ({threads} threads, {})", simd()), gpu: None, gpu_memory: None }
     }
 }
 

@@ -90,6 +90,9 @@ pub struct Compress {
     /// auto, cpu, gpu or gpu:N.
     #[arg(long, default_value = "auto")]
     pub device: Choice,
+    /// GPU memory to use at most, like 8GB; weights beyond it pass tile by tile.
+    #[arg(long, value_name = "SIZE")]
+    pub gpu_memory: Option<String>,
     /// Leave layers whose name matches as they are; may be repeated.
     #[arg(long, value_name = "GLOB")]
     pub skip: Vec<String>,
@@ -142,6 +145,9 @@ pub struct Eval {
     /// auto, cpu, gpu or gpu:N.
     #[arg(long, default_value = "auto")]
     pub device: Choice,
+    /// GPU memory to use at most, like 8GB; weights beyond it pass tile by tile.
+    #[arg(long, value_name = "SIZE")]
+    pub gpu_memory: Option<String>,
 }
 
 /// Arguments of `inspect`.

@@ -7,7 +7,8 @@ use serde_json::json;
 
 use crate::cli::Invocation;
 use crate::cli::arguments::Compress;
-use crate::cli::text::{quietly, say, say_json, table};
+use crate::cli::device::pick_device;
+use crate::cli::text::{say, say_json, table};
 use crate::compress::destination::Destination;
 use crate::compress::{Job, Prepared, QualityOptions};
 use crate::device::Device;
@@ -22,7 +23,7 @@ use crate::run::Run;
 /// # Errors
 /// Whatever went wrong, in one line.
 pub fn run(arguments: &Compress, invocation: &Invocation, dry_run: bool) -> Result<()> {
-    let device = quietly(|| Device::pick(arguments.device))?;
+    let device = pick_device(arguments.device, arguments.gpu_memory.as_deref())?;
     let recipe = recipe(arguments, invocation)?;
     let started = Instant::now();
     let embedded = embedded(arguments)?;

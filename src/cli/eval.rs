@@ -8,8 +8,8 @@ use crate::checkpoint::Checkpoint;
 use crate::cli::Invocation;
 use crate::cli::arguments::Eval;
 use crate::cli::compress::quality_table;
-use crate::cli::text::{quietly, say, say_json};
-use crate::device::Device;
+use crate::cli::device::pick_device;
+use crate::cli::text::{say, say_json};
 use crate::error::{Error, Result, shown_path};
 use crate::evaluate::{Protocol, measure, windows};
 use crate::formats;
@@ -21,7 +21,7 @@ use crate::run::Run;
 /// # Errors
 /// Whatever went wrong, in one line.
 pub fn run(arguments: &Eval, invocation: &Invocation) -> Result<()> {
-    let device = quietly(|| Device::pick(arguments.device))?;
+    let device = pick_device(arguments.device, arguments.gpu_memory.as_deref())?;
     let checkpoint = Checkpoint::open(&arguments.model)?;
     let source = formats::open(&checkpoint)?;
     let model = Model::open(&checkpoint, source.as_ref())?;

@@ -4,7 +4,8 @@ use serde_json::json;
 
 use crate::cli::Invocation;
 use crate::cli::arguments::Presets;
-use crate::cli::text::{quietly, say, say_json};
+use crate::cli::device::quietly;
+use crate::cli::text::{say, say_json};
 use crate::compress::destination::free_bytes;
 use crate::device::{Adapter, Choice, Device, adapters, simd};
 use crate::error::{Error, Result};

@@ -1,7 +1,6 @@
 //! Standard output and standard error: a closed pipe is no failure, a table is aligned.
 
 use std::io::{ErrorKind, IsTerminal, Write};
-use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Set when standard output takes no more; the work goes on, because somebody may wait for its result on disk.
@@ -58,21 +57,6 @@ pub fn table(rows: &[Vec<String>]) -> Vec<String> {
         cells.collect::<Vec<_>>().join("  ").trim_end().to_string()
     };
     rows.iter().map(line).collect()
-}
-
-/// Does something without what graphics drivers write to the error output. Errors come back as values all the same.
-pub fn quietly<R>(work: impl FnOnce() -> R) -> R {
-    let silent = || -> std::io::Result<std::os::fd::OwnedFd> {
-        let kept = std::io::stderr().as_fd().try_clone_to_owned()?;
-        rustix::stdio::dup2_stderr(std::fs::OpenOptions::new().write(true).open("/dev/null")?)?;
-        Ok(kept)
-    };
-    let kept = silent();
-    let result = work();
-    if let Ok(kept) = kept {
-        let _ = rustix::stdio::dup2_stderr(kept);
-    }
-    result
 }
 
 #[cfg(test)]

@@ -7,10 +7,29 @@ use burn::tensor::Tensor;
 use crate::kernels::gemm::{Sizes, View, product};
 use crate::kernels::{Floats, tensor};
 
+/// Bytes of a weight that pass to a GPU at once.
+const TILE_BYTES: usize = 64 << 20;
+
 /// x Wᵀ for `x` of tokens × inputs and `weight` of outputs × inputs: straight from the slices where both lie on the
-/// processor and nothing is differentiated, else by [`linear_reference`].
+/// processor and nothing is differentiated, tile by tile where the weight lies there and `x` does not, else by
+/// [`linear_reference`].
 pub fn linear(x: &Tensor<2>, weight: &Tensor<2>) -> Tensor<2> {
-    linear_cpu(x, weight).unwrap_or_else(|| linear_reference(x, weight))
+    if let Some(product) = linear_cpu(x, weight) {
+        return product;
+    }
+    match Floats::of(weight) {
+        Some(weight_here) if x.device().without_autodiff() != weight.device() => linear_tiled(x, &weight_here, TILE_BYTES),
+        _ => linear_reference(x, weight),
+    }
+}
+
+/// The product on the device of `x` with a weight that lies on the processor, some rows of it at a time.
+fn linear_tiled(x: &Tensor<2>, weight: &Floats, bytes: usize) -> Tensor<2> {
+    let (columns, device) = (x.dims()[1], x.device());
+    let rows = (bytes / (4 * columns).max(1)).max(1);
+    let tile = |part: &[f32]| linear_reference(x, &tensor(part.to_vec(), [part.len() / columns, columns], &device));
+    let tiles: Vec<Tensor<2>> = weight.slice().chunks(rows * columns).map(tile).collect();
+    Tensor::cat(tiles, 1)
 }
 
 /// The same in tensor algebra.
@@ -41,6 +60,11 @@ mod tests {
             let (fast, exact) = (values(linear(&x, &weight)), values(linear_reference(&x, &weight)));
             assert_eq!(fast.len(), tokens * outputs);
             assert!(fast.iter().zip(&exact).all(|(a, b)| (a - b).abs() < 1e-4), "{tokens} {inputs} {outputs}");
+            for bytes in [1, 4 * inputs * 3, 1 << 20] {
+                let tiled = values(linear_tiled(&x, &Floats::of(&weight).unwrap(), bytes));
+                assert_eq!(tiled.len(), exact.len());
+                assert!(tiled.iter().zip(&exact).all(|(a, b)| (a - b).abs() < 1e-4), "{bytes} bytes a tile");
+            }
         }
     }
 }

@@ -275,7 +275,7 @@ impl SignRound {
         let mut sampler = Sampler::new(bench.hidden.len(), bench.run.seed ^ (bench.index() as u64) << 32);
         let wanted = Wanted { weights: true, norms: false, input: false, precision: Precision::Rough };
         let (mut curve, mut best) = (Vec::with_capacity(iterations), f64::INFINITY);
-        if let Some(gpu) = &bench.run.device.gpu {
+        if let Some(gpu) = bench.run.device.gpu.as_ref().filter(|_| parameters.elsewhere()) {
             learned.iter_mut().for_each(|one| one.there = OnGpu::new(gpu, one.rounding.clone()));
         }
         for iteration in 0..iterations {

@@ -185,14 +185,14 @@ type Record = BTreeMap<Point, Floats>;
 /// wanted. Gives the value of the loss. Where the parameters do not lie on the processor, automatic differentiation of the
 /// forward does the work there.
 pub fn block(spec: &Spec<'_>, parameters: &Parameters, x: &[f32], wanted: Wanted, gradients: &mut Gradients, loss: Loss<'_>) -> f64 {
-    if Floats::of(parameters.weight(Role::Query)).is_none() {
+    if parameters.elsewhere() {
         return differentiated(spec, parameters, x, wanted, gradients, loss);
     }
     let hidden = spec.config.hidden;
     let size = (hidden * spec.seq * (GROUP_TOKENS / spec.seq).max(1)).max(1);
     let operands = Operands::of(parameters);
     gradients.prepare(&operands, wanted, x.len().div_ceil(size));
-    let device = parameters.weight(Role::Query).device();
+    let device = parameters.home();
     let forward = |x: &[f32]| recorded(spec, parameters, tensor(x.to_vec(), [x.len() / hidden, hidden], &device));
     let (records, outputs): (Vec<Record>, Vec<Tensor<2>>) = x.par_chunks(size).map(forward).unzip();
     let Gradients { weights, norms, stream, output, groups, .. } = gradients;
@@ -223,7 +223,7 @@ pub fn block(spec: &Spec<'_>, parameters: &Parameters, x: &[f32], wanted: Wanted
 fn differentiated(spec: &Spec<'_>, parameters: &Parameters, x: &[f32], wanted: Wanted, gradients: &mut Gradients, loss: Loss<'_>) -> f64 {
     let hidden = spec.config.hidden;
     let tracked = parameters.tracked(wanted.weights, wanted.norms);
-    let device = parameters.weight(Role::Query).device();
+    let device = parameters.home();
     let shape = [x.len() / hidden.max(1), hidden];
     let leaf = tensor::<2>(x.to_vec(), shape, &device).autodiff().set_require_grad(wanted.input);
     let y = forward::block(spec, &tracked, leaf.clone(), &mut |_, _| {});

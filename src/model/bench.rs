@@ -145,7 +145,7 @@ impl Bench<'_> {
         if self.wanted.is_empty() {
             return Ok(None);
         }
-        let parameters = Parameters::take(&mut self.block, &self.run.device.burn);
+        let parameters = Parameters::take(&mut self.block, self.run.device);
         let mut outputs = Vec::new();
         let mut window = 0;
         for wanted in &self.wanted {
@@ -161,7 +161,7 @@ impl Bench<'_> {
 
     /// The float tensors of the block as it stands, for [`Self::descend_into`].
     pub fn parameters(&self) -> Parameters {
-        Parameters::copy(&self.block, &self.run.device.burn)
+        Parameters::copy(&self.block, self.run.device)
     }
 
     /// The mean squared error of a block with these tensors against the float model's output on some windows, and its
@@ -257,7 +257,7 @@ impl Bench<'_> {
     /// # Errors
     /// When hidden states cannot be read or written, or the streams are not there.
     pub fn capture(&mut self, site: Site) -> Result<(Capture, Option<Capture>)> {
-        let parameters = Parameters::take(&mut self.block, &self.run.device.burn);
+        let parameters = Parameters::take(&mut self.block, self.run.device);
         let result = self.capture_with(site, &parameters);
         parameters.give_back(&mut self.block);
         result

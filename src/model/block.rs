@@ -1,9 +1,9 @@
 //! One decoder block: its linear layers by role, its norms by place, and the tensors that a forward needs of them.
 
-use burn::tensor::{Device, Tensor};
+use burn::tensor::Tensor;
 
-use crate::device::{Buffer, Gpu};
-use crate::kernels::{tensor, values};
+use crate::device::{Buffer, Device, Gpu};
+use crate::kernels::{Floats, tensor, values};
 use crate::matrix::Matrix;
 use crate::weight::{Sparse, Weight};
 
@@ -190,8 +190,12 @@ impl Parameters {
         }
     }
 
-    /// Takes the floats out of a block, without a copy where the block holds floats; [`Self::give_back`] returns them.
+    /// Takes the floats out of a block, without a copy where the block holds floats; [`Self::give_back`] returns them. For a
+    /// GPU the block keeps them.
     pub fn take(block: &mut Block, device: &Device) -> Self {
+        if device.gpu.is_some() {
+            return Self::copy(block, device);
+        }
         let mut parameters = Self::default();
         for linear in &mut block.linears {
             let shape = linear.weight.shape();
@@ -202,9 +206,9 @@ impl Parameters {
                 Weight::Trits(trits) => trits.to_matrix().data,
                 Weight::Split(split) => split.to_matrix().data,
             };
-            parameters.set_weight(linear.role, tensor(floats, shape, device));
+            parameters.set_weight(linear.role, tensor(floats, shape, &device.burn));
         }
-        parameters.set_vectors(block, device);
+        parameters.set_vectors(block, &device.burn);
         parameters
     }
 
@@ -228,21 +232,40 @@ impl Parameters {
 
     /// Sets the weight of a norm from floats.
     pub fn set_norm_floats(&mut self, place: Place, weight: &[f32]) {
-        let device = self.weight(Role::Query).device();
+        let device = self.norm(place).map_or_else(|| self.weight(Role::Query).device(), Tensor::device);
         self.set_norm(place, tensor(weight.to_vec(), [weight.len()], &device));
     }
 
-    /// A copy of the floats of a block.
+    /// A copy of the floats of a block. Weights for which the GPU has no room, or no binding, lie on the processor.
     pub fn copy(block: &Block, device: &Device) -> Self {
         let mut parameters = Self::default();
+        let mut room = device.room_for_weights();
         for linear in &block.linears {
-            parameters.set_weight(linear.role, tensor(linear.weight.to_matrix().data.clone(), linear.weight.shape(), device));
+            let floats = linear.weight.to_matrix().into_owned().data;
+            let bytes = 4 * floats.len() as u64;
+            let place = if bytes <= room && device.binds(bytes) {
+                room -= bytes;
+                device.burn.clone()
+            } else {
+                burn::tensor::Device::flex()
+            };
+            parameters.set_weight(linear.role, tensor(floats, linear.weight.shape(), &place));
         }
-        parameters.set_vectors(block, device);
+        parameters.set_vectors(block, &device.burn);
         parameters
     }
 
-    fn set_vectors(&mut self, block: &Block, device: &Device) {
+    /// The device on which hidden states are computed: where the norms lie, or else the weights.
+    pub fn home(&self) -> burn::tensor::Device {
+        self.norms.iter().flatten().next().map_or_else(|| self.weight(Role::Query).device(), Tensor::device)
+    }
+
+    /// Whether every weight lies elsewhere than on the processor.
+    pub fn elsewhere(&self) -> bool {
+        self.weights.iter().flatten().all(|weight| Floats::of(weight).is_none())
+    }
+
+    fn set_vectors(&mut self, block: &Block, device: &burn::tensor::Device) {
         for linear in &block.linears {
             self.biases[linear.role as usize] = linear.bias.as_ref().map(|bias| tensor(bias.clone(), [bias.len()], device));
         }
@@ -254,7 +277,9 @@ impl Parameters {
     /// Puts the floats back where [`Self::take`] took them from.
     pub fn give_back(mut self, block: &mut Block) {
         for linear in &mut block.linears {
-            if let Weight::Dense(matrix) | Weight::Sparse(Sparse { matrix, .. }) = &mut linear.weight {
+            if let Weight::Dense(matrix) | Weight::Sparse(Sparse { matrix, .. }) = &mut linear.weight
+                && matrix.data.is_empty()
+            {
                 let floats = self.weights[linear.role as usize].take().map(values).unwrap_or_default();
                 *matrix = Matrix::new(matrix.rows, matrix.columns, floats);
             }

@@ -94,8 +94,8 @@ pub fn walk(model: &Model<'_>, hidden: &mut Hidden, stage: &str, run: &Run<'_>, 
         let mut block = model.load_block(index)?;
         let (mut seen, mut wanted, mut original) = (Seen::default(), Vec::new(), None);
         if calibrated {
-            original = Some(Parameters::copy(&block, &run.device.burn));
-            let parameters = Parameters::take(&mut block, &run.device.burn);
+            let parameters = Parameters::take(&mut block, run.device);
+            original = Some(parameters.clone());
             if visitor.observes() > Needs::Nothing {
                 (seen, wanted) = observe(model, index, &parameters, hidden, visitor.observes(), run, &note)?;
             }
@@ -111,7 +111,7 @@ pub fn walk(model: &Model<'_>, hidden: &mut Hidden, stage: &str, run: &Run<'_>, 
         let mut bench = Bench { model, block, seen, run, hidden, original, streams, wanted, settled: false };
         visitor.visit(&mut bench)?;
         let Bench { mut block, wanted, settled, .. } = bench;
-        let parameters = Parameters::take(&mut block, &run.device.burn);
+        let parameters = Parameters::take(&mut block, run.device);
         drop(block);
         let joined = float.as_ref().filter(|_| settled).map(FloatStream::joined);
         let after = advance(model, index, &parameters, hidden, joined, run, &note)?;

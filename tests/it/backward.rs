@@ -41,7 +41,7 @@ fn lively(model: &Model<'_>, index: usize) -> Parameters {
             *bias = values(random([bias.len()]) * 0.2);
         }
     }
-    let mut parameters = Parameters::take(&mut block, &Device::flex());
+    let mut parameters = Parameters::take(&mut block, &drawknife::device::Device::cpu());
     for role in Role::ALL {
         let [outputs, inputs] = model.shape(role);
         parameters.set_weight(role, random([outputs, inputs]) * (1.2 / (inputs as f32).sqrt()));

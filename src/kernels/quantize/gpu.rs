@@ -74,6 +74,13 @@ pub fn round_to_nearest(gpu: &Gpu, weight: &Matrix, grid: Grid, bounds: Option<&
     Ok((ints, sums))
 }
 
+/// Grids and codes of weights that lie on a GPU, which stay there.
+pub fn round_on(gpu: &Gpu, weights: &Buffer, shape: [usize; 2], grid: Grid) -> [Buffer; 3] {
+    let (scales, zeros) = grids(gpu, weights, shape, grid, (&gpu.empty(2), false));
+    let codes = codes(gpu, weights, shape, grid, &scales, &zeros).0;
+    [codes, scales, zeros]
+}
+
 fn grids(gpu: &Gpu, weights: &Buffer, [rows, columns]: [usize; 2], grid: Grid, (ranges, given): (&Buffer, bool)) -> (Buffer, Buffer) {
     let count = rows * columns.div_ceil(grid.group);
     let (scales, zeros) = (gpu.empty(count), gpu.empty(count));
