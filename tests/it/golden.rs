@@ -27,12 +27,16 @@ pub fn expected(case: &str) -> (Vec<u32>, Vec<f32>) {
     (tokens, logits)
 }
 
-/// Logits of a folder for one window, through the walk and the head, with the tensors on `device`.
+/// Logits of a folder for one window, through the walk and the head, on the processor.
 pub fn logits(folder: &Path, tokens: &[u32]) -> Vec<f32> {
+    logits_on(&Device::cpu(), folder, tokens)
+}
+
+/// As [`logits`], on any device.
+pub fn logits_on(device: &Device, folder: &Path, tokens: &[u32]) -> Vec<f32> {
     let checkpoint = Checkpoint::open(folder).unwrap();
     let model = Model::open(&checkpoint, &Plain).unwrap();
-    let device = Device::cpu();
-    let run = Run { device: &device, seed: 0, observer: &Silent, scratch: Path::new(".") };
+    let run = Run { device, seed: 0, observer: &Silent, scratch: Path::new(".") };
     let mut hidden = embed(&model, &[tokens.to_vec()], Keeping::EXACT, &run).unwrap();
     walk(&model, &mut hidden, "golden", &run, &mut Pass).unwrap();
     let config = &model.config;

@@ -1,10 +1,21 @@
 //! Shaders: each is valid without a GPU, and each agrees with its twin on the adapter that there is.
 
 use std::io::Write;
+use std::path::{Path, PathBuf};
 
+use drawknife::checkpoint::{Checkpoint, source::Plain};
 use drawknife::device::{Choice, Device, adapters};
-use drawknife::kernels::SHADERS;
+use drawknife::kernels::rough_product::Precision;
 use drawknife::kernels::self_test::CHECKS;
+use drawknife::kernels::{SHADERS, values};
+use drawknife::model::Model;
+use drawknife::model::backward::{self, Gradients, Wanted, squared_error};
+use drawknife::model::block::{Parameters, Place, Role};
+use drawknife::model::forward::Spec;
+
+use crate::command::json;
+use crate::golden::logits_on;
+use crate::kernels::random;
 
 /// The first adapter, real or software. Without one the test says so; where `DRAWKNIFE_GPU=required` it fails.
 pub fn device() -> Option<Device> {
@@ -87,4 +98,92 @@ fn every_shader_agrees_with_its_twin() {
         }));
     }
     assert!(wrong.is_empty(), "{}\n{}", device.name, wrong.join("\n"));
+}
+
+/// Largest difference, relative to the largest entry.
+fn apart(got: &[f32], expected: &[f32]) -> f32 {
+    assert_eq!(got.len(), expected.len());
+    let largest = expected.iter().fold(f32::MIN_POSITIVE, |largest, value| largest.max(value.abs()));
+    got.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, |worst, off| if off > worst || off.is_nan() { off } else { worst })
+        / largest
+}
+
+/// Folders of the golden models.
+fn golden() -> Vec<PathBuf> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    let mut cases: Vec<PathBuf> =
+        std::fs::read_dir(folder).unwrap().flatten().map(|entry| entry.path()).filter(|path| path.is_dir()).collect();
+    cases.sort();
+    cases
+}
+
+#[test]
+fn a_gpu_gives_the_logits_of_every_family() {
+    let Some(device) = device() else { return };
+    for case in golden() {
+        let (tokens, expected) = crate::golden::expected(case.file_name().unwrap().to_str().unwrap());
+        let worst = apart(&logits_on(&device, &case, &tokens), &expected);
+        assert!(worst <= 1e-4, "{}: {worst}", case.display());
+    }
+}
+
+#[test]
+fn gradients_on_a_gpu_are_those_of_the_processor_wherever_weights_lie() {
+    let Some(device) = device() else { return };
+    let narrow = Device { gpu_memory: Some(4 * 4000), ..device.clone() };
+    for case in golden() {
+        let checkpoint = Checkpoint::open(&case).unwrap();
+        let model = Model::open(&checkpoint, &Plain).unwrap();
+        let block = model.load_block(model.config.layers.len() - 1).unwrap();
+        let spec = Spec::new(&model.config, block.index, 7);
+        let x = values(random([14, model.config.hidden]));
+        let target = values(random([14, model.config.hidden]));
+        let wanted = Wanted { weights: true, norms: true, input: true, precision: Precision::Single };
+        let run = |device: &Device| {
+            let (parameters, mut gradients) = (Parameters::copy(&block, device), Gradients::default());
+            let loss = backward::block(&spec, &parameters, &x, wanted, &mut gradients, &mut squared_error(&target, 1.0));
+            (loss, gradients, parameters.elsewhere())
+        };
+        let (loss, exact, _) = run(&Device::cpu());
+        for device in [&device, &narrow] {
+            let (found, gradients, elsewhere) = run(device);
+            assert_eq!(elsewhere, device.gpu_memory.is_none(), "{}", case.display());
+            assert!((found - loss).abs() < 1e-4 * loss, "{}: {found} {loss}", case.display());
+            for role in Role::ALL {
+                let worst = apart(&gradients.fetched_weight(role), exact.weight(role));
+                assert!(worst < 1e-4, "{} {}: {worst}", case.display(), role.name());
+            }
+            for place in Place::ALL.into_iter().filter(|place| !exact.norm(*place).is_empty()) {
+                assert!(apart(gradients.norm(place), exact.norm(place)) < 1e-4, "{} {place:?}", case.display());
+            }
+            assert!(apart(gradients.input(), exact.input()) < 1e-4, "{}", case.display());
+        }
+    }
+}
+
+#[test]
+fn what_a_gpu_compresses_is_what_the_processor_compresses() {
+    if device().is_none() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("calibration/model");
+    for (name, stages) in [
+        ("wanda", "[[stage]]\nmethod = \"wanda\"\n"),
+        ("admm", "[[stage]]\nmethod = \"admm\"\npattern = \"2:4\"\n"),
+        ("trits", "[[stage]]\nmethod = \"ptqtp\"\n"),
+        ("closed-form", "[[stage]]\nmethod = \"precalibrate\"\nbits = 3\n[[stage]]\nmethod = \"closed-form\"\nbits = 3\n"),
+        ("signround", "[[stage]]\nmethod = \"signround\"\nbits = 4\niters = 3\n[[stage]]\nmethod = \"norm-tweak\"\n"),
+    ] {
+        let recipe = folder.path().join(format!("{name}.toml"));
+        std::fs::write(&recipe, format!("version = 1\n{stages}")).unwrap();
+        let [here, there] = ["cpu", "gpu"].map(|device| {
+            let out = folder.path().join(format!("{name}-{device}"));
+            let [model, out, recipe] = [&model, &out, &recipe].map(|path| path.to_str().unwrap());
+            let sizes = ["--samples", "4", "--seq", "96", "--eval-tokens", "512", "--eval-seq", "128"];
+            let arguments = [&["compress", model, "-o", out, "--recipe", recipe, "--device", device][..], &sizes].concat();
+            json(&arguments)["report"]["quality"]["nll"].as_f64().unwrap()
+        });
+        assert!((here - there).abs() < 1e-3 * here, "{name}: {here} on the processor, {there} on the GPU");
+    }
 }
