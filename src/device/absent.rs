@@ -41,6 +41,11 @@ impl Gpu {
         match *self {}
     }
 
+    /// The same GPU with smaller limits.
+    pub fn limited(&self, _: u32, _: u64) -> Self {
+        match *self {}
+    }
+
     /// Rows of so many bytes that one binding holds.
     pub fn rows_per_binding(&self, _: usize) -> usize {
         match *self {}

@@ -152,6 +152,12 @@ impl Gpu {
         &self.adapter
     }
 
+    /// The same GPU with smaller limits, as if a lesser adapter: so many workgroups per dimension and bytes per binding.
+    pub fn limited(&self, workgroups: u32, binding_bytes: u64) -> Self {
+        let adapter = Adapter { workgroups, binding_bytes, ..(*self.adapter).clone() };
+        Self { adapter: Arc::new(adapter), ..self.clone() }
+    }
+
     /// Rows of so many bytes that one binding holds; at least one.
     pub fn rows_per_binding(&self, row_bytes: usize) -> usize {
         (self.adapter.binding_bytes as usize / row_bytes.max(1)).max(1)

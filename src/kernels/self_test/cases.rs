@@ -29,13 +29,18 @@ enum Values {
     Tails,
     /// So small that scales in 16 bits are subnormal.
     Small,
+    /// So small that scales in f16 would vanish.
+    Tiny,
+    /// Whose scales lie halfway between two numbers of f16 or of bf16.
+    Halfway,
     /// Up to the largest float.
     Large,
     /// Nothing but zeros.
     Zeros,
 }
 
-const ALL: [Values; 6] = [Values::Normal, Values::Ties, Values::Tails, Values::Small, Values::Large, Values::Zeros];
+const ALL: [Values; 8] =
+    [Values::Normal, Values::Ties, Values::Tails, Values::Small, Values::Tiny, Values::Halfway, Values::Large, Values::Zeros];
 
 impl Values {
     /// So many values, the same in every run.
@@ -51,6 +56,13 @@ impl Values {
             Self::Ties => normal.map(|value| (value * 2.0).round() / 2.0).collect(),
             Self::Tails => normal.map(|value| value.powi(5)).collect(),
             Self::Small => normal.map(|value| value * 3e-6).collect(),
+            Self::Tiny => normal.map(|value| value * 1e-9).collect(),
+            Self::Halfway => {
+                let step = |value: f32, at: usize| {
+                    (1.0 + (2.0 * (value.abs() * 50.0).floor() + 1.0) / [2048.0, 256.0][at / 3 % 2]).copysign(value)
+                };
+                normal.enumerate().map(|(at, value)| step(value, at)).collect()
+            }
             Self::Large => normal.map(|value| value / 3.0 * f32::MAX).collect(),
             Self::Zeros => vec![0.0; count],
         }
@@ -207,7 +219,7 @@ pub fn quantize(gpu: &Gpu) -> Result<Vec<Found>> {
             let (expected, sums) = quantize::round_to_nearest(&weight, grid);
             let (got, got_sums) = quantize::gpu::round_to_nearest(gpu, &weight, grid, None)?;
             all.extend(compare(&case, &got, &expected));
-            if values != Values::Large && values != Values::Small {
+            if ![Values::Large, Values::Small, Values::Tiny].contains(&values) {
                 all.push(found(format!("{case}, sums"), apart(&got_sums, &sums), 1e-4));
             }
             let bounds = ranges::precalibrate(&weight, grid, 0.02, false);
@@ -339,7 +351,7 @@ pub fn admm(gpu: &Gpu) -> Result<Vec<Found>> {
 
 pub fn precalibrate(gpu: &Gpu) -> Result<Vec<Found>> {
     let mut all = Vec::new();
-    for values in [Values::Normal, Values::Ties, Values::Tails, Values::Zeros] {
+    for values in [Values::Normal, Values::Ties, Values::Tails, Values::Zeros, Values::Large, Values::Tiny] {
         for (bits, symmetric, scale_float, rows, columns, group) in
             [(3, true, Float::F16, 40, 256, 128), (2, false, Float::BF16, 33, 70, 35), (4, false, Float::F32, 3, 9, 9)]
         {
@@ -373,7 +385,7 @@ pub fn trits(gpu: &Gpu) -> Result<Vec<Found>> {
     let mut all = Vec::new();
     for values in ALL {
         for (rows, columns, group) in [(1, 1, 1), (6, 256, 128), (5, 172, 86), (3, 1030, 1030)] {
-            if values == Values::Large {
+            if values == Values::Large || values == Values::Tiny {
                 continue;
             }
             for (residual_start, weighed) in [(true, false), (false, false), (true, true)] {
