@@ -131,7 +131,7 @@ pub fn gram(gpu: &Gpu) -> Result<Vec<Found>> {
 pub fn select(gpu: &Gpu) -> Result<Vec<Found>> {
     let mut all = Vec::new();
     for values in ALL {
-        for (rows, columns, count) in [(1, 1, 0), (1, 1, 1), (3, 33, 16), (2, 64, 64), (5, 300, 150), (2, 4100, 1230)] {
+        for (rows, columns, count) in [(1, 1, 0), (1, 1, 1), (3, 33, 16), (3, 40, 1), (2, 64, 64), (5, 300, 150), (2, 4100, 1230)] {
             let data = values.make(rows * columns, 3);
             let factors = Values::Ties.make(columns, 17).iter().map(|value| value.abs()).collect::<Vec<_>>();
             let scores: Vec<f32> = data.iter().enumerate().map(|(at, value)| (value.abs() * factors[at % columns]).min(f32::MAX)).collect();
@@ -141,7 +141,9 @@ pub fn select(gpu: &Gpu) -> Result<Vec<Found>> {
             let expected = masks(&scores, columns, |row, scratch, each| selection::smallest(row, count, scratch, each));
             all.push(found(format!("smallest {count} of {rows} x {columns} {values:?}"), share(&got, &expected), 0.0));
         }
-        for (rows, columns, kept, of) in [(1, 4, 2, 4), (3, 72, 4, 8), (4, 260, 1, 2), (2, 105, 3, 7), (2, 96, 0, 32), (3, 50, 5, 5)] {
+        for (rows, columns, kept, of) in
+            [(1, 4, 2, 4), (3, 72, 4, 8), (4, 260, 1, 2), (2, 105, 3, 7), (2, 96, 0, 32), (3, 50, 5, 5), (3, 33, 1, 3)]
+        {
             let data = values.make(rows * columns, 4);
             let scores: Vec<f32> = data.iter().map(|value| value.abs()).collect();
             let data = gpu.upload(&data);
@@ -149,8 +151,11 @@ pub fn select(gpu: &Gpu) -> Result<Vec<Found>> {
             let got: Vec<u32> = gpu.read(&selection::gpu::keep_in_blocks(gpu, scored, kept, of))?;
             let expected = masks(&scores, columns, |row, scratch, each| selection::smallest_in_blocks(row, kept, of, scratch, each));
             all.push(found(format!("{kept}:{of} of {rows} x {columns} {values:?}"), share(&got, &expected), 0.0));
-            let ones = gpu.upload(&vec![1.0f32; columns]);
-            let scored = Scored { factors: Some(&ones), ..scored };
+            let factors: Vec<f32> = (0..columns).map(|column| 0.5 + (column % 5) as f32).collect();
+            let scores: Vec<f32> = scores.iter().enumerate().map(|(at, score)| (score * factors[at % columns]).min(f32::MAX)).collect();
+            let expected = masks(&scores, columns, |row, scratch, each| selection::smallest_in_blocks(row, kept, of, scratch, each));
+            let factors = gpu.upload(&factors);
+            let scored = Scored { factors: Some(&factors), ..scored };
             let again: Vec<u32> = gpu.read(&selection::gpu::keep_in_blocks(gpu, scored, kept, of))?;
             all.push(found(format!("{kept}:{of} of {rows} x {columns} {values:?}, factors"), share(&again, &expected), 0.0));
         }
@@ -255,7 +260,11 @@ pub fn sign_descent(gpu: &Gpu) -> Result<Vec<Found>> {
             (3, true, Float::F32, 4, 33, 33),
             (3, false, Float::F16, 4, 144, 72),
         ] {
-            let weight = Matrix::new(rows, columns, Values::Tails.make(rows * columns, 7));
+            let mut weight = Matrix::new(rows, columns, Values::Tails.make(rows * columns, 7));
+            // Groups on one side of zero, and of nothing but zeros.
+            weight.data[..columns].iter_mut().for_each(|value| *value = value.abs());
+            weight.data[columns..2 * columns].iter_mut().for_each(|value| *value = -value.abs());
+            weight.data[2 * columns..2 * columns + group].fill(0.0);
             let mask = Matrix::from_fn(rows, columns, |i, j| if (i + j) % 5 == 0 { 0.0 } else { 1.0 });
             let ints = quantize::round_to_nearest(&weight, Grid { bits, group, symmetric, scale_float }).0;
             let mut expected = Rounding::new(start, &weight, (rows > 3).then_some(&mask), &ints);
@@ -357,7 +366,8 @@ pub fn precalibrate(gpu: &Gpu) -> Result<Vec<Found>> {
         {
             for pruned in [false, true] {
                 let grid = Grid { bits, group, symmetric, scale_float };
-                let weight = Matrix::new(rows, columns, values.make(rows * columns, 14));
+                let mut weight = Matrix::new(rows, columns, values.make(rows * columns, 14));
+                weight.data[columns..2 * columns].fill(0.0);
                 let case = format!("{rows} x {columns}, {bits} bits, symmetric {symmetric}, {values:?}, pruned {pruned}");
                 let theta = ranges::threshold(&weight.data, 0.02, pruned);
                 let uploaded = gpu.upload(&weight.data);
