@@ -43,9 +43,12 @@ use crate::device::Shader;
 pub use crate::lanes::{dot_lanes, maximum, sum_lanes, vectorized};
 
 /// All compute shaders.
-pub static SHADERS: [&Shader; 19] = [
+pub static SHADERS: [&Shader; 22] = [
     &admm::gpu::ADMM_SPLIT,
     &admm::gpu::ADMM_COMBINE,
+    &attention::gpu::ATTENTION,
+    &attention::gpu::ATTENTION_QUERY_ADJOINT,
+    &attention::gpu::ATTENTION_KEY_ADJOINT,
     &channels::gpu::CHANNEL_STATISTICS,
     &gram::gpu::COLUMN_SQUARES,
     &gram::gpu::GRAM,

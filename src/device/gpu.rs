@@ -4,7 +4,7 @@
 //! pieces of shared pages: shaders declare every binding `read_write`. Parameters are words in one more buffer, the last.
 //! An error of a launch shows when its outcome is read.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::tensor::wgpu::{WgpuSetup, wgpu};
 use burn::tensor::{Shape, Tensor};
@@ -143,13 +143,31 @@ fn open_adapter(number: usize) -> Result<(Gpu, burn::tensor::Device)> {
     if sum != Ok(vec![4.0]) {
         return Err(failed(&"it does not add"));
     }
-    Ok((Gpu { client, device: device.clone(), adapter: Arc::new(description) }, device))
+    let gpu = Gpu { client, device: device.clone(), adapter: Arc::new(description) };
+    OPENED.lock().unwrap_or_else(PoisonError::into_inner).push(gpu.clone());
+    Ok((gpu, device))
 }
 
+/// The GPUs that were opened, by their devices.
+static OPENED: Mutex<Vec<Gpu>> = Mutex::new(Vec::new());
+
 impl Gpu {
+    /// The GPU that a tensor's device is; nothing for other devices.
+    pub fn of(device: &burn::tensor::Device) -> Option<Self> {
+        let device = device.clone().without_autodiff();
+        OPENED.lock().unwrap_or_else(PoisonError::into_inner).iter().find(|gpu| gpu.device == device).cloned()
+    }
+
     /// What the adapter says of itself.
     pub fn adapter(&self) -> &Adapter {
         &self.adapter
+    }
+
+    /// Has work on this device go the way of a real GPU where a software adapter has another.
+    pub fn count_as_real(&self) {
+        for gpu in OPENED.lock().unwrap_or_else(PoisonError::into_inner).iter_mut().filter(|gpu| gpu.device == self.device) {
+            gpu.adapter = Arc::new(Adapter { software: false, ..(*gpu.adapter).clone() });
+        }
     }
 
     /// The same GPU with smaller limits, as if a lesser adapter: so many workgroups per dimension and bytes per binding.

@@ -3,6 +3,8 @@
 //! Legend: q (tokens × heads · d), k and v (tokens × kv_heads · d), token = window · seq + position. Position i sees
 //! the positions j with j ≤ i and, under a sliding window W, j > i − W.
 
+pub mod gpu;
+
 use std::ops::Range;
 
 use burn::tensor::activation::softmax;
@@ -49,7 +51,7 @@ impl Attention {
                 self.run_cpu(fq.slice(), fk.slice(), fv.slice(), &mut out);
                 tensor(out, q.dims(), &q.device())
             }
-            _ => self.run_in_pieces(q, k, v),
+            _ => self.run_tensors(&q, &k, &v).unwrap_or_else(|| self.run_in_pieces(q, k, v)),
         }
     }
 

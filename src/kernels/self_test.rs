@@ -39,7 +39,8 @@ impl std::fmt::Debug for Check {
 }
 
 /// All of them.
-pub const CHECKS: [Check; 11] = [
+pub const CHECKS: [Check; 12] = [
+    Check { shaders: &["attention", "attention_query_adjoint", "attention_key_adjoint"], run: cases::attention },
     Check { shaders: &["column_squares"], run: cases::column_squares },
     Check { shaders: &["gram"], run: cases::gram },
     Check { shaders: &["select_smallest", "select_blocks"], run: cases::select },

@@ -219,38 +219,68 @@ pub fn block(spec: &Spec<'_>, parameters: &Parameters, x: &[f32], wanted: Wanted
     value
 }
 
-/// As [`block`] on any device, by automatic differentiation.
+/// As [`block`] on any device, by automatic differentiation. A GPU's own attention is not part of the graph: what lies
+/// before it is differentiated in a second pass.
 fn differentiated(spec: &Spec<'_>, parameters: &Parameters, x: &[f32], wanted: Wanted, gradients: &mut Gradients, loss: Loss<'_>) -> f64 {
     let hidden = spec.config.hidden;
     let tracked = parameters.tracked(wanted.weights, wanted.norms);
     let device = parameters.home();
     let shape = [x.len() / hidden.max(1), hidden];
     let leaf = tensor::<2>(x.to_vec(), shape, &device).autodiff().set_require_grad(wanted.input);
-    let y = forward::block(spec, &tracked, leaf.clone(), &mut |_, _| {});
+    let mut seen = BTreeMap::new();
+    let y = forward::block(spec, &tracked, leaf.clone(), &mut |point, tensor| {
+        if matches!(point, Point::TurnedQuery | Point::TurnedKey | Point::Value | Point::Site(Site::Output)) {
+            seen.insert(point, tensor.clone());
+        }
+    });
     gradients.output = values(y.clone().inner());
     let value = loss(&gradients.output, room(&mut gradients.stream, x.len()));
     let upstream = tensor::<2>(gradients.stream.clone(), shape, &device).autodiff();
     let found = (y * upstream).sum().backward();
+    let before = before_attention(spec, &seen, &found);
     for role in Role::ALL.into_iter().filter(|_| wanted.weights) {
+        let weight = tracked.weight(role);
+        let more = sum(weight.grad(&found), before.as_ref().and_then(|before| weight.grad(before)));
         let total = &mut gradients.elsewhere[role as usize];
-        let more = tracked.weight(role).grad(&found);
-        *total = match (total.take(), more) {
-            (Some(total), Some(more)) => Some(total + more),
-            (total, more) => total.or(more),
-        };
+        *total = sum(total.take(), more);
     }
     for place in Place::ALL.into_iter().filter(|_| wanted.norms) {
-        let Some(more) = tracked.norm(place).and_then(|norm| norm.grad(&found)) else { continue };
+        let Some(norm) = tracked.norm(place) else { continue };
+        let Some(more) = sum(norm.grad(&found), before.as_ref().and_then(|before| norm.grad(before))) else { continue };
         let (total, more) = (&mut gradients.norms[place as usize], values(more));
         total.resize(more.len(), 0.0);
         add(total, &more);
     }
     if wanted.input
-        && let Some(input) = leaf.grad(&found)
+        && let Some(input) = sum(leaf.grad(&found), before.as_ref().and_then(|before| leaf.grad(before)))
     {
         gradients.stream = values(input);
     }
     value
+}
+
+/// The gradients of what lies before a GPU's own attention, given those of what lies behind it; nothing where attention
+/// was part of the graph, or nothing before it is differentiated.
+fn before_attention(
+    spec: &Spec<'_>,
+    seen: &BTreeMap<Point, Tensor<2>>,
+    found: &burn::tensor::Gradients,
+) -> Option<burn::tensor::Gradients> {
+    let inputs = [Point::TurnedQuery, Point::TurnedKey, Point::Value].map(|point| &seen[&point]);
+    let mixed = &seen[&Point::Site(Site::Output)];
+    if !mixed.is_require_grad() || !inputs.iter().any(|input| input.is_tracked()) {
+        return None;
+    }
+    let slopes = spec.attention().adjoint_of(inputs, mixed.grad(found)?)?;
+    let products = inputs.into_iter().zip(slopes).map(|(input, slope)| (input.clone() * slope.autodiff()).sum());
+    products.reduce(|total, product| total + product).map(|total| total.backward())
+}
+
+fn sum<const D: usize>(a: Option<Tensor<D>>, b: Option<Tensor<D>>) -> Option<Tensor<D>> {
+    match (a, b) {
+        (Some(a), Some(b)) => Some(a + b),
+        (a, b) => a.or(b),
+    }
 }
 
 /// dW += dYᵀ X.

@@ -200,12 +200,14 @@ impl Bench<'_> {
         Ok(loss)
     }
 
-    /// Windows of `seq` tokens that are differentiated side by side: as many as there are threads, where what they keep is
-    /// small.
+    /// Windows of `seq` tokens that are differentiated side by side, where what they keep is small: as many as there are
+    /// threads, or on a GPU, where every launch costs, as many as fit.
     fn side_by_side(&self, seq: usize) -> usize {
         let config = &self.model.config;
         let floats = seq * (9 * config.hidden + 8 * config.query_width() + 6 * config.intermediate);
-        (SIDE_BY_SIDE_BYTES / (4 * floats).max(1)).clamp(1, rayon::current_num_threads())
+        let scores = if self.run.device.gpu.is_some() { 4 * config.heads * seq * seq } else { 0 };
+        let most = if self.run.device.gpu.is_some() { usize::MAX } else { rayon::current_num_threads() };
+        (SIDE_BY_SIDE_BYTES / (4 * (floats + scores)).max(1)).clamp(1, most)
     }
 
     /// Runs a block with these tensors on a window of the compressed stream, beside the original block on the same

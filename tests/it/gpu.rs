@@ -125,17 +125,21 @@ fn golden() -> Vec<PathBuf> {
 
 #[test]
 fn a_gpu_gives_the_logits_of_every_family() {
-    let Some(device) = device() else { return };
+    let (Some(device), Some(real)) = (device(), device()) else { return };
+    real.gpu.as_ref().unwrap().count_as_real();
     for case in golden() {
         let (tokens, expected) = crate::golden::expected(case.file_name().unwrap().to_str().unwrap());
-        let worst = apart(&logits_on(&device, &case, &tokens), &expected);
-        assert!(worst <= 1e-4, "{}: {worst}", case.display());
+        for device in [&device, &real] {
+            let worst = apart(&logits_on(device, &case, &tokens), &expected);
+            assert!(worst <= 1e-4, "{}: {worst}", case.display());
+        }
     }
 }
 
 #[test]
 fn gradients_on_a_gpu_are_those_of_the_processor_wherever_weights_lie() {
-    let Some(device) = device() else { return };
+    let (Some(device), Some(real)) = (device(), device()) else { return };
+    real.gpu.as_ref().unwrap().count_as_real();
     let narrow = Device { gpu_memory: Some(4 * 4000), ..device.clone() };
     for case in golden() {
         let checkpoint = Checkpoint::open(&case).unwrap();
@@ -151,7 +155,7 @@ fn gradients_on_a_gpu_are_those_of_the_processor_wherever_weights_lie() {
             (loss, gradients, parameters.elsewhere())
         };
         let (loss, exact, _) = run(&Device::cpu());
-        for device in [&device, &narrow] {
+        for device in [&device, &real, &narrow] {
             let (found, gradients, elsewhere) = run(device);
             assert_eq!(elsewhere, device.gpu_memory.is_none(), "{}", case.display());
             assert!((found - loss).abs() < 1e-4 * loss, "{}: {found} {loss}", case.display());

@@ -3,6 +3,8 @@
 use crate::device::Gpu;
 use crate::error::Result;
 use crate::kernels::admm::{self, Rule};
+use crate::kernels::attention::Attention;
+use crate::kernels::attention_adjoint::Passed;
 use crate::kernels::gemm::{Sizes, View, product};
 use crate::kernels::quantize::{self, Grid};
 use crate::kernels::select::gpu::{Scored, marked};
@@ -286,6 +288,44 @@ pub fn sign_descent(gpu: &Gpu) -> Result<Vec<Found>> {
             all.push(found(format!("{case}, after six steps"), differ as f64 / got.len() as f64, FEW));
             let (got, ints) = (layer.fetch()?.ints(), expected.ints());
             all.push(found(format!("{case}, codes"), codes_apart(&got.codes, &ints.codes), FEW));
+        }
+    }
+    Ok(all)
+}
+
+pub fn attention(gpu: &Gpu) -> Result<Vec<Found>> {
+    let mut all = Vec::new();
+    for (windows, attention) in [
+        (1, Attention { seq: 1, heads: 1, kv_heads: 1, head_dim: 2, scale: 1.0, softcap: None, window: None }),
+        (2, Attention { seq: 37, heads: 6, kv_heads: 2, head_dim: 10, scale: 0.3, softcap: None, window: None }),
+        (3, Attention { seq: 70, heads: 2, kv_heads: 1, head_dim: 64, scale: 0.2, softcap: Some(2.0), window: Some(9) }),
+        (1, Attention { seq: 50, heads: 2, kv_heads: 2, head_dim: 256, scale: 0.06, softcap: None, window: Some(33) }),
+    ] {
+        let tokens = windows * attention.seq;
+        if !attention.fits(gpu, tokens) {
+            continue;
+        }
+        let (width, kv_width) = (attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim);
+        let [q, dout] = [20, 21].map(|seed| Values::Normal.make(tokens * width, seed));
+        let [k, v] = [22, 23].map(|seed| Values::Normal.make(tokens * kv_width, seed));
+        let mut out = vec![0.0; tokens * width];
+        attention.run_cpu(&q, &k, &v, &mut out);
+        let [q_buffer, k_buffer, v_buffer] = [&q, &k, &v].map(|values| gpu.upload(values));
+        let buffers = [&q_buffer, &k_buffer, &v_buffer];
+        let [mixed, normaliser] = attention.run_on(gpu, buffers);
+        let (got, normaliser) = (gpu.read::<f32>(&mixed)?, gpu.read::<f32>(&normaliser)?);
+        let case = format!("{windows} windows, {attention:?}");
+        all.push(found(case.clone(), apart(&wide(&got), &wide(&out)), 1e-5));
+        let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
+        attention.adjoint(&Passed { q: &q, k: &k, v: &v, out: &out, dout: &dout }, &mut dq, &mut dk, &mut dv);
+        let products = out.chunks(attention.head_dim).zip(dout.chunks(attention.head_dim));
+        let products = products.map(|(out, dout)| out.iter().zip(dout).map(|(a, b)| a * b).sum::<f32>());
+        let pairs: Vec<[f32; 2]> = normaliser.into_iter().zip(products).map(|(a, b)| [a, b]).collect();
+        let got = attention.adjoint_on(gpu, buffers, &gpu.upload(&pairs), &gpu.upload(&dout));
+        for ((name, got), expected) in ["queries", "keys", "values"].into_iter().zip(&got).zip([dq, dk, dv]) {
+            // With one key there is no slope but rounding.
+            let tolerance = if attention.seq == 1 && name != "values" { f64::INFINITY } else { 1e-5 };
+            all.push(found(format!("{case}, {name}"), apart(&wide(&gpu.read::<f32>(got)?), &wide(&expected)), tolerance));
         }
     }
     Ok(all)
