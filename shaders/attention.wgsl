@@ -2,8 +2,8 @@
 // src/kernels/attention.rs.
 //
 // q, mixed: tokens × heads · d. k, v: tokens × kv_heads · d. normaliser: tokens × heads, the logarithm of the sum of the
-// exponentials of a row's scores, which the adjoints need. One workgroup per 16 queries of a head; keys come in tiles,
-// and what was summed shrinks when a larger score turns up.
+// exponentials of a row's scores, which the adjoints need. One thread per query of a head, without barriers: the threads of a
+// workgroup read the same key at the same time, and what was summed shrinks when a larger score turns up.
 @group(0) @binding(0) var<storage, read_write> q: array<f32>;
 @group(0) @binding(1) var<storage, read_write> k: array<f32>;
 @group(0) @binding(2) var<storage, read_write> v: array<f32>;
@@ -12,25 +12,12 @@
 // windows, seq, heads, kv_heads, d, sliding window (0: none), scale, soft cap (0: none)
 @group(0) @binding(5) var<storage, read_write> parameters: array<u32>;
 
-const ROWS: u32 = 16u;
-const HIDDEN: f32 = -3e38;
-var<workgroup> queries: array<f32, 4096>;
-var<workgroup> tile: array<f32, 2048>;
-var<workgroup> scores: array<f32, 512>;
-var<workgroup> largest: array<f32, 16>;
-var<workgroup> total: array<f32, 16>;
-var<workgroup> shrink: array<f32, 16>;
-
 fn capped(score: f32) -> f32 {
     let cap = bitcast<f32>(parameters[7]);
     if (cap > 0.0) {
         return cap * tanh(score / cap);
     }
     return score;
-}
-
-fn sees(query: u32, key: u32) -> bool {
-    return key <= query && (parameters[5] == 0u || query - key < parameters[5]);
 }
 
 @compute @workgroup_size(64, 1, 1)
@@ -44,95 +31,56 @@ fn main(
     let kv_heads = parameters[3];
     let d = parameters[4];
     let scale = bitcast<f32>(parameters[6]);
-    let blocks = (seq + ROWS - 1u) / ROWS;
+    let blocks = (seq + 63u) / 64u;
     let at = workgroup.y * workgroups.x + workgroup.x;
-    let inside = at < parameters[0] * heads * blocks;
-    let place = select(0u, at, inside);
-    let first = place % blocks * ROWS;
-    let head = place / blocks % heads;
-    let window = place / blocks / heads * seq;
-    let head_column = head * d;
-    let kv_column = head / (heads / kv_heads) * d;
-    for (var i = local; i < ROWS * d; i += 64u) {
-        let row = first + i / d;
-        queries[i] = 0.0;
-        if (row < seq) {
-            queries[i] = q[(window + row) * heads * d + head_column + i % d];
-        }
-    }
-    if (local < ROWS) {
-        largest[local] = HIDDEN;
-        total[local] = 0.0;
-    }
-    let keys = min(2048u / d, 32u);
-    let row = local / 4u;
-    let lane = local % 4u;
-    var sums: array<f32, 64>;
-    var start = 0u;
-    if (parameters[5] > 0u && first + 1u > parameters[5]) {
-        start = first + 1u - parameters[5];
-    }
-    let end = min(first + ROWS, seq);
-    for (; start < end; start += keys) {
-        workgroupBarrier();
-        for (var i = local; i < keys * d; i += 64u) {
-            let key = start + i / d;
-            tile[i] = 0.0;
-            if (key < seq) {
-                tile[i] = k[(window + key) * kv_heads * d + kv_column + i % d];
-            }
-        }
-        workgroupBarrier();
-        for (var i = local; i < ROWS * keys; i += 64u) {
-            let query = i / keys;
-            let key = i % keys;
-            var score = 0.0;
-            for (var c = 0u; c < d; c++) {
-                score += queries[query * d + c] * tile[key * d + c];
-            }
-            scores[query * 32u + key] = select(HIDDEN, capped(score * scale), sees(first + query, start + key));
-        }
-        workgroupBarrier();
-        if (local < ROWS) {
-            var most = largest[local];
-            for (var key = 0u; key < keys; key++) {
-                most = max(most, scores[local * 32u + key]);
-            }
-            var sum = 0.0;
-            for (var key = 0u; key < keys; key++) {
-                let score = scores[local * 32u + key];
-                let share = select(exp(score - most), 0.0, score == HIDDEN);
-                scores[local * 32u + key] = share;
-                sum += share;
-            }
-            shrink[local] = exp(largest[local] - most);
-            total[local] = total[local] * shrink[local] + sum;
-            largest[local] = most;
-        }
-        for (var i = local; i < keys * d; i += 64u) {
-            let key = start + i / d;
-            tile[i] = 0.0;
-            if (key < seq) {
-                tile[i] = v[(window + key) * kv_heads * d + kv_column + i % d];
-            }
-        }
-        workgroupBarrier();
-        for (var c = lane; c < d; c += 4u) {
-            var sum = sums[c / 4u] * shrink[row];
-            for (var key = 0u; key < keys; key++) {
-                sum += scores[row * 32u + key] * tile[key * d + c];
-            }
-            sums[c / 4u] = sum;
-        }
-    }
-    if (!inside || first + row >= seq) {
+    let query = at % blocks * 64u + local;
+    let head = at / blocks % heads;
+    let window = at / blocks / heads;
+    if (window >= parameters[0] || query >= seq) {
         return;
     }
-    let token = window + first + row;
-    for (var c = lane; c < d; c += 4u) {
-        mixed[token * heads * d + head_column + c] = sums[c / 4u] / total[row];
+    let token = window * seq + query;
+    let column = token * heads * d + head * d;
+    let kv_width = kv_heads * d;
+    let kv_column = window * seq * kv_width + head / (heads / kv_heads) * d;
+    var row: array<f32, 256>;
+    var sums: array<f32, 256>;
+    for (var c = 0u; c < d; c++) {
+        row[c] = q[column + c] * scale;
     }
-    if (lane == 0u) {
-        normaliser[token * heads + head] = largest[row] + log(total[row]);
+    var largest = -3e38;
+    var total = 0.0;
+    // The first key that the first query of the workgroup sees, so that all threads read the same one.
+    var key = 0u;
+    if (parameters[5] > 0u && query - local + 1u > parameters[5]) {
+        key = query - local + 1u - parameters[5];
     }
+    for (; key <= query; key++) {
+        if (parameters[5] > 0u && query - key >= parameters[5]) {
+            continue;
+        }
+        let place = kv_column + key * kv_width;
+        var score = 0.0;
+        for (var c = 0u; c < d; c++) {
+            score += row[c] * k[place + c];
+        }
+        score = capped(score);
+        if (score > largest) {
+            let shrink = exp(largest - score);
+            total *= shrink;
+            for (var c = 0u; c < d; c++) {
+                sums[c] *= shrink;
+            }
+            largest = score;
+        }
+        let share = exp(score - largest);
+        total += share;
+        for (var c = 0u; c < d; c++) {
+            sums[c] += share * v[place + c];
+        }
+    }
+    for (var c = 0u; c < d; c++) {
+        mixed[column + c] = sums[c] / total;
+    }
+    normaliser[token * heads + head] = largest + log(total);
 }

@@ -1,8 +1,8 @@
 // The gradients of causal attention by its keys and values. Twin of `Attention::adjoint` in src/kernels/attention_adjoint.rs.
 //
 // q, upstream: tokens × heads · d. k, v, dk, dv: tokens × kv_heads · d. pairs: tokens × heads, the normaliser that the forward
-// wrote, and the product of a token's output and its upstream gradient. One workgroup per 8 keys of a key-value head, which sum
-// over the queries of all heads that read it.
+// wrote, and the product of a token's output and its upstream gradient. One thread per key of a key-value head, which sums over
+// the queries of all heads that read it, without barriers.
 @group(0) @binding(0) var<storage, read_write> q: array<f32>;
 @group(0) @binding(1) var<storage, read_write> k: array<f32>;
 @group(0) @binding(2) var<storage, read_write> v: array<f32>;
@@ -13,23 +13,12 @@
 // windows, seq, heads, kv_heads, d, sliding window (0: none), scale, soft cap (0: none)
 @group(0) @binding(7) var<storage, read_write> parameters: array<u32>;
 
-const ROWS: u32 = 8u;
-var<workgroup> keys: array<f32, 2048>;
-var<workgroup> values: array<f32, 2048>;
-var<workgroup> queries: array<f32, 1024>;
-var<workgroup> gradients: array<f32, 1024>;
-var<workgroup> slopes: array<vec2<f32>, 256>;
-
 fn capped(score: f32) -> f32 {
     let cap = bitcast<f32>(parameters[7]);
     if (cap > 0.0) {
         return cap * tanh(score / cap);
     }
     return score;
-}
-
-fn sees(query: u32, key: u32) -> bool {
-    return key <= query && (parameters[5] == 0u || query - key < parameters[5]);
 }
 
 // The share of a key in a query's sum, and the slope of the loss by their raw score.
@@ -55,84 +44,52 @@ fn main(
     let kv_heads = parameters[3];
     let d = parameters[4];
     let scale = bitcast<f32>(parameters[6]);
-    let blocks = (seq + ROWS - 1u) / ROWS;
+    let blocks = (seq + 63u) / 64u;
     let at = workgroup.y * workgroups.x + workgroup.x;
-    let inside = at < parameters[0] * kv_heads * blocks;
-    let place = select(0u, at, inside);
-    let first = place % blocks * ROWS;
-    let kv_head = place / blocks % kv_heads;
-    let window = place / blocks / kv_heads * seq;
-    let kv_column = kv_head * d;
-    let times = heads / kv_heads;
-    for (var i = local; i < ROWS * d; i += 64u) {
-        let row = first + i / d;
-        keys[i] = 0.0;
-        values[i] = 0.0;
-        if (row < seq) {
-            let from_place = (window + row) * kv_heads * d + kv_column + i % d;
-            keys[i] = k[from_place];
-            values[i] = v[from_place];
-        }
-    }
-    let count = min(1024u / d, 32u);
-    let row = local / 8u;
-    let lane = local % 8u;
-    var key_sums: array<f32, 32>;
-    var value_sums: array<f32, 32>;
-    var end = seq;
-    if (parameters[5] > 0u) {
-        end = min(seq, first + ROWS - 1u + parameters[5]);
-    }
-    let tiles = (end - first + count - 1u) / count;
-    for (var step = 0u; step < tiles * times; step++) {
-        let head = kv_head * times + step / tiles;
-        let start = first + step % tiles * count;
-        workgroupBarrier();
-        for (var i = local; i < count * d; i += 64u) {
-            let query = start + i / d;
-            queries[i] = 0.0;
-            gradients[i] = 0.0;
-            if (query < seq) {
-                let from_place = (window + query) * heads * d + head * d + i % d;
-                queries[i] = q[from_place];
-                gradients[i] = upstream[from_place];
-            }
-        }
-        workgroupBarrier();
-        for (var i = local; i < ROWS * count; i += 64u) {
-            let key = i / count;
-            let query = i % count;
-            var found = vec2<f32>(0.0, 0.0);
-            if (start + query < seq && sees(start + query, first + key)) {
-                var score = 0.0;
-                var product = 0.0;
-                for (var c = 0u; c < d; c++) {
-                    score += queries[query * d + c] * keys[key * d + c];
-                    product += gradients[query * d + c] * values[key * d + c];
-                }
-                found = share_and_slope(score * scale, pairs[(window + start + query) * heads + head], product);
-            }
-            slopes[key * 32u + query] = found;
-        }
-        workgroupBarrier();
-        for (var c = lane; c < d; c += 8u) {
-            var value_sum = value_sums[c / 8u];
-            var key_sum = key_sums[c / 8u];
-            for (var query = 0u; query < count; query++) {
-                let found = slopes[row * 32u + query];
-                value_sum += found.x * gradients[query * d + c];
-                key_sum += found.y * queries[query * d + c];
-            }
-            value_sums[c / 8u] = value_sum;
-            key_sums[c / 8u] = key_sum;
-        }
-    }
-    if (!inside || first + row >= seq) {
+    let first = at % blocks * 64u;
+    let key = first + local;
+    let kv_head = at / blocks % kv_heads;
+    let window = at / blocks / kv_heads;
+    if (window >= parameters[0] || key >= seq) {
         return;
     }
-    for (var c = lane; c < d; c += 8u) {
-        let to = (window + first + row) * kv_heads * d + kv_column + c;
-        dk[to] = key_sums[c / 8u];
-        dv[to] = value_sums[c / 8u];
+    let times = heads / kv_heads;
+    let column = (window * seq + key) * kv_heads * d + kv_head * d;
+    var row: array<f32, 256>;
+    var value: array<f32, 256>;
+    var key_sums: array<f32, 256>;
+    var value_sums: array<f32, 256>;
+    for (var c = 0u; c < d; c++) {
+        row[c] = k[column + c];
+        value[c] = v[column + c];
+    }
+    var end = seq;
+    if (parameters[5] > 0u) {
+        end = min(seq, key + parameters[5]);
+    }
+    for (var head = kv_head * times; head < (kv_head + 1u) * times; head++) {
+        // From the first key of the workgroup on, so that all threads read the same query.
+        for (var query = first; query < end; query++) {
+            if (query < key) {
+                continue;
+            }
+            let token = window * seq + query;
+            let place = token * heads * d + head * d;
+            var score = 0.0;
+            var product = 0.0;
+            for (var c = 0u; c < d; c++) {
+                score += row[c] * q[place + c];
+                product += value[c] * upstream[place + c];
+            }
+            let found = share_and_slope(score * scale, pairs[token * heads + head], product);
+            for (var c = 0u; c < d; c++) {
+                value_sums[c] += found.x * upstream[place + c];
+                key_sums[c] += found.y * q[place + c];
+            }
+        }
+    }
+    for (var c = 0u; c < d; c++) {
+        dk[column + c] = key_sums[c];
+        dv[column + c] = value_sums[c];
     }
 }

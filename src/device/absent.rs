@@ -48,11 +48,6 @@ impl Gpu {
         match self.0 {}
     }
 
-    /// Has work on this device go the way of a real GPU.
-    pub fn count_as_real(&self) {
-        match self.0 {}
-    }
-
     /// The same GPU with smaller limits.
     pub fn limited(&self, _: u32, _: u64) -> Self {
         match self.0 {}

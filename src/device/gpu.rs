@@ -163,13 +163,6 @@ impl Gpu {
         &self.adapter
     }
 
-    /// Has work on this device go the way of a real GPU where a software adapter has another.
-    pub fn count_as_real(&self) {
-        for gpu in OPENED.lock().unwrap_or_else(PoisonError::into_inner).iter_mut().filter(|gpu| gpu.device == self.device) {
-            gpu.adapter = Arc::new(Adapter { software: false, ..(*gpu.adapter).clone() });
-        }
-    }
-
     /// The same GPU with smaller limits, as if a lesser adapter: so many workgroups per dimension and bytes per binding.
     pub fn limited(&self, workgroups: u32, binding_bytes: u64) -> Self {
         let adapter = Adapter { workgroups, binding_bytes, ..(*self.adapter).clone() };

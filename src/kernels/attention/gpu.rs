@@ -14,14 +14,11 @@ pub static ATTENTION_QUERY_ADJOINT: Shader =
 pub static ATTENTION_KEY_ADJOINT: Shader =
     Shader { name: "attention_key_adjoint", source: include_str!("../../../shaders/attention_key_adjoint.wgsl") };
 
-/// Bytes that the kernels share in a workgroup.
-const SHARED_BYTES: u32 = 27 << 10;
-
 impl Attention {
     /// Whether the kernels of a GPU can do this attention over so many tokens.
     pub fn fits(&self, gpu: &Gpu, tokens: usize) -> bool {
         let bytes = 4 * tokens * self.heads * self.head_dim.max(2);
-        self.head_dim <= 256 && gpu.adapter().workgroup_bytes >= SHARED_BYTES && gpu.rows_per_binding(1) >= bytes
+        self.head_dim <= 256 && gpu.rows_per_binding(1) >= bytes
     }
 
     fn parameters(&self, tokens: usize) -> [u32; 8] {
@@ -41,7 +38,7 @@ impl Attention {
     pub fn run_on(&self, gpu: &Gpu, [q, k, v]: [&Buffer; 3]) -> [Buffer; 2] {
         let tokens = q.words() / (self.heads * self.head_dim);
         let (mixed, normaliser) = (gpu.empty(q.words()), gpu.empty(tokens * self.heads));
-        let workgroups = tokens / self.seq * self.heads * self.seq.div_ceil(16);
+        let workgroups = tokens / self.seq * self.heads * self.seq.div_ceil(64);
         gpu.launch(&ATTENTION, workgroups, &[q, k, v, &mixed, &normaliser], &self.parameters(tokens));
         [mixed, normaliser]
     }
@@ -51,17 +48,16 @@ impl Attention {
     pub fn adjoint_on(&self, gpu: &Gpu, [q, k, v]: [&Buffer; 3], pairs: &Buffer, upstream: &Buffer) -> [Buffer; 3] {
         let tokens = q.words() / (self.heads * self.head_dim);
         let (dq, dk, dv) = (gpu.empty(q.words()), gpu.empty(k.words()), gpu.empty(v.words()));
-        let (blocks, parameters) = (tokens / self.seq * self.seq.div_ceil(8), self.parameters(tokens));
+        let (blocks, parameters) = (tokens / self.seq * self.seq.div_ceil(64), self.parameters(tokens));
         gpu.launch(&ATTENTION_QUERY_ADJOINT, blocks * self.heads, &[q, k, v, pairs, upstream, &dq], &parameters);
         gpu.launch(&ATTENTION_KEY_ADJOINT, blocks * self.kv_heads, &[q, k, v, pairs, upstream, &dk, &dv], &parameters);
         [dq, dk, dv]
     }
 
-    /// The output for tensors that lie on a GPU; nothing where its kernels cannot do it, and on software adapters, on which
-    /// barriers cost more than matrices of scores. Where `q` is being differentiated,
+    /// The output for tensors that lie on a GPU; nothing where its kernels cannot do it. Where `q` is being differentiated,
     /// the output is a leaf: whoever differentiates goes on behind it with [`Self::adjoint_of`].
     pub fn run_tensors(&self, q: &Tensor<2>, k: &Tensor<2>, v: &Tensor<2>) -> Option<Tensor<2>> {
-        let gpu = Gpu::of(&q.device()).filter(|gpu| !gpu.adapter().software && self.fits(gpu, q.dims()[0]))?;
+        let gpu = Gpu::of(&q.device()).filter(|gpu| self.fits(gpu, q.dims()[0]))?;
         let [q_buffer, k, v] = buffers(&gpu, [q, k, v])?;
         let [mixed, _] = self.run_on(&gpu, [&q_buffer, &k, &v]);
         let mixed = gpu.tensor(mixed, q.dims());
