@@ -1,13 +1,13 @@
 // Causal attention over packed windows, without a matrix of scores in memory. Twin of `Attention::run_cpu` in
 // src/kernels/attention.rs.
 //
-// q, mixed: tokens × heads · d. k, v: tokens × kv_heads · d. normaliser: tokens × heads, the logarithm of the sum of the
+// q, mixed: tokens × heads · d. k, v: tokens × kv_heads · d, with d a multiple of four. normaliser: tokens × heads, the logarithm of the sum of the
 // exponentials of a row's scores, which the adjoints need. One thread per query of a head, without barriers: the threads of a
 // workgroup read the same key at the same time, and what was summed shrinks when a larger score turns up.
-@group(0) @binding(0) var<storage, read_write> q: array<f32>;
-@group(0) @binding(1) var<storage, read_write> k: array<f32>;
-@group(0) @binding(2) var<storage, read_write> v: array<f32>;
-@group(0) @binding(3) var<storage, read_write> mixed: array<f32>;
+@group(0) @binding(0) var<storage, read_write> q: array<vec4<f32>>;
+@group(0) @binding(1) var<storage, read_write> k: array<vec4<f32>>;
+@group(0) @binding(2) var<storage, read_write> v: array<vec4<f32>>;
+@group(0) @binding(3) var<storage, read_write> mixed: array<vec4<f32>>;
 @group(0) @binding(4) var<storage, read_write> normaliser: array<f32>;
 // windows, seq, heads, kv_heads, d, sliding window (0: none), scale, soft cap (0: none)
 @group(0) @binding(5) var<storage, read_write> parameters: array<u32>;
@@ -29,7 +29,8 @@ fn main(
     let seq = parameters[1];
     let heads = parameters[2];
     let kv_heads = parameters[3];
-    let d = parameters[4];
+    // Four floats at a time.
+    let d = parameters[4] / 4u;
     let scale = bitcast<f32>(parameters[6]);
     let blocks = (seq + 63u) / 64u;
     let at = workgroup.y * workgroups.x + workgroup.x;
@@ -43,8 +44,8 @@ fn main(
     let column = token * heads * d + head * d;
     let kv_width = kv_heads * d;
     let kv_column = window * seq * kv_width + head / (heads / kv_heads) * d;
-    var row: array<f32, 256>;
-    var sums: array<f32, 256>;
+    var row: array<vec4<f32>, 64>;
+    var sums: array<vec4<f32>, 64>;
     for (var c = 0u; c < d; c++) {
         row[c] = q[column + c] * scale;
     }
@@ -62,7 +63,7 @@ fn main(
         let place = kv_column + key * kv_width;
         var score = 0.0;
         for (var c = 0u; c < d; c++) {
-            score += row[c] * k[place + c];
+            score += dot(row[c], k[place + c]);
         }
         score = capped(score);
         if (score > largest) {

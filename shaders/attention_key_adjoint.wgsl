@@ -3,13 +3,13 @@
 // q, upstream: tokens × heads · d. k, v, dk, dv: tokens × kv_heads · d. pairs: tokens × heads, the normaliser that the forward
 // wrote, and the product of a token's output and its upstream gradient. One thread per key of a key-value head, which sums over
 // the queries of all heads that read it, without barriers.
-@group(0) @binding(0) var<storage, read_write> q: array<f32>;
-@group(0) @binding(1) var<storage, read_write> k: array<f32>;
-@group(0) @binding(2) var<storage, read_write> v: array<f32>;
+@group(0) @binding(0) var<storage, read_write> q: array<vec4<f32>>;
+@group(0) @binding(1) var<storage, read_write> k: array<vec4<f32>>;
+@group(0) @binding(2) var<storage, read_write> v: array<vec4<f32>>;
 @group(0) @binding(3) var<storage, read_write> pairs: array<vec2<f32>>;
-@group(0) @binding(4) var<storage, read_write> upstream: array<f32>;
-@group(0) @binding(5) var<storage, read_write> dk: array<f32>;
-@group(0) @binding(6) var<storage, read_write> dv: array<f32>;
+@group(0) @binding(4) var<storage, read_write> upstream: array<vec4<f32>>;
+@group(0) @binding(5) var<storage, read_write> dk: array<vec4<f32>>;
+@group(0) @binding(6) var<storage, read_write> dv: array<vec4<f32>>;
 // windows, seq, heads, kv_heads, d, sliding window (0: none), scale, soft cap (0: none)
 @group(0) @binding(7) var<storage, read_write> parameters: array<u32>;
 
@@ -42,7 +42,8 @@ fn main(
     let seq = parameters[1];
     let heads = parameters[2];
     let kv_heads = parameters[3];
-    let d = parameters[4];
+    // Four floats at a time.
+    let d = parameters[4] / 4u;
     let scale = bitcast<f32>(parameters[6]);
     let blocks = (seq + 63u) / 64u;
     let at = workgroup.y * workgroups.x + workgroup.x;
@@ -55,10 +56,10 @@ fn main(
     }
     let times = heads / kv_heads;
     let column = (window * seq + key) * kv_heads * d + kv_head * d;
-    var row: array<f32, 256>;
-    var value: array<f32, 256>;
-    var key_sums: array<f32, 256>;
-    var value_sums: array<f32, 256>;
+    var row: array<vec4<f32>, 64>;
+    var value: array<vec4<f32>, 64>;
+    var key_sums: array<vec4<f32>, 64>;
+    var value_sums: array<vec4<f32>, 64>;
     for (var c = 0u; c < d; c++) {
         row[c] = k[column + c];
         value[c] = v[column + c];
@@ -78,8 +79,8 @@ fn main(
             var score = 0.0;
             var product = 0.0;
             for (var c = 0u; c < d; c++) {
-                score += row[c] * q[place + c];
-                product += value[c] * upstream[place + c];
+                score += dot(row[c], q[place + c]);
+                product += dot(value[c], upstream[place + c]);
             }
             let found = share_and_slope(score * scale, pairs[token * heads + head], product);
             for (var c = 0u; c < d; c++) {

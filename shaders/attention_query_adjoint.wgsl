@@ -2,12 +2,12 @@
 //
 // q, upstream, dq: tokens × heads · d. k, v: tokens × kv_heads · d. pairs: tokens × heads, the normaliser that the forward
 // wrote, and the product of a token's output and its upstream gradient. One thread per query of a head, without barriers.
-@group(0) @binding(0) var<storage, read_write> q: array<f32>;
-@group(0) @binding(1) var<storage, read_write> k: array<f32>;
-@group(0) @binding(2) var<storage, read_write> v: array<f32>;
+@group(0) @binding(0) var<storage, read_write> q: array<vec4<f32>>;
+@group(0) @binding(1) var<storage, read_write> k: array<vec4<f32>>;
+@group(0) @binding(2) var<storage, read_write> v: array<vec4<f32>>;
 @group(0) @binding(3) var<storage, read_write> pairs: array<vec2<f32>>;
-@group(0) @binding(4) var<storage, read_write> upstream: array<f32>;
-@group(0) @binding(5) var<storage, read_write> dq: array<f32>;
+@group(0) @binding(4) var<storage, read_write> upstream: array<vec4<f32>>;
+@group(0) @binding(5) var<storage, read_write> dq: array<vec4<f32>>;
 // windows, seq, heads, kv_heads, d, sliding window (0: none), scale, soft cap (0: none)
 @group(0) @binding(6) var<storage, read_write> parameters: array<u32>;
 
@@ -40,7 +40,8 @@ fn main(
     let seq = parameters[1];
     let heads = parameters[2];
     let kv_heads = parameters[3];
-    let d = parameters[4];
+    // Four floats at a time.
+    let d = parameters[4] / 4u;
     let scale = bitcast<f32>(parameters[6]);
     let blocks = (seq + 63u) / 64u;
     let at = workgroup.y * workgroups.x + workgroup.x;
@@ -55,9 +56,9 @@ fn main(
     let kv_width = kv_heads * d;
     let kv_column = window * seq * kv_width + head / (heads / kv_heads) * d;
     let pair = pairs[token * heads + head];
-    var row: array<f32, 256>;
-    var gradient: array<f32, 256>;
-    var sums: array<f32, 256>;
+    var row: array<vec4<f32>, 64>;
+    var gradient: array<vec4<f32>, 64>;
+    var sums: array<vec4<f32>, 64>;
     for (var c = 0u; c < d; c++) {
         row[c] = q[column + c];
         gradient[c] = upstream[column + c];
@@ -74,8 +75,8 @@ fn main(
         var score = 0.0;
         var product = 0.0;
         for (var c = 0u; c < d; c++) {
-            score += row[c] * k[place + c];
-            product += gradient[c] * v[place + c];
+            score += dot(row[c], k[place + c]);
+            product += dot(gradient[c], v[place + c]);
         }
         let slope = share_and_slope(score * scale, pair, product).y;
         for (var c = 0u; c < d; c++) {

@@ -19,6 +19,7 @@ use clap::error::ErrorKind;
 
 use crate::cli::arguments::{Arguments, Command};
 use crate::cli::progress::Progress;
+use crate::device::opened;
 use crate::error::{Error, Result};
 
 /// What every verb is given from the command line.
@@ -64,7 +65,12 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         }
         Err(_) => {
             let what = LAST_PANIC.lock().map(|last| last.clone()).unwrap_or_default();
-            text::complain(&format!("error: {}", Error::run(format!("internal failure, nothing was written; please report it: {what}"))));
+            // Tensors have no errors: out of memory and a lost device arrive here.
+            let error = match opened() {
+                Some(name) => format!("{name} failed, nothing was written; use --gpu-memory or --device cpu: {what}"),
+                None => format!("internal failure, nothing was written; please report it: {what}"),
+            };
+            text::complain(&format!("error: {}", Error::run(error)));
             ExitCode::from(1)
         }
     }

@@ -6,9 +6,9 @@ mod absent;
 mod gpu;
 
 #[cfg(not(feature = "gpu"))]
-pub use absent::{Buffer, Gpu, adapters, open};
+pub use absent::{Buffer, Gpu, adapters, open, opened};
 #[cfg(feature = "gpu")]
-pub use gpu::{Buffer, Gpu, adapters, open};
+pub use gpu::{Buffer, Gpu, adapters, open, opened};
 
 use crate::error::Result;
 

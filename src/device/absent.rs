@@ -27,6 +27,11 @@ pub fn adapters() -> Vec<Adapter> {
     Vec::new()
 }
 
+/// The name of the adapter that was opened last: none.
+pub fn opened() -> Option<String> {
+    None
+}
+
 /// Refuses.
 ///
 /// # Errors

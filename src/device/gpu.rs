@@ -148,6 +148,11 @@ fn open_adapter(number: usize) -> Result<(Gpu, burn::tensor::Device)> {
     Ok((gpu, device))
 }
 
+/// The name of the adapter that was opened last.
+pub fn opened() -> Option<String> {
+    OPENED.lock().unwrap_or_else(PoisonError::into_inner).last().map(|gpu| gpu.adapter.name.clone())
+}
+
 /// The GPUs that were opened, by their devices.
 static OPENED: Mutex<Vec<Gpu>> = Mutex::new(Vec::new());
 
