@@ -1,12 +1,14 @@
-// Adds XᵀX to totals that are kept as unevaluated sums of two floats. Twin of `add_gram` in src/kernels/gram.rs.
+// Adds YᵀX to totals that are kept as unevaluated sums of two floats. Twin of `add_gram` and `add_cross` in
+// src/kernels/gram.rs.
 //
-// x: tokens × columns. high, low: columns × columns, of which the tiles on and right of the diagonal are written. One
-// workgroup per tile of 32 × 32, one thread per 4 × 4; products of one launch add up in f32.
-@group(0) @binding(0) var<storage, read_write> x: array<f32>;
-@group(0) @binding(1) var<storage, read_write> high: array<f32>;
-@group(0) @binding(2) var<storage, read_write> low: array<f32>;
-// tokens, columns, first token, zero
-@group(0) @binding(3) var<storage, read_write> parameters: array<u32>;
+// y: tokens × rows. x: tokens × columns. high, low: rows × columns; of a Gram matrix, where y is x, only the tiles on and
+// right of the diagonal are written. One workgroup per tile of 32 × 32, one thread per 4 × 4; products of one launch add up in f32.
+@group(0) @binding(0) var<storage, read_write> y: array<f32>;
+@group(0) @binding(1) var<storage, read_write> x: array<f32>;
+@group(0) @binding(2) var<storage, read_write> high: array<f32>;
+@group(0) @binding(3) var<storage, read_write> low: array<f32>;
+// tokens, rows, columns, first token, zero, whether it is a Gram matrix
+@group(0) @binding(4) var<storage, read_write> parameters: array<u32>;
 
 const TILE: u32 = 32u;
 const DEPTH: u32 = 16u;
@@ -15,7 +17,7 @@ var<workgroup> right: array<f32, 512>;
 
 // The same float. Drivers cancel what is added and subtracted again, and cannot when a parameter stands between.
 fn opaque(value: f32) -> f32 {
-    return bitcast<f32>(bitcast<u32>(value) ^ parameters[3]);
+    return bitcast<f32>(bitcast<u32>(value) ^ parameters[4]);
 }
 
 @compute @workgroup_size(64, 1, 1)
@@ -25,13 +27,14 @@ fn main(
     @builtin(local_invocation_index) local: u32,
 ) {
     let tokens = parameters[0];
-    let columns = parameters[1];
-    let first = parameters[2];
+    let rows = parameters[1];
+    let columns = parameters[2];
+    let first = parameters[3];
     let tiles = (columns + TILE - 1u) / TILE;
     let at = group.y * groups.x + group.x;
     let tile_row = at / tiles;
     let tile_column = at % tiles;
-    let wanted = tile_row < tiles && tile_column >= tile_row;
+    let wanted = tile_row * TILE < rows && (parameters[5] == 0u || tile_column >= tile_row);
     let row = local / 8u * 4u;
     let column = local % 8u * 4u;
     var sums: array<f32, 16>;
@@ -39,16 +42,15 @@ fn main(
     for (var step = 0u; step < steps; step++) {
         for (var i = local; i < TILE * DEPTH; i += 64u) {
             let token = step * DEPTH + i / TILE;
-            let begin = (first + token) * columns;
             let l = tile_row * TILE + i % TILE;
             let r = tile_column * TILE + i % TILE;
             left[i] = 0.0;
             right[i] = 0.0;
-            if (token < tokens && l < columns) {
-                left[i] = x[begin + l];
+            if (token < tokens && l < rows) {
+                left[i] = y[(first + token) * rows + l];
             }
             if (token < tokens && r < columns) {
-                right[i] = x[begin + r];
+                right[i] = x[(first + token) * columns + r];
             }
         }
         workgroupBarrier();
@@ -71,7 +73,7 @@ fn main(
     for (var i = 0u; i < 16u; i++) {
         let r = tile_row * TILE + row + i / 4u;
         let c = tile_column * TILE + column + i % 4u;
-        if (r < columns && c < columns) {
+        if (r < rows && c < columns) {
             // The sum of two floats and what it lost (Knuth).
             let place = r * columns + c;
             let old = high[place];

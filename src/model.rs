@@ -4,6 +4,7 @@ pub mod architecture;
 pub mod backward;
 pub mod bench;
 pub mod block;
+pub mod capture;
 pub mod config;
 pub mod forward;
 pub mod generate;

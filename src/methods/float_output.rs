@@ -15,8 +15,9 @@ use crate::kernels::factor::Factor;
 use crate::kernels::gemm::{Sizes, View, product};
 use crate::matrix::Matrix;
 use crate::methods::{Applied, BlockLayer, Layer, Method, Strength};
-use crate::model::bench::{Bench, Capture};
+use crate::model::bench::Bench;
 use crate::model::block::{self, Role};
+use crate::model::capture::Capture;
 use crate::weight::{Sparse, Weight};
 
 /// λ as a share of the mean diagonal of H.

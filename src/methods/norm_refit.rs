@@ -15,8 +15,9 @@ use crate::kernels::gemm::{Sizes, View, product};
 use crate::matrix::Matrix;
 use crate::methods::{Applied, BlockApplied, BlockLayer, BlockMethod, Layer, Method};
 use crate::model::architecture::NormKind;
-use crate::model::bench::{Bench, Capture};
+use crate::model::bench::Bench;
 use crate::model::block::{Place, Role, Site};
+use crate::model::capture::Capture;
 use crate::model::seen::Needs;
 use crate::weight::{Storage, Weight};
 

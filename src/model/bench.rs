@@ -10,16 +10,16 @@ use std::ops::Range;
 use burn::tensor::Tensor;
 
 use crate::error::{Error, Result};
-use crate::kernels::gram::{add_cross, add_gram};
 use crate::kernels::rough_product::Precision;
 use crate::kernels::{tensor, values};
 use crate::matrix::Matrix;
 use crate::model::Model;
 use crate::model::backward::{self, Gradients, Wanted, trimmed_squared_error};
 use crate::model::block::{Block, Linear, Parameters, Place, Role, Site};
+use crate::model::capture::{Capture, Sums};
 use crate::model::forward::{self, Spec};
 use crate::model::hidden::Hidden;
-use crate::model::seen::{Seen, Statistics};
+use crate::model::seen::Seen;
 use crate::run::Run;
 
 /// Of this many windows one is held out of the statistics of a capture.
@@ -27,18 +27,6 @@ const HELD_OUT: usize = 10;
 
 /// Memory that windows which are differentiated side by side may take, in bytes.
 const SIDE_BY_SIDE_BYTES: usize = 256 << 20;
-
-/// What both streams say at one input site. Legend: A (compressed) and F (float) are tokens × columns, R is what the
-/// float residual stream has and the compressed one has not.
-#[derive(Debug, Clone)]
-pub struct Capture {
-    /// AᵀA with its tokens.
-    pub statistics: Statistics,
-    /// (F − A)ᵀA, `columns × columns`.
-    pub cross: Vec<f64>,
-    /// RᵀA, `outputs × columns`, for layers that write into the residual stream.
-    pub residual: Option<Vec<f64>>,
-}
 
 /// The float stream, for recipes that need it.
 #[derive(Debug)]
@@ -275,7 +263,7 @@ impl Bench<'_> {
             Site::Attention | Site::Mlp => false,
         };
         let hold = self.hidden.len() >= HELD_OUT;
-        let mut sums: [Option<Capture>; 2] = [None, None];
+        let mut sums: [Option<Sums>; 2] = [None, None];
         let [own, other] = &mut *streams.between;
         for windows in runs(self.model, self.hidden, hold) {
             self.run.check_stop()?;
@@ -284,10 +272,12 @@ impl Bench<'_> {
             let columns = parameters.weight(Role::ALL.into_iter().find(|role| role.site() == site).unwrap_or(Role::Down)).dims()[1];
             let held = usize::from(hold && windows.start % HELD_OUT == HELD_OUT - 1);
             let rows = if writes { self.model.config.hidden } else { 0 };
-            sums[held].get_or_insert_with(|| Capture::new(columns, rows)).add(compressed, float, self.model.config.residual_factor);
+            let sums = sums[held].get_or_insert_with(|| Sums::new(columns, rows, self.run.device.gpu.as_ref()));
+            sums.add(compressed, float, self.model.config.residual_factor);
         }
         (self.streams, self.original) = (Some(streams), Some(original));
-        let [most, held] = sums;
+        let [most, held] = sums.map(|sums| sums.map(Sums::finish).transpose());
+        let (most, held) = (most?, held?);
         let most = most.ok_or_else(|| Error::run("no calibration window was seen"))?;
         // Where the original block was not observed, this is what is known of its inputs.
         self.seen.sites.entry(site).or_insert_with(|| held.as_ref().map_or_else(|| most.clone(), |held| most.merged(held)).statistics);
@@ -348,56 +338,6 @@ impl Bench<'_> {
                 [values(forward::middle(&spec, parameters, self.tensor(h.clone()), &mut |_, _| {})), h]
             }
         })
-    }
-}
-
-impl Capture {
-    /// Empty sums for a site of `columns` columns whose layers write `outputs` columns into the residual stream (0 when
-    /// they do not).
-    fn new(columns: usize, outputs: usize) -> Self {
-        let statistics = Statistics::new(0, vec![0.0; columns], Some(vec![0.0; columns * columns]));
-        let residual = (outputs > 0).then(|| vec![0.0; outputs * columns]);
-        Self { statistics, cross: vec![0.0; columns * columns], residual }
-    }
-
-    /// Adds inputs of the site and residual streams of both streams.
-    fn add(&mut self, [a, own]: [Vec<f32>; 2], [mut f, float]: [Vec<f32>; 2], residual_factor: f32) {
-        let columns = self.statistics.squares.len();
-        self.statistics.tokens += (a.len() / columns.max(1)) as u64;
-        if let Some(gram) = &mut self.statistics.gram {
-            add_gram(&a, columns, gram);
-        }
-        f.iter_mut().zip(&a).for_each(|(f, a)| *f -= a);
-        add_cross(&f, &a, [columns, columns], &mut self.cross);
-        if let Some(residual) = &mut self.residual {
-            let missing: Vec<f32> = float.iter().zip(&own).map(|(float, own)| (float - own) / residual_factor).collect();
-            add_cross(&missing, &a, [residual.len() / columns.max(1), columns], residual);
-        }
-        self.finish();
-    }
-
-    /// Σ x² per column stands on the diagonal of the Gram matrix.
-    fn finish(&mut self) {
-        let columns = self.statistics.squares.len();
-        if let Some(gram) = &self.statistics.gram {
-            self.statistics.squares = (0..columns).map(|column| gram[column * columns + column]).collect();
-        }
-    }
-
-    /// The sum of two captures of one site.
-    pub fn merged(&self, other: &Self) -> Self {
-        let sum = |a: &[f64], b: &[f64]| -> Vec<f64> { a.iter().zip(b).map(|(a, b)| a + b).collect() };
-        let gram = match (&self.statistics.gram, &other.statistics.gram) {
-            (Some(a), Some(b)) => Some(sum(a, b)),
-            _ => None,
-        };
-        let squares = sum(&self.statistics.squares, &other.statistics.squares);
-        let residual = match (&self.residual, &other.residual) {
-            (Some(a), Some(b)) => Some(sum(a, b)),
-            _ => None,
-        };
-        let statistics = Statistics::new(self.statistics.tokens + other.statistics.tokens, squares, gram);
-        Self { statistics, cross: sum(&self.cross, &other.cross), residual }
     }
 }
 

@@ -118,6 +118,14 @@ pub fn gram(gpu: &Gpu) -> Result<Vec<Found>> {
         sum.add(&gpu.upload(&x));
         all.push(found(format!("{tokens} x {columns}"), apart(&sum.totals()?, &expected), SUMS));
     }
+    for (tokens, rows, columns) in [(5, 1, 40), (70, 67, 33), (2100, 12, 90)] {
+        let (y, x) = (Values::Normal.make(tokens * rows, 24), Values::Normal.make(tokens * columns, 25));
+        let mut expected = vec![0.0; rows * columns];
+        grams::add_cross(&y, &x, [rows, columns], &mut expected);
+        let Some(sum) = grams::gpu::Gram::cross(gpu, rows, columns) else { continue };
+        sum.add_cross(&gpu.upload(&y), &gpu.upload(&x));
+        all.push(found(format!("cross {tokens}, {rows} x {columns}"), apart(&sum.totals()?, &expected), SUMS));
+    }
     // Whole numbers whose total needs more digits than one float has.
     let x: Vec<f32> = (0..4 * 40).map(|i| if i < 40 { 4096.0 } else { 1.0 + (i % 3) as f32 }).collect();
     let Some(sum) = grams::gpu::Gram::new(gpu, 40) else { return Ok(all) };
