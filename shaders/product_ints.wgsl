@@ -17,6 +17,15 @@ const STRIDE: u32 = 65u;
 var<workgroup> left: array<f32, 1040>;
 var<workgroup> right: array<f32, 1040>;
 
+// Four entries of a tile at a distance of eight.
+fn four_left(place: u32) -> vec4<f32> {
+    return vec4<f32>(left[place], left[place + 8u], left[place + 16u], left[place + 24u]);
+}
+
+fn four_right(place: u32) -> vec4<f32> {
+    return vec4<f32>(right[place], right[place + 8u], right[place + 16u], right[place + 24u]);
+}
+
 @compute @workgroup_size(64, 1, 1)
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
@@ -32,7 +41,8 @@ fn main(
     let first_column = at % tiles * TILE;
     let row = local / 8u;
     let column = local % 8u;
-    var sums: array<f32, 64>;
+    // Eight rows, two vectors each: columns at a distance of eight.
+    var sums: array<vec4<f32>, 16>;
     for (var step = 0u; step < k; step += DEPTH) {
         for (var i = local; i < TILE * DEPTH; i += 64u) {
             let depth = step + i % DEPTH;
@@ -53,17 +63,26 @@ fn main(
         }
         workgroupBarrier();
         for (var depth = 0u; depth < DEPTH; depth++) {
-            var x: array<f32, 8>;
-            var y: array<f32, 8>;
-            for (var i = 0u; i < 8u; i++) {
-                x[i] = left[depth * STRIDE + row + 8u * i];
-                y[i] = right[depth * STRIDE + column + 8u * i];
-            }
-            for (var i = 0u; i < 8u; i++) {
-                for (var j = 0u; j < 8u; j++) {
-                    sums[i * 8u + j] += x[i] * y[j];
-                }
-            }
+            let x0 = four_left(depth * STRIDE + row);
+            let x1 = four_left(depth * STRIDE + row + 32u);
+            let y0 = four_right(depth * STRIDE + column);
+            let y1 = four_right(depth * STRIDE + column + 32u);
+            sums[0] += x0.x * y0;
+            sums[1] += x0.x * y1;
+            sums[2] += x0.y * y0;
+            sums[3] += x0.y * y1;
+            sums[4] += x0.z * y0;
+            sums[5] += x0.z * y1;
+            sums[6] += x0.w * y0;
+            sums[7] += x0.w * y1;
+            sums[8] += x1.x * y0;
+            sums[9] += x1.x * y1;
+            sums[10] += x1.y * y0;
+            sums[11] += x1.y * y1;
+            sums[12] += x1.z * y0;
+            sums[13] += x1.z * y1;
+            sums[14] += x1.w * y0;
+            sums[15] += x1.w * y1;
         }
         workgroupBarrier();
     }
@@ -72,7 +91,7 @@ fn main(
             let r = first_row + row + 8u * i;
             let s = first_column + column + 8u * j;
             if (r < m && s < n) {
-                c[r * n + s] = sums[i * 8u + j];
+                c[r * n + s] = sums[i * 2u + j / 4u][j % 4u];
             }
         }
     }

@@ -48,6 +48,17 @@ pub struct Shader {
     pub source: &'static str,
 }
 
+/// Iterations of loops, nested ones multiplied, after which the software Vulkan driver of Mesa ends a thread's loops
+/// without a word.
+const SOFTWARE_ITERATIONS: usize = 65_000;
+
+impl Adapter {
+    /// Whether a thread may go through so many iterations.
+    pub fn iterates(&self, iterations: usize) -> bool {
+        !self.software || iterations < SOFTWARE_ITERATIONS
+    }
+}
+
 /// What a GPU adapter says of itself.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct Adapter {

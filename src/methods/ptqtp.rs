@@ -90,14 +90,16 @@ impl Method for Ptqtp {
         };
         let importance = self.importance(layer)?;
         let importance = importance.as_deref();
+        // Both starts go over the group in every round, and a few times before.
+        let gpu = layer.gpu.filter(|gpu| gpu.adapter().iterates(rule.group * (2 * rule.max_iters as usize + 12)));
         let (weight, change) = if self.tied {
-            let (ints, change) = match layer.gpu {
+            let (ints, change) = match gpu {
                 Some(gpu) => trits::gpu::fit_tied(gpu, &weight.to_matrix(), rule, importance, layer.float)?,
                 None => fit_tied(&weight, rule, importance, layer.float),
             };
             (Weight::Ints(ints), change)
         } else {
-            let (trits, change) = match layer.gpu {
+            let (trits, change) = match gpu {
                 Some(gpu) => trits::gpu::fit_free(gpu, &weight.to_matrix(), rule, importance)?,
                 None => fit_free(&weight, rule, importance),
             };

@@ -18,7 +18,9 @@ impl Attention {
     /// Whether the kernels of a GPU can do this attention over so many tokens.
     pub fn fits(&self, gpu: &Gpu, tokens: usize) -> bool {
         let bytes = 4 * tokens * self.heads * self.head_dim.max(2);
-        self.head_dim <= 256 && self.head_dim.is_multiple_of(4) && gpu.rows_per_binding(1) >= bytes
+        // A key's adjoint goes over all queries of all heads that read it, with two loops over vectors of four.
+        let iterations = self.heads / self.kv_heads * self.seq * (1 + self.head_dim / 2);
+        gpu.adapter().iterates(iterations) && self.head_dim <= 256 && self.head_dim.is_multiple_of(4) && gpu.rows_per_binding(1) >= bytes
     }
 
     fn parameters(&self, tokens: usize) -> [u32; 8] {

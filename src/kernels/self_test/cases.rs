@@ -307,6 +307,7 @@ pub fn attention(gpu: &Gpu) -> Result<Vec<Found>> {
         (1, Attention { seq: 1, heads: 1, kv_heads: 1, head_dim: 4, scale: 1.0, softcap: None, window: None }),
         (2, Attention { seq: 37, heads: 6, kv_heads: 2, head_dim: 12, scale: 0.3, softcap: None, window: None }),
         (3, Attention { seq: 70, heads: 2, kv_heads: 1, head_dim: 64, scale: 0.2, softcap: Some(2.0), window: Some(9) }),
+        (1, Attention { seq: 500, heads: 2, kv_heads: 1, head_dim: 64, scale: 0.1, softcap: None, window: None }),
         (1, Attention { seq: 50, heads: 2, kv_heads: 2, head_dim: 256, scale: 0.06, softcap: None, window: Some(33) }),
     ] {
         let tokens = windows * attention.seq;
@@ -354,7 +355,9 @@ pub fn channels(gpu: &Gpu) -> Result<Vec<Found>> {
 
 pub fn products(gpu: &Gpu) -> Result<Vec<Found>> {
     let mut all = Vec::new();
-    for (m, n, k) in [(1, 1, 1), (3, 130, 17), (65, 64, 70), (70, 90, 172)] {
+    for (m, n, k) in [(1, 1, 1), (3, 130, 17), (65, 64, 70), (70, 90, 172), (2, 3, 8200)] {
+        // The longer a sum, the more its order says.
+        let sums = SUMS * (1.0 + k as f64 / 2000.0);
         let (a, b) = (Values::Normal.make(m * k, 10), Matrix::new(n, k, Values::Normal.make(n * k, 11)));
         let uploaded = gpu.upload(&a);
         let exact = |weight: &Matrix| {
@@ -363,16 +366,16 @@ pub fn products(gpu: &Gpu) -> Result<Vec<Found>> {
             wide(&c)
         };
         let got: Vec<f32> = gpu.read(&linear::gpu::product(gpu, Sizes { m, n, k }, &uploaded, &gpu.upload(&b.data)))?;
-        all.push(found(format!("dense {m} x {n} x {k}"), apart(&wide(&got), &exact(&b)), SUMS));
+        all.push(found(format!("dense {m} x {n} x {k}"), apart(&wide(&got), &exact(&b)), sums));
         for symmetric in [true, false] {
             let grid = Grid { bits: 4, group: k.div_ceil(2), symmetric, scale_float: Float::F16 };
             let ints = quantize::round_to_nearest(&b, grid).0;
             let got: Vec<f32> = gpu.read(&linear::gpu::PackedInts::new(gpu, &ints).product(gpu, &uploaded, m))?;
-            all.push(found(format!("integers {m} x {n} x {k}"), apart(&wide(&got), &exact(&ints.to_matrix())), SUMS));
+            all.push(found(format!("integers {m} x {n} x {k}"), apart(&wide(&got), &exact(&ints.to_matrix())), sums));
         }
         let trits = planes::fit_free(&Weight::Dense(b.clone()), trit_rule(k.div_ceil(2), true), None).0;
         let got: Vec<f32> = gpu.read(&linear::gpu::PackedTrits::new(gpu, &trits).product(gpu, &uploaded, m))?;
-        all.push(found(format!("trits {m} x {n} x {k}"), apart(&wide(&got), &exact(&trits.to_matrix())), SUMS));
+        all.push(found(format!("trits {m} x {n} x {k}"), apart(&wide(&got), &exact(&trits.to_matrix())), sums));
     }
     Ok(all)
 }
