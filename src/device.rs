@@ -48,17 +48,6 @@ pub struct Shader {
     pub source: &'static str,
 }
 
-/// Iterations of loops, nested ones multiplied, after which the software Vulkan driver of Mesa ends a thread's loops
-/// without a word.
-const SOFTWARE_ITERATIONS: usize = 65_000;
-
-impl Adapter {
-    /// Whether a thread may go through so many iterations.
-    pub fn iterates(&self, iterations: usize) -> bool {
-        !self.software || iterations < SOFTWARE_ITERATIONS
-    }
-}
-
 /// What a GPU adapter says of itself.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct Adapter {
@@ -92,6 +81,17 @@ pub struct Adapter {
     pub subgroups: [u32; 2],
     /// Matrix units: shapes, operand and result types.
     pub matrix_units: Vec<String>,
+}
+
+/// Iterations of loops, nested ones multiplied, after which the software Vulkan driver of Mesa ends a thread's loops
+/// without a word.
+const SOFTWARE_ITERATIONS: usize = 65_000;
+
+impl Adapter {
+    /// Whether a thread may go through so many iterations.
+    pub fn iterates(&self, iterations: usize) -> bool {
+        !self.software || iterations < SOFTWARE_ITERATIONS
+    }
 }
 
 /// A device that computes.
@@ -149,9 +149,8 @@ impl Device {
 
 /// The adapters, without waking the graphics library where the system has no GPU: that takes longer than a refusal may.
 fn installed() -> Vec<Adapter> {
-    let nodes = ["/dev/dri", "/dev/nvidia0", "/dev/dxg", "/dev/kgsl-3d0", "/dev/mali0"];
-    let any = !cfg!(target_os = "linux") || nodes.iter().any(|node| std::path::Path::new(node).exists());
-    if any { adapters() } else { Vec::new() }
+    let nodes = ["/dev/dri", "/dev/nvidiactl", "/dev/dxg", "/dev/kgsl-3d0", "/dev/mali0"];
+    if nodes.iter().any(|node| std::path::Path::new(node).exists()) { adapters() } else { Vec::new() }
 }
 
 /// The widest vector instructions that the processor has and this program uses.

@@ -4,6 +4,10 @@
 //! reference), and a CPU path over slices that is used when the tensors lie on the processor outside autodiff.
 //! Tests compare the two. CPU paths go parallel over rows only and reduce in a fixed order, so their results depend
 //! neither on the number of threads nor on the width of the vector instructions.
+//!
+//! An operation that has a compute shader keeps its launch in a file beside it, `kernels/<op>/gpu.rs`, which also compiles
+//! where the program is built without GPUs: there the type [`crate::device::Gpu`] has no values. [`SHADERS`] lists the
+//! shaders and [`self_test`] compares each with its twin.
 
 pub mod admm;
 pub mod attention;

@@ -29,6 +29,7 @@
 //! ```text
 //! cli ─► compress · evaluate · report                  the verbs; only compress and cli know methods and formats
 //!           ├─► plan ─► methods ─► model ─► kernels     tensors: kernels, model, device, evaluate, nothing else
+//!           │                                  └─► device    the processor or a GPU: adapters, buffers, launches
 //!           ├─► formats ─► checkpoint                   no tensors here
 //!           └─► calibrate ─► checkpoint                 text to windows of tokens
 //! everything ─► weight · matrix · lanes · error         plain data and plain loops
@@ -42,11 +43,13 @@
 //! - `methods` and `formats` never see each other; `formats` and `checkpoint` hold no tensors; `weight` does no input or
 //!   output. Nothing below `cli` prints, reads the environment or exits.
 //! - Only [`model::forward`] holds transformer mathematics; [`model::backward`] is its adjoint, written by hand and tested
-//!   against automatic differentiation of the one forward. Only [`model::walk`] loops over blocks, and an architecture is
+//!   against automatic differentiation of the one forward, which takes its place on a GPU. Only [`model::walk`] loops over blocks, and an architecture is
 //!   a row of data ([`model::architecture`]). One exception: [`model::generate`], where the model writes its own
 //!   calibration text, goes over positions outside and blocks inside, since a position needs the token of the last.
 //! - On the processor, results do not depend on the number of threads: parallel over rows, sums in fixed lanes, and
 //!   windows cut into runs by their size alone. Matrix products may round differently on another kind of processor.
+//! - A kernel on a GPU is one valid file in `shaders/`, its launch `kernels/<op>/gpu.rs` and its twin `kernels/<op>.rs`;
+//!   [`kernels::self_test`] compares the two on every adapter. On a GPU sums are formed in another order.
 //! - A tensor's bytes are mapped while somebody holds them and no longer; one block is resident at a time.
 //! - The destination appears complete or not at all.
 //! - A new method, family, format or kernel is one file or row and one line in a table.

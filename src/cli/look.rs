@@ -86,7 +86,7 @@ pub fn doctor(invocation: &Invocation) -> Result<()> {
 fn show_adapters(adapters: &[Adapter]) {
     if adapters.is_empty() {
         let why = if cfg!(feature = "gpu") {
-            "none that Vulkan, Metal or DirectX 12 knows; --device auto is the processor"
+            "none that Vulkan knows; --device auto is the processor"
         } else {
             "not used: this program was built without GPU support"
         };

@@ -56,7 +56,7 @@ impl Buffer {
 
 /// The instance, and its adapters in a fixed order: real ones first.
 fn enumerate() -> (wgpu::Instance, Vec<wgpu::Adapter>) {
-    let backends = wgpu::Backends::VULKAN | wgpu::Backends::METAL | wgpu::Backends::DX12;
+    let backends = wgpu::Backends::VULKAN;
     let instance = wgpu::Instance::new(wgpu::InstanceDescriptor { backends, ..wgpu::InstanceDescriptor::new_without_display_handle() });
     let mut adapters = block_on(instance.enumerate_adapters(backends));
     adapters.sort_by_key(|adapter| match adapter.get_info().device_type {
@@ -115,7 +115,7 @@ fn open_adapter(number: usize) -> Result<(Gpu, burn::tensor::Device)> {
     let (instance, mut adapters) = enumerate();
     if number >= adapters.len() {
         let have = match adapters.len() {
-            0 => "this machine has no GPU that Vulkan, Metal or DirectX 12 knows".to_owned(),
+            0 => "this machine has no GPU that Vulkan knows".to_owned(),
             1 => "there is one adapter, gpu:0".to_owned(),
             count => format!("there are the adapters gpu:0 to gpu:{}", count - 1),
         };

@@ -290,7 +290,7 @@ impl SignRound {
             curve.push(loss);
             let left = 1.0 - iteration as f64 / iterations as f64;
             for one in learned.iter_mut() {
-                one.step(&gradients, [rate * left, grid_rate * left].map(|rate| rate as f32));
+                one.step(&gradients, [rate * left, grid_rate * left].map(|rate| rate as f32))?;
             }
         }
         learned.iter_mut().try_for_each(Learned::come_back)?;
@@ -344,15 +344,15 @@ impl Learned {
     }
 
     /// A signed step on offsets and on the grid.
-    fn step(&mut self, gradients: &Gradients, [rate, grid_rate]: [f32; 2]) {
+    fn step(&mut self, gradients: &Gradients, [rate, grid_rate]: [f32; 2]) -> Result<()> {
         match &self.there {
             Some(there) => {
-                if let Some(gradient) = gradients.weight_buffer(self.role, there.gpu()) {
-                    there.step(&gradient, rate, grid_rate);
-                }
+                let gradient = gradients.weight_buffer(self.role, there.gpu());
+                there.step(&gradient.ok_or_else(|| Error::run("a gradient is not on the GPU"))?, rate, grid_rate);
             }
             None => self.rounding.step(&gradients.fetched_weight(self.role), rate, grid_rate),
         }
+        Ok(())
     }
 
     /// Fetches from a GPU what was learned there.

@@ -49,10 +49,12 @@ impl Sums {
     /// Nothing yet, for a site of `columns` columns whose layers write `outputs` columns into the residual stream (0 when
     /// they do not).
     pub fn new(columns: usize, outputs: usize, gpu: Option<&Gpu>) -> Self {
-        let statistics = Statistics::new(0, vec![0.0; columns], Some(vec![0.0; columns * columns]));
-        let residual = (outputs > 0).then(|| vec![0.0; outputs * columns]);
-        let capture = Capture { statistics, cross: vec![0.0; columns * columns], residual };
-        Self { capture, there: gpu.and_then(|gpu| There::new(gpu, columns, outputs)) }
+        let there = gpu.and_then(|gpu| There::new(gpu, columns, outputs));
+        // What adds up there needs no room here.
+        let zeros = |rows: usize| if there.is_some() { Vec::new() } else { vec![0.0; rows * columns] };
+        let statistics = Statistics::new(0, vec![0.0; columns], Some(zeros(columns)));
+        let capture = Capture { statistics, cross: zeros(columns), residual: (outputs > 0).then(|| zeros(outputs)) };
+        Self { capture, there }
     }
 
     /// Adds inputs of the site and residual streams of both streams, the compressed one first.

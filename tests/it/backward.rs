@@ -25,7 +25,7 @@ use crate::kernels::random;
 const ALL: Wanted = Wanted { weights: true, norms: true, input: true, precision: Precision::Single };
 
 /// Largest difference, relative to the largest magnitude or to `floor` when all are smaller.
-fn difference(found: &[f32], exact: &[f32], floor: f32) -> f32 {
+pub fn difference(found: &[f32], exact: &[f32], floor: f32) -> f32 {
     assert_eq!(found.len(), exact.len());
     let largest = exact.iter().fold(floor, |largest, value| largest.max(value.abs()));
     // A NaN among the differences must not be passed over, as f32::max would.
@@ -101,7 +101,8 @@ fn compare(what: &str, spec: &Spec<'_>, parameters: &Parameters, x: &Tensor<2>, 
     check("input", gradients.input(), values(leaf.grad(&exact).unwrap()));
 }
 
-fn golden() -> Vec<PathBuf> {
+/// Folders of the golden models.
+pub fn golden() -> Vec<PathBuf> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
     let mut cases: Vec<PathBuf> =
         std::fs::read_dir(folder).unwrap().flatten().map(|entry| entry.path()).filter(|path| path.is_dir()).collect();

@@ -1,7 +1,8 @@
 //! Shaders: each is valid without a GPU, and each agrees with its twin on the adapter that there is.
 
+use std::collections::BTreeMap;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use drawknife::checkpoint::{Checkpoint, source::Plain};
 use drawknife::device::{Choice, Device, adapters};
@@ -13,6 +14,7 @@ use drawknife::model::backward::{self, Gradients, Wanted, squared_error};
 use drawknife::model::block::{Parameters, Place, Role};
 use drawknife::model::forward::Spec;
 
+use crate::backward::{difference, golden};
 use crate::command::json;
 use crate::golden::logits_on;
 use crate::kernels::random;
@@ -72,16 +74,29 @@ fn the_table_has_every_file_and_every_check() {
 
 #[test]
 fn functions_of_one_name_are_the_same_text_in_every_shader() {
-    let mut known: std::collections::BTreeMap<(&str, &str), &str> = std::collections::BTreeMap::new();
-    for name in ["f16_rounded", "stored_scale", "decodable", "from_on", "levels_of", "magnitude_bits", "ratio"] {
+    const SHARED: [&str; 11] = [
+        "f16_rounded",
+        "stored_scale",
+        "decodable",
+        "from_on",
+        "levels_of",
+        "magnitude_bits",
+        "ratio",
+        "capped",
+        "share_and_slope",
+        "four_left",
+        "four_right",
+    ];
+    let mut known: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for name in SHARED {
         for shader in SHADERS {
             let Some(start) = shader.source.find(&format!("\nfn {name}(")) else { continue };
             let end = start + shader.source[start..].find("\n}\n").unwrap();
-            let text = &shader.source[start..end];
-            assert_eq!(*known.entry((name, "")).or_insert(text), text, "{name} in {}", shader.name);
+            known.entry(name).or_default().push(&shader.source[start..end]);
         }
+        let texts = &known[name];
+        assert!(texts.len() > 1 && texts.iter().all(|text| text == &texts[0]), "{name}");
     }
-    assert_eq!(known.len(), 7);
 }
 
 #[test]
@@ -108,19 +123,7 @@ fn every_shader_agrees_with_its_twin() {
 
 /// Largest difference, relative to the largest entry.
 fn apart(got: &[f32], expected: &[f32]) -> f32 {
-    assert_eq!(got.len(), expected.len());
-    let largest = expected.iter().fold(f32::MIN_POSITIVE, |largest, value| largest.max(value.abs()));
-    got.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, |worst, off| if off > worst || off.is_nan() { off } else { worst })
-        / largest
-}
-
-/// Folders of the golden models.
-fn golden() -> Vec<PathBuf> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
-    let mut cases: Vec<PathBuf> =
-        std::fs::read_dir(folder).unwrap().flatten().map(|entry| entry.path()).filter(|path| path.is_dir()).collect();
-    cases.sort();
-    cases
+    difference(got, expected, f32::MIN_POSITIVE)
 }
 
 #[test]
