@@ -43,8 +43,8 @@
 //! - `methods` and `formats` never see each other; `formats` and `checkpoint` hold no tensors; `weight` does no input or
 //!   output. Nothing below `cli` prints, reads the environment or exits.
 //! - Only [`model::forward`] holds transformer mathematics; [`model::backward`] is its adjoint, written by hand and tested
-//!   against automatic differentiation of the one forward, which takes its place on a GPU. Only [`model::walk`] loops over blocks, and an architecture is
-//!   a row of data ([`model::architecture`]). One exception: [`model::generate`], where the model writes its own
+//!   against automatic differentiation of the one forward, which takes its place on a GPU. Only [`model::walk`] loops over
+//!   blocks, and an architecture is a row of data ([`model::architecture`]). One exception: [`model::generate`], where the model writes its own
 //!   calibration text, goes over positions outside and blocks inside, since a position needs the token of the last.
 //! - On the processor, results do not depend on the number of threads: parallel over rows, sums in fixed lanes, and
 //!   windows cut into runs by their size alone. Matrix products may round differently on another kind of processor.
