@@ -10,6 +10,7 @@ use drawknife::device::{Buffer, Choice, Device, Gpu, adapters};
 use drawknife::kernels::gemm::Sizes;
 use drawknife::kernels::gram::gpu::Gram;
 use drawknife::kernels::linear::gpu::{PackedInts, PackedTrits, product_into};
+use drawknife::kernels::linear::units::{Exactness, Operand, Units};
 use drawknife::kernels::quantize::{Grid, round_to_nearest};
 use drawknife::kernels::select::gpu::{Scored, keep_but_smallest, keep_in_blocks};
 use drawknife::kernels::sign_descent::gpu::OnGpu;
@@ -28,8 +29,8 @@ fn main() {
     let device = Device::pick(Choice::Gpu(number)).expect("an adapter that opens");
     let gpu = device.gpu.as_ref().expect("a GPU");
     println!("gpu:{number} {} ({}, {}, {})", adapter.name, adapter.kind, adapter.backend, adapter.driver);
-    // A software adapter is measured on less, so that the benchmark ends.
-    let size = if adapter.software { 512 } else { 4096 };
+    // More than caches hold; a software adapter is measured on less, so that the benchmark ends.
+    let size = if adapter.software { 512 } else { 8192 };
     let bench = Bench { gpu, device: &device, size };
     let copy = bench.copy();
     println!("copy                               {:9.2} GB/s  the limit of what reads and writes", copy / 1e9);
@@ -109,16 +110,15 @@ impl Bench<'_> {
             gpu.launch(&admm::gpu::ADMM_SPLIT, count.div_ceil(64), &[&weights, &weights, &keep, &dual, &right], &[count as u32]);
         });
         self.show("admm, before the product", 16 * count, seconds, copy);
-        let mut totals = vec![0.0; n];
-        let seconds = self.time(|| gram::gpu::add_column_squares(gpu, &weights, &mut totals).expect("column squares"));
+        let seconds = self.time(|| drop(gram::gpu::column_squares(gpu, &weights, n)));
         self.show("column squares", 4 * count, seconds, copy);
-        let seconds = self.time(|| drop(channels::gpu::channels(gpu, n, &weights).expect("channels")));
+        let seconds = self.time(|| drop(channels::gpu::pieces(gpu, n, &weights)));
         self.show("statistics of channels", 8 * count, seconds, copy);
     }
 
     /// Kernels that work long on every weight.
     fn fits(&self, copy: f64) {
-        let n = self.size;
+        let n = self.size.min(4096);
         let host = Matrix::new(n, n, self.floats(n * n));
         let rule = Rule { group: 128, residual_start: true, max_iters: 50, epsilon: 1e-4, absolute: false };
         let seconds = self.time(|| drop(trits::fit_free(self.gpu, &host, rule, None).expect("trits")));
@@ -130,7 +130,7 @@ impl Bench<'_> {
 
     /// Matrix products.
     fn products(&self) {
-        let (gpu, n) = (self.gpu, self.size);
+        let (gpu, n) = (self.gpu, self.size.min(4096));
         let sizes = Sizes { m: n, n, k: n };
         let flops = 2.0 * (n * n * n) as f64;
         let show = |name: &str, seconds: f64, flops: f64| println!("{name:<33}  {:9.3} TFLOP/s", flops / seconds / 1e12);
@@ -140,6 +140,19 @@ impl Bench<'_> {
         let random = || Tensor::<2>::random([n, n], Distribution::Normal(0.0, 1.0), &self.device.burn);
         let (x, w) = (random(), random());
         show(&format!("product of the tensor library, {n}"), self.time(|| drop(linear::linear_reference(&x, &w))), flops);
+        match Units::of(gpu) {
+            Some(units) => {
+                for n in [n, 2 * n] {
+                    let (a, b) = (gpu.empty(n * n), gpu.empty(n * n));
+                    let flops = 2.0 * (n * n * n) as f64;
+                    for (name, exactness) in [("halves", Exactness::Half), ("floats in parts", Exactness::Split)] {
+                        let [a, b] = [&a, &b].map(|floats| Operand::new(floats, [n, n]));
+                        show(&format!("on matrix units, {name}, {n}"), self.time(|| drop(units.product(a, b, exactness))), flops);
+                    }
+                }
+            }
+            None => println!("on matrix units                    none that multiply 16 x 16 x 16 halves in subgroups of 32"),
+        }
         let ints = round_to_nearest(&host, Grid { bits: 4, group: 128, symmetric: true, scale_float: Float::F16 }).0;
         let packed = PackedInts::new(gpu, &ints);
         show("product from integers", self.time(|| drop(packed.product(gpu, &a, n))), flops);

@@ -1,14 +1,13 @@
-// Mean of every channel over tokens, and its variance. Twin of `channels` in src/methods/norm_tweak.rs.
+// Mean of every channel over 64 tokens, and the sum of squared differences from it; the processor puts the pieces together. Twin
+// of `channels` in src/kernels/channels.rs.
 //
-// values: tokens × width. mean, variance: one per channel. One workgroup per channel; sums are made of 64 parts, twice: the
-// second pass over the differences from the mean.
+// values: tokens × width. pieces: ⌈tokens / 64⌉ × width pairs. One thread per pair, in the order of the tokens, twice.
 @group(0) @binding(0) var<storage, read_write> values: array<f32>;
-@group(0) @binding(1) var<storage, read_write> mean: array<f32>;
-@group(0) @binding(2) var<storage, read_write> variance: array<f32>;
+@group(0) @binding(1) var<storage, read_write> pieces: array<vec2<f32>>;
 // tokens, width
-@group(0) @binding(3) var<storage, read_write> parameters: array<u32>;
+@group(0) @binding(2) var<storage, read_write> parameters: array<u32>;
 
-var<workgroup> parts: array<f32, 64>;
+const TOKENS: u32 = 64u;
 
 @compute @workgroup_size(64, 1, 1)
 fn main(
@@ -18,30 +17,23 @@ fn main(
 ) {
     let tokens = parameters[0];
     let width = parameters[1];
-    let channel = workgroup.y * workgroups.x + workgroup.x;
-    let place = min(channel, width - 1u);
-    var centre = 0.0;
-    for (var pass_number = 0u; pass_number < 2u; pass_number++) {
-        var sum = 0.0;
-        for (var token = local; token < tokens; token += 64u) {
-            let value = values[token * width + place] - centre;
-            sum += select(value * value, value, pass_number == 0u);
-        }
-        parts[local] = sum;
-        workgroupBarrier();
-        for (var half = 32u; half > 0u; half >>= 1u) {
-            if (local < half) {
-                parts[local] += parts[local + half];
-            }
-            workgroupBarrier();
-        }
-        let total = parts[0];
-        workgroupBarrier();
-        if (pass_number == 0u) {
-            centre = total / f32(tokens);
-        } else if (local == 0u && channel < width) {
-            mean[channel] = centre;
-            variance[channel] = total / max(f32(tokens) - 1.0, 1.0);
-        }
+    let at = (workgroup.y * workgroups.x + workgroup.x) * 64u + local;
+    let first = at / width * TOKENS;
+    let channel = at % width;
+    if (first >= tokens) {
+        return;
     }
+    let end = min(first + TOKENS, tokens);
+    let origin = values[first * width + channel];
+    var sum = 0.0;
+    for (var token = first; token < end; token++) {
+        sum += values[token * width + channel] - origin;
+    }
+    let mean = sum / f32(end - first);
+    var squares = 0.0;
+    for (var token = first; token < end; token++) {
+        let difference = values[token * width + channel] - origin - mean;
+        squares += difference * difference;
+    }
+    pieces[at] = vec2<f32>(origin + mean, squares);
 }

@@ -7,7 +7,7 @@
 @group(0) @binding(1) var<storage, read_write> order: array<u32>;
 @group(0) @binding(2) var<storage, read_write> ranges: array<vec2<f32>>;
 // rows, columns, group, bits, symmetric, format of scales (0 f32, 1 f16, 2 bf16), the scale that stands for one that would
-// overflow, ranks in use (26, or 1: every range stays whole)
+// overflow, ranks in use (26, or 1: every range stays whole), zero
 @group(0) @binding(3) var<storage, read_write> parameters: array<u32>;
 
 const RATIOS: u32 = 26u;
@@ -49,8 +49,13 @@ fn decodable(scale: f32, reach: f32, limit: f32) -> f32 {
     return select(scale, stands, product == 0x7f800000u);
 }
 
+// A product that no adapter may merge with what it is subtracted from: the zero is none that a driver knows.
+fn rounded_product(a: f32, b: f32) -> f32 {
+    return bitcast<f32>(bitcast<u32>(a * b) ^ parameters[8]);
+}
+
 fn ratio(index: u32) -> f32 {
-    return 1.0 - 0.02 * f32(index);
+    return 0.02 * f32(50u - index);
 }
 
 // Scale, and the lowest and the highest step from the zero point.
@@ -64,11 +69,60 @@ fn span(low: f32, high: f32) -> vec3<f32> {
     }
     if (parameters[4] == 1u) {
         let extreme = select(low, high, high > -low);
-        return vec3<f32>(decodable(stored_scale(extreme / -middle, parameters[5]), middle, limit), -middle, top - middle);
+        return vec3<f32>(decodable(stored_scale(quotient(extreme, -middle), parameters[5]), middle, limit), -middle, top - middle);
     }
-    let scale = decodable(stored_scale(high / top - low / top, parameters[5]), top, limit);
-    let zero = clamp(round(-low / scale), 0.0, top);
+    let scale = decodable(stored_scale(quotient(high, top) - quotient(low, top), parameters[5]), top, limit);
+    let zero = clamp(round(quotient(-low, scale)), 0.0, top);
     return vec3<f32>(scale, -zero, top - zero);
+}
+
+// a / b as it is defined, for any finite b but zero: an adapter's own division may be off by some units in the last place, and
+// lose the quotient by a huge number. The estimate is mended by the exact remainder.
+fn quotient(a: f32, b: f32) -> f32 {
+    let over = parts_of(a);
+    let under = parts_of(b);
+    let sign = (bitcast<u32>(a) ^ bitcast<u32>(b)) & 0x80000000u;
+    if (over.x == 0) {
+        return bitcast<f32>(sign);
+    }
+    // 25 bits of the quotient, the last for rounding.
+    let shift = select(25u, 24u, over.x >= under.x);
+    let divisor = u32(under.x);
+    var found = u32(f32(over.x) / f32(under.x) * f32(1u << shift));
+    var remainder = bitcast<i32>((u32(over.x) << shift) - found * divisor);
+    while (remainder < 0) {
+        found -= 1u;
+        remainder += under.x;
+    }
+    while (remainder >= under.x) {
+        found += 1u;
+        remainder -= under.x;
+    }
+    let exponent = over.y - under.y + 151 - i32(shift);
+    if (exponent >= 255) {
+        return bitcast<f32>(sign | 0x7f800000u);
+    }
+    let drop = u32(clamp(2 - exponent, 1, 26));
+    let whole = found >> drop;
+    let rest = found & ((1u << drop) - 1u);
+    let half = 1u << (drop - 1u);
+    let up = rest > half || (rest == half && (remainder != 0 || (whole & 1u) == 1u));
+    let bits = whole + select(0u, 1u, up) + (u32(max(exponent, 1) - 1) << 23u);
+    return bitcast<f32>(sign | bits);
+}
+
+// The 24 bits of a number's magnitude, the highest set, and its exponent.
+fn parts_of(x: f32) -> vec2<i32> {
+    let magnitude = bitcast<u32>(x) & 0x7fffffffu;
+    let fraction = magnitude & 0x7fffffu;
+    if (magnitude >= 0x800000u) {
+        return vec2<i32>(i32(fraction | 0x800000u), i32(magnitude >> 23u));
+    }
+    if (fraction == 0u) {
+        return vec2<i32>(0, 0);
+    }
+    let shift = 23u - firstLeadingBit(fraction);
+    return vec2<i32>(i32(fraction << shift), 1 - i32(shift));
 }
 
 @compute @workgroup_size(64, 1, 1)
@@ -112,11 +166,11 @@ fn main(
     workgroupBarrier();
     for (var index = 0u; index < RATIOS; index++) {
         let scale = scales[index];
-        let inverse = 1.0 / scale;
+        let inverse = quotient(1.0, scale);
         var squares = 0.0;
         for (var i = first + local; i < end; i += 64u) {
             let code = clamp(round(weights[i] * inverse), ends[index].x, ends[index].y);
-            let error = weights[i] - code * scale;
+            let error = weights[i] - rounded_product(code, scale);
             squares += error * error;
         }
         parts[index * 64u + local] = squares;

@@ -1,7 +1,7 @@
 // The grid of every group: a scale as it is stored, and a zero point. Twin of `fit` and `span` in src/kernels/quantize.rs.
 //
 // weights: rows × columns. ranges: per group its lower and upper end, where those are given. scales, zeros: one per group
-// of a row. One workgroup per group; floats are compared by integers in their order.
+// of a row. Eight threads per group; floats are compared by integers in their order.
 @group(0) @binding(0) var<storage, read_write> weights: array<f32>;
 @group(0) @binding(1) var<storage, read_write> ranges: array<vec2<f32>>;
 @group(0) @binding(2) var<storage, read_write> scales: array<f32>;
@@ -54,6 +54,55 @@ fn value_of(key: i32) -> f32 {
     return bitcast<f32>(key ^ ((key >> 31u) & 0x7fffffff));
 }
 
+// a / b as it is defined, for any finite b but zero: an adapter's own division may be off by some units in the last place, and
+// lose the quotient by a huge number. The estimate is mended by the exact remainder.
+fn quotient(a: f32, b: f32) -> f32 {
+    let over = parts_of(a);
+    let under = parts_of(b);
+    let sign = (bitcast<u32>(a) ^ bitcast<u32>(b)) & 0x80000000u;
+    if (over.x == 0) {
+        return bitcast<f32>(sign);
+    }
+    // 25 bits of the quotient, the last for rounding.
+    let shift = select(25u, 24u, over.x >= under.x);
+    let divisor = u32(under.x);
+    var found = u32(f32(over.x) / f32(under.x) * f32(1u << shift));
+    var remainder = bitcast<i32>((u32(over.x) << shift) - found * divisor);
+    while (remainder < 0) {
+        found -= 1u;
+        remainder += under.x;
+    }
+    while (remainder >= under.x) {
+        found += 1u;
+        remainder -= under.x;
+    }
+    let exponent = over.y - under.y + 151 - i32(shift);
+    if (exponent >= 255) {
+        return bitcast<f32>(sign | 0x7f800000u);
+    }
+    let drop = u32(clamp(2 - exponent, 1, 26));
+    let whole = found >> drop;
+    let rest = found & ((1u << drop) - 1u);
+    let half = 1u << (drop - 1u);
+    let up = rest > half || (rest == half && (remainder != 0 || (whole & 1u) == 1u));
+    let bits = whole + select(0u, 1u, up) + (u32(max(exponent, 1) - 1) << 23u);
+    return bitcast<f32>(sign | bits);
+}
+
+// The 24 bits of a number's magnitude, the highest set, and its exponent.
+fn parts_of(x: f32) -> vec2<i32> {
+    let magnitude = bitcast<u32>(x) & 0x7fffffffu;
+    let fraction = magnitude & 0x7fffffu;
+    if (magnitude >= 0x800000u) {
+        return vec2<i32>(i32(fraction | 0x800000u), i32(magnitude >> 23u));
+    }
+    if (fraction == 0u) {
+        return vec2<i32>(0, 0);
+    }
+    let shift = 23u - firstLeadingBit(fraction);
+    return vec2<i32>(i32(fraction << shift), 1 - i32(shift));
+}
+
 @compute @workgroup_size(64, 1, 1)
 fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
@@ -64,7 +113,8 @@ fn main(
     let columns = parameters[1];
     let group = parameters[2];
     let groups = (columns + group - 1u) / group;
-    let at = workgroup.y * workgroups.x + workgroup.x;
+    let at = (workgroup.y * workgroups.x + workgroup.x) * 8u + local / 8u;
+    let lane = local % 8u;
     let row = at / groups;
     let first = at % groups * group;
     var end = min(first + group, columns);
@@ -73,7 +123,7 @@ fn main(
     }
     var low = 0x7fffffff;
     var high = -0x7fffffff;
-    for (var column = first + local; column < end; column += 64u) {
+    for (var column = first + lane; column < end; column += 8u) {
         let key = key_of(weights[row * columns + column]);
         low = min(low, key);
         high = max(high, key);
@@ -81,17 +131,17 @@ fn main(
     lows[local] = low;
     highs[local] = high;
     workgroupBarrier();
-    for (var half = 32u; half > 0u; half >>= 1u) {
-        if (local < half) {
+    for (var half = 4u; half > 0u; half >>= 1u) {
+        if (lane < half) {
             lows[local] = min(lows[local], lows[local + half]);
             highs[local] = max(highs[local], highs[local + half]);
         }
         workgroupBarrier();
     }
-    if (local != 0u || row >= rows) {
+    if (lane != 0u || row >= rows) {
         return;
     }
-    var range = vec2<f32>(value_of(lows[0]), value_of(highs[0]));
+    var range = vec2<f32>(value_of(lows[local]), value_of(highs[local]));
     if (parameters[7] == 1u) {
         range = ranges[at];
     }
@@ -103,13 +153,13 @@ fn main(
     if (range.x != 0.0 || range.y != 0.0) {
         if (parameters[4] == 1u) {
             let extreme = select(range.x, range.y, range.y > -range.x);
-            scale = decodable(stored_scale(extreme / -f32(middle), parameters[5]), f32(middle), limit);
+            scale = decodable(stored_scale(quotient(extreme, -f32(middle)), parameters[5]), f32(middle), limit);
         } else {
             let top = f32((1u << bits) - 1u);
             let lower = min(range.x, 0.0);
             let upper = max(range.y, 0.0);
-            scale = decodable(stored_scale(upper / top - lower / top, parameters[5]), top, limit);
-            zero = u32(clamp(round(-lower / scale), 0.0, top));
+            scale = decodable(stored_scale(quotient(upper, top) - quotient(lower, top), parameters[5]), top, limit);
+            zero = u32(clamp(round(quotient(-lower, scale)), 0.0, top));
         }
     }
     scales[at] = scale;

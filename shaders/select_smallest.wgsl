@@ -1,18 +1,21 @@
 // Marks all but the smallest scores of every row, ties by lower index. Twin of `smallest` in src/kernels/select.rs.
 //
 // values: rows × columns. The score of an entry is its magnitude times the factor of its column, where factors are in use;
-// the bits of scores have their order. keep: rows × ⌈columns / 32⌉ words, the lowest bit first. One workgroup per row: four rounds over eight bits each find the last score that goes and how many
-// of its equals go with it.
+// the bits of scores have their order. keep: rows × ⌈columns / 32⌉ words, the lowest bit first. One workgroup per row: three
+// rounds over 11, 11 and 9 bits find the last score that goes and how many of its equals go with it; then 2048 entries at a time
+// are judged by neighbours and gathered, a word by a thread.
 @group(0) @binding(0) var<storage, read_write> values: array<f32>;
 @group(0) @binding(1) var<storage, read_write> factors: array<f32>;
 @group(0) @binding(2) var<storage, read_write> keep: array<u32>;
 // rows, columns, count of smallest, whether factors are in use
 @group(0) @binding(3) var<storage, read_write> parameters: array<u32>;
 
-var<workgroup> bins: array<atomic<u32>, 256>;
+var<workgroup> bins: array<atomic<u32>, 2048>;
 var<workgroup> prefix: u32;
 var<workgroup> rank: u32;
-var<workgroup> ties: array<u32, 64>;
+var<workgroup> sums: array<u32, 64>;
+// 33 to a word, which spreads words over the banks of the memory: 0 goes, 1 stays, 2 is a tie.
+var<workgroup> fate: array<u32, 2112>;
 
 fn score(row: u32, column: u32) -> u32 {
     var factor = 1.0;
@@ -38,29 +41,44 @@ fn main(
         prefix = 0u;
         rank = max(count, 1u) - 1u;
     }
-    for (var round = 0u; round < 4u; round++) {
-        let shift = 24u - 8u * round;
-        for (var bin = local; bin < 256u; bin += 64u) {
+    for (var round = 0u; round < 3u; round++) {
+        let shift = select(select(0u, 9u, round == 1u), 20u, round == 0u);
+        let width = select(11u, 9u, round == 2u);
+        for (var bin = local; bin < 2048u; bin += 64u) {
             atomicStore(&bins[bin], 0u);
         }
         workgroupBarrier();
         for (var i = local; i < columns; i += 64u) {
             let key = score(base, i);
             // What the rounds before left in play agrees with the prefix in all higher bits.
-            if (round == 0u || (key >> (shift + 8u)) == prefix) {
-                atomicAdd(&bins[(key >> shift) & 255u], 1u);
+            if (round == 0u || (key >> (shift + width)) == prefix) {
+                atomicAdd(&bins[(key >> shift) & ((1u << width) - 1u)], 1u);
             }
         }
         workgroupBarrier();
-        if (local == 0u) {
-            var bin = 0u;
-            var left = rank;
-            while (bin < 255u && left >= atomicLoad(&bins[bin])) {
+        // A thread has 32 bins; the one in whose bins the rank lies finds it.
+        var mine = 0u;
+        for (var bin = 0u; bin < 32u; bin++) {
+            mine += atomicLoad(&bins[local * 32u + bin]);
+        }
+        sums[local] = mine;
+        workgroupBarrier();
+        var left = rank;
+        var before = 0u;
+        for (var i = 0u; i < local; i++) {
+            before += sums[i];
+        }
+        let found = left >= before && left < before + mine;
+        workgroupBarrier();
+        if (found) {
+            left -= before;
+            var bin = local * 32u;
+            while (left >= atomicLoad(&bins[bin])) {
                 left -= atomicLoad(&bins[bin]);
                 bin++;
             }
             rank = left;
-            prefix = prefix << 8u | bin;
+            prefix = prefix << width | bin;
         }
         workgroupBarrier();
     }
@@ -68,31 +86,38 @@ fn main(
     let threshold = prefix;
     let going = select(rank + 1u, 0u, count == 0u);
     let words = (columns + 31u) / 32u;
-    let span = (words + 63u) / 64u;
-    let begin = min(local * span, words);
-    let to = min(begin + span, words);
-    var mine = 0u;
-    for (var i = begin * 32u; i < min(to * 32u, columns); i++) {
-        mine += u32(score(base, i) == threshold);
-    }
-    ties[local] = mine;
-    workgroupBarrier();
-    var before = 0u;
-    for (var i = 0u; i < local; i++) {
-        before += ties[i];
-    }
-    if (!inside) {
-        return;
-    }
-    for (var word = begin; word < to; word++) {
-        var bits = 0u;
-        for (var bit = 0u; bit < min(32u, columns - word * 32u); bit++) {
-            let key = score(base, word * 32u + bit);
-            let tie = key == threshold;
-            let goes = count > 0u && (key < threshold || (tie && before < going));
-            before += u32(tie);
-            bits |= u32(!goes) << bit;
+    var seen = 0u;
+    for (var first = 0u; first < words; first += 64u) {
+        for (var i = local; i < 2048u; i += 64u) {
+            let column = first * 32u + i;
+            var is = 0u;
+            if (column < columns) {
+                let key = score(base, column);
+                is = select(select(1u, 0u, key < threshold && count > 0u), 2u, key == threshold);
+            }
+            fate[i / 32u * 33u + i % 32u] = is;
         }
-        keep[row * words + word] = bits;
+        workgroupBarrier();
+        var mine = 0u;
+        for (var bit = 0u; bit < 32u; bit++) {
+            mine += u32(fate[local * 33u + bit] == 2u);
+        }
+        sums[local] = mine;
+        workgroupBarrier();
+        var before = seen;
+        for (var i = 0u; i < 64u; i++) {
+            seen += sums[i];
+            before += select(0u, sums[i], i < local);
+        }
+        var bits = 0u;
+        for (var bit = 0u; bit < 32u; bit++) {
+            let is = fate[local * 33u + bit];
+            bits |= u32(is == 1u || (is == 2u && before >= going)) << bit;
+            before += u32(is == 2u);
+        }
+        if (inside && first + local < words) {
+            keep[row * words + first + local] = bits;
+        }
+        workgroupBarrier();
     }
 }

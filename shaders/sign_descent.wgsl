@@ -59,12 +59,12 @@ fn grid_of(learns: vec2<f32>, fixes: vec2<f32>) -> vec4<f32> {
     if (parameters[4] == 1u) {
         let low = -fixes.x * learns.x;
         let high = fixes.y * learns.y;
-        let magnitude = max(low, high) / middle;
+        let magnitude = quotient(max(low, high), middle);
         let scale = stored_scale(select(magnitude, -magnitude, high > low), parameters[5]);
         return vec4<f32>(scale, middle, scale, middle);
     }
-    let scale = stored_scale(fixes.y * learns.y / top - fixes.x * learns.x / top, parameters[5]);
-    let zero = clamp(round(-fixes.x * learns.x / scale), 0.0, top);
+    let scale = stored_scale(quotient(fixes.y * learns.y, top) - quotient(fixes.x * learns.x, top), parameters[5]);
+    let zero = clamp(round(quotient(-fixes.x * learns.x, scale)), 0.0, top);
     return vec4<f32>(scale, zero, scale, zero);
 }
 
@@ -82,6 +82,55 @@ fn slopes_of(fixes: vec2<f32>, learns: vec2<f32>, step: f32, sums: vec3<f32>) ->
     let clipped = sums.y + sums.z;
     let scale = sums.x - clipped * fixes.x * learns.x / step;
     return vec2<f32>(clipped * fixes.x - scale * fixes.x / top, scale * fixes.y / top);
+}
+
+// a / b as it is defined, for any finite b but zero: an adapter's own division may be off by some units in the last place, and
+// lose the quotient by a huge number. The estimate is mended by the exact remainder.
+fn quotient(a: f32, b: f32) -> f32 {
+    let over = parts_of(a);
+    let under = parts_of(b);
+    let sign = (bitcast<u32>(a) ^ bitcast<u32>(b)) & 0x80000000u;
+    if (over.x == 0) {
+        return bitcast<f32>(sign);
+    }
+    // 25 bits of the quotient, the last for rounding.
+    let shift = select(25u, 24u, over.x >= under.x);
+    let divisor = u32(under.x);
+    var found = u32(f32(over.x) / f32(under.x) * f32(1u << shift));
+    var remainder = bitcast<i32>((u32(over.x) << shift) - found * divisor);
+    while (remainder < 0) {
+        found -= 1u;
+        remainder += under.x;
+    }
+    while (remainder >= under.x) {
+        found += 1u;
+        remainder -= under.x;
+    }
+    let exponent = over.y - under.y + 151 - i32(shift);
+    if (exponent >= 255) {
+        return bitcast<f32>(sign | 0x7f800000u);
+    }
+    let drop = u32(clamp(2 - exponent, 1, 26));
+    let whole = found >> drop;
+    let rest = found & ((1u << drop) - 1u);
+    let half = 1u << (drop - 1u);
+    let up = rest > half || (rest == half && (remainder != 0 || (whole & 1u) == 1u));
+    let bits = whole + select(0u, 1u, up) + (u32(max(exponent, 1) - 1) << 23u);
+    return bitcast<f32>(sign | bits);
+}
+
+// The 24 bits of a number's magnitude, the highest set, and its exponent.
+fn parts_of(x: f32) -> vec2<i32> {
+    let magnitude = bitcast<u32>(x) & 0x7fffffffu;
+    let fraction = magnitude & 0x7fffffu;
+    if (magnitude >= 0x800000u) {
+        return vec2<i32>(i32(fraction | 0x800000u), i32(magnitude >> 23u));
+    }
+    if (fraction == 0u) {
+        return vec2<i32>(0, 0);
+    }
+    let shift = 23u - firstLeadingBit(fraction);
+    return vec2<i32>(i32(fraction << shift), 1 - i32(shift));
 }
 
 @compute @workgroup_size(64, 1, 1)

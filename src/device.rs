@@ -48,6 +48,30 @@ pub struct Shader {
     pub source: &'static str,
 }
 
+/// A matrix on a GPU: rows × columns floats.
+#[derive(Debug, Clone)]
+pub struct Array {
+    /// The floats, row by row.
+    pub buffer: Buffer,
+    /// Rows and columns.
+    pub shape: [usize; 2],
+}
+
+/// An operation on two matrices by launches of kernels, and its adjoint.
+#[derive(Debug)]
+pub struct Differentiable {
+    /// Whether the GPU can do it, and its adjoint, on matrices of these shapes.
+    pub fits: fn(&Gpu, [[usize; 2]; 2]) -> bool,
+    /// The outcome.
+    pub forward: fn(&Gpu, [&Array; 2]) -> Array,
+    /// From the operands and the gradient of the outcome, the gradients of the operands: of the first where the second is
+    /// given, of the second where the first is.
+    pub adjoint: Adjoint,
+}
+
+/// From operands and the gradient of an outcome to gradients of operands.
+pub type Adjoint = fn(&Gpu, [Option<&Array>; 2], &Array) -> [Option<Array>; 2];
+
 /// What a GPU adapter says of itself.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct Adapter {

@@ -47,7 +47,7 @@ use crate::device::Shader;
 pub use crate::lanes::{dot_lanes, maximum, sum_lanes, vectorized};
 
 /// All compute shaders.
-pub static SHADERS: [&Shader; 22] = [
+pub static SHADERS: [&Shader; 26] = [
     &admm::gpu::ADMM_SPLIT,
     &admm::gpu::ADMM_COMBINE,
     &attention::gpu::ATTENTION,
@@ -57,6 +57,10 @@ pub static SHADERS: [&Shader; 22] = [
     &gram::gpu::COLUMN_SQUARES,
     &gram::gpu::GRAM,
     &linear::gpu::PRODUCT,
+    &linear::units::ADD_SCALED,
+    &linear::units::HALVE,
+    &linear::units::LARGEST_MAGNITUDE,
+    &linear::units::PRODUCT_UNITS,
     &linear::gpu::PRODUCT_INTS,
     &linear::gpu::PRODUCT_TRITS,
     &precalibrate::gpu::CLIP_RATIOS,

@@ -3,6 +3,9 @@
 //! Kernels run through the tensor library's client, so that they share its queue and its memory with tensors. Buffers are
 //! pieces of shared pages: shaders declare every binding `read_write`. Parameters are words in one more buffer, the last.
 //! An error of a launch shows when its outcome is read.
+#![allow(unsafe_code)]
+
+mod differentiable;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -11,10 +14,10 @@ use burn::tensor::{Shape, Tensor};
 use burn_wgpu::{CubeDim, CubeTensor, KernelSource, SourceKernel, SourceTemplate, Wgpu, into_contiguous};
 use cubecl::client::Client;
 use cubecl::future::block_on;
-use cubecl::prelude::{CubeCount, KernelId};
+use cubecl::prelude::{CubeCount, ExecutionMode, KernelId};
 use cubecl::server::{Handle, KernelArguments};
 
-use crate::device::{Adapter, Shader};
+use crate::device::{Adapter, Array, Shader};
 use crate::error::{Error, Result};
 
 /// Threads of a workgroup of every kernel.
@@ -124,13 +127,15 @@ fn open_adapter(number: usize) -> Result<(Gpu, burn::tensor::Device)> {
     let adapter = adapters.swap_remove(number);
     let description = describe(number, &adapter);
     let failed = |what: &dyn std::fmt::Display| Error::run(format!("--device gpu:{number}: {what}; use --device cpu"));
+    let experimental = wgpu::Features::all_experimental_mask().difference(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX);
     let request = wgpu::DeviceDescriptor {
         label: None,
-        required_features: adapter
-            .features()
-            .difference(wgpu::Features::MAPPABLE_PRIMARY_BUFFERS | wgpu::Features::all_experimental_mask()),
+        required_features: adapter.features().difference(wgpu::Features::MAPPABLE_PRIMARY_BUFFERS | experimental),
         required_limits: adapter.limits(),
         memory_hints: wgpu::MemoryHints::MemoryUsage,
+        // SAFETY: the one experimental feature asked for is matrix units; what computes on them is compared with the processor
+        // before it is used.
+        experimental_features: unsafe { wgpu::ExperimentalFeatures::enabled() },
         ..wgpu::DeviceDescriptor::default()
     };
     let (device, queue) = block_on(adapter.request_device(&request)).map_err(|error| failed(&error))?;
@@ -247,6 +252,20 @@ impl Gpu {
     }
 }
 
+/// The matrix that a tensor of the library holds.
+fn array_of(tensor: CubeTensor) -> Array {
+    let tensor = into_contiguous(tensor);
+    let shape = tensor.meta.shape();
+    let (shape, words) = ([shape[0], shape[1]], shape.num_elements());
+    Array { buffer: Buffer { handle: tensor.handle, words }, shape }
+}
+
+/// A matrix as a tensor of the library, on the device of another.
+fn placed(like: &CubeTensor, array: Array) -> CubeTensor {
+    let (client, device) = (like.client.clone(), like.device.clone());
+    CubeTensor::new_contiguous(client, device, Shape::from(array.shape), array.buffer.handle, burn::tensor::DType::F32)
+}
+
 /// The last cause of an error that lists causes line by line, without drawings and backtraces.
 fn cause(message: &str) -> &str {
     let lines = message.lines().map(str::trim).take_while(|line| !line.starts_with("Backtrace") && !line.starts_with('┌'));
@@ -262,7 +281,7 @@ impl KernelSource for Launched {
     }
 
     fn id(&self) -> KernelId {
-        KernelId::new::<Self>().info(self.0.name)
+        KernelId::new::<Self>().mode(ExecutionMode::Unchecked).info(self.0.name)
     }
 
     fn lang(&self) -> &'static str {

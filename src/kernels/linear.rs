@@ -1,26 +1,45 @@
 //! The product with a linear layer's weight, y = x Wᵀ.
 
 pub mod gpu;
+pub mod units;
 
 use burn::tensor::Tensor;
 
+use crate::device::Gpu;
 use crate::kernels::gemm::{Sizes, View, product};
+use crate::kernels::linear::units::{Exactness, LEARNED, Operand, Units, worthwhile};
 use crate::kernels::{Floats, tensor};
 
 /// Bytes of a weight that pass to a GPU at once.
 const TILE_BYTES: usize = 64 << 20;
 
 /// x Wᵀ for `x` of tokens × inputs and `weight` of outputs × inputs: straight from the slices where both lie on the
-/// processor and nothing is differentiated, tile by tile where the weight lies there and `x` does not, else by
-/// [`linear_reference`].
+/// processor and nothing is differentiated, tile by tile where the weight lies there and `x` does not, on a GPU's matrix units
+/// where it has some and the product is large enough, else by [`linear_reference`].
 pub fn linear(x: &Tensor<2>, weight: &Tensor<2>) -> Tensor<2> {
     if let Some(product) = linear_cpu(x, weight) {
         return product;
     }
     match Floats::of(weight) {
         Some(weight_here) if x.device().without_autodiff() != weight.device() => linear_tiled(x, &weight_here, TILE_BYTES),
-        _ => linear_reference(x, weight),
+        _ => linear_on_units(x, weight).unwrap_or_else(|| linear_reference(x, weight)),
     }
+}
+
+/// The product on matrix units: with halves where something is differentiated, as in learning, else nearly as with floats.
+fn linear_on_units(x: &Tensor<2>, weight: &Tensor<2>) -> Option<Tensor<2>> {
+    let ([m, k], [n, _]) = (x.dims(), weight.dims());
+    if !worthwhile([m, n, k]) {
+        return None;
+    }
+    let gpu = Gpu::of(&x.device())?;
+    let units = Units::of(&gpu)?;
+    if x.is_autodiff() || weight.is_autodiff() {
+        return gpu.apply(&LEARNED, x, weight);
+    }
+    let (left, right) = (gpu.buffer(x)?, gpu.buffer(weight)?);
+    let product = units.product(Operand::new(&left, [m, k]), Operand::new(&right, [n, k]), Exactness::Split)?;
+    Some(gpu.tensor(product, [m, n]))
 }
 
 /// The product on the device of `x` with a weight that lies on the processor, some rows of it at a time.

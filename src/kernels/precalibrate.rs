@@ -49,7 +49,7 @@ const PIECE: usize = 1 << 16;
 /// A clip ratio: 1.00, 0.98, …, 0.50.
 #[inline(always)]
 pub fn ratio(index: usize) -> f32 {
-    1.0 - 0.02 * index as f32
+    0.02 * (50 - index) as f32
 }
 
 /// The ranges that the grids of a weight's groups shall span (see the module). `outliers` is α, in 0..=0.5; `pruned`
@@ -189,9 +189,9 @@ fn nearest(weight: f32, scale: f32, zero: u8, bits: u8) -> f32 {
 
 /// Counts values in bins over [−θ, θ]; what lies outside belongs to the bins at the ends.
 fn count_bins(values: &[f32], theta: f32, counts: &mut [u32]) {
-    let (middle, bins) = (BINS as f32 / 2.0, BINS as f32 / 2.0 / theta);
+    let (middle, bins) = (BINS as i32 / 2, BINS as f32 / 2.0 / theta);
     for &value in values {
-        let bin = ((value * bins + middle) as i32).clamp(0, BINS as i32 - 1) as usize;
+        let bin = (((value * bins).floor() as i32).clamp(-middle, middle - 1) + middle) as usize;
         counts[bin] = counts[bin].wrapping_add(1);
     }
 }

@@ -39,7 +39,7 @@ impl std::fmt::Debug for Check {
 }
 
 /// All of them.
-pub const CHECKS: [Check; 12] = [
+pub const CHECKS: [Check; 13] = [
     Check { shaders: &["attention", "attention_query_adjoint", "attention_key_adjoint"], run: cases::attention },
     Check { shaders: &["column_squares"], run: cases::column_squares },
     Check { shaders: &["gram"], run: cases::gram },
@@ -49,6 +49,7 @@ pub const CHECKS: [Check; 12] = [
     Check { shaders: &["sign_descent"], run: cases::sign_descent },
     Check { shaders: &["channel_statistics"], run: cases::channels },
     Check { shaders: &["product", "product_ints", "product_trits"], run: cases::products },
+    Check { shaders: &["largest_magnitude", "halve", "product_units", "add_scaled"], run: cases::units },
     Check { shaders: &["admm_split", "admm_combine"], run: cases::admm },
     Check { shaders: &["clip_ratios", "rounded_histogram"], run: cases::precalibrate },
     Check { shaders: &["trit_scales", "trit_codes"], run: cases::trits },

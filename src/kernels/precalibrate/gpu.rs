@@ -35,6 +35,7 @@ pub fn precalibrate(gpu: &Gpu, weight: &Matrix, grid: Grid, outliers: f64, prune
         format(grid.scale_float),
         limit(reach(grid), grid.scale_float),
         order.len() as u32,
+        0,
     ];
     gpu.launch(&CLIP_RATIOS, groups, &[&weights, &gpu.upload(&ranks), &ranges], &parameters);
     let (low, high) = gpu.read::<[f32; 2]>(&ranges)?.into_iter().map(|[low, high]| (low, high)).unzip();
@@ -90,7 +91,7 @@ pub fn divergences(gpu: &Gpu, weight: &Matrix, grid: Grid, theta: f32, pruned: b
         u32::from(grid.symmetric),
         format(grid.scale_float),
         limit(reach(grid), grid.scale_float),
-        theta.to_bits(),
+        (BINS as f32 / 2.0 / theta).to_bits(),
     ];
     let buffers = [&gpu.upload(&core), &gpu.upload(&sizes), &gpu.upload(&ranges), &counts];
     gpu.launch(&ROUNDED_HISTOGRAM, sample.len() * (RATIOS + 1), &buffers, &parameters);

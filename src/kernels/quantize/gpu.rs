@@ -94,14 +94,14 @@ fn grids(gpu: &Gpu, weights: &Buffer, [rows, columns]: [usize; 2], grid: Grid, (
         limit(reach(grid), grid.scale_float),
         u32::from(given),
     ];
-    gpu.launch(&GROUP_GRIDS, count, &[weights, ranges, &scales, &zeros], &parameters);
+    gpu.launch(&GROUP_GRIDS, count.div_ceil(8), &[weights, ranges, &scales, &zeros], &parameters);
     (scales, zeros)
 }
 
 fn codes(gpu: &Gpu, weights: &Buffer, [rows, columns]: [usize; 2], grid: Grid, scales: &Buffer, zeros: &Buffer) -> (Buffer, Buffer) {
     let words = (rows * columns).div_ceil(4);
-    let (codes, sums) = (gpu.empty(words), gpu.empty(2 * words.div_ceil(64)));
+    let (codes, sums) = (gpu.empty(words), gpu.empty(2 * words.div_ceil(256)));
     let parameters = [rows as u32, columns as u32, grid.group as u32, u32::from(grid.bits)];
-    gpu.launch(&ROUND_CODES, words.div_ceil(64), &[weights, scales, zeros, &codes, &sums], &parameters);
+    gpu.launch(&ROUND_CODES, words.div_ceil(256), &[weights, scales, zeros, &codes, &sums], &parameters);
     (codes, sums)
 }
