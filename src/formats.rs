@@ -1,10 +1,14 @@
 //! Formats write whichever representation of a weight they find, and read it back. A format is a table of functions;
 //! a new one is a file here and a line in [`FORMATS`]. Nothing here computes with tensors.
 
+pub mod awq;
 pub mod bitstream;
 pub mod compressed_tensors;
 pub mod dense;
+pub mod gptq;
 pub mod output;
+pub mod targets;
+pub mod words;
 
 use safetensors::Dtype;
 use serde_json::Value;
@@ -38,6 +42,8 @@ pub struct Format {
     pub name: &'static str,
     /// What it holds and who loads it, in one line.
     pub about: &'static str,
+    /// Number format of the scales of integers where the format has one of its own; else it is the model's.
+    pub scales: Option<Float>,
     /// Refuses, with a reason and a way out, a weight that the format cannot hold.
     pub holds: fn(&Outlined) -> Result<(), String>,
     /// The tensors that hold a linear layer.
@@ -46,6 +52,8 @@ pub struct Format {
     pub encode: fn(&Weight, Float) -> Vec<Vec<u8>>,
     /// What config.json says of the format, as `quantization_config`; `carried` names the other matrices of the model.
     pub config: fn(&[Outlined], carried: &[String]) -> Option<Value>,
+    /// Files beside config.json that hold its section too, for older readers.
+    pub files: fn(&Value) -> Vec<(&'static str, Value)>,
 }
 
 impl std::fmt::Debug for Format {
@@ -55,7 +63,8 @@ impl std::fmt::Debug for Format {
 }
 
 /// Every format that can be written.
-pub const FORMATS: &[&Format] = &[&compressed_tensors::FORMAT, &dense::FORMAT];
+pub const FORMATS: &[&Format] =
+    &[&compressed_tensors::FORMAT, &dense::FORMAT, &gptq::FORMAT, &gptq::SECOND, &gptq::AUTO_ROUND, &awq::FORMAT];
 
 /// The format of a name.
 ///
@@ -68,6 +77,21 @@ pub fn find(name: &str) -> Result<&'static Format> {
     })
 }
 
+/// The format of a name for what a plan holds: gptq is of the first version where that has room, else of the second.
+///
+/// # Errors
+/// When there is none of this name, or it cannot hold a layer.
+pub fn fitting(name: &str, layers: &[Outlined]) -> Result<&'static Format> {
+    let holds =
+        |format: &Format| layers.iter().try_for_each(|layer| (format.holds)(layer).map_err(|what| Error::input(what).tensor(&layer.name)));
+    let format = find(name)?;
+    match holds(format) {
+        Ok(()) => Ok(format),
+        Err(_) if name == gptq::FORMAT.name && holds(&gptq::SECOND).is_ok() => Ok(&gptq::SECOND),
+        Err(error) => Err(error),
+    }
+}
+
 /// How the weights of a checkpoint are read.
 ///
 /// # Errors
@@ -78,10 +102,14 @@ pub fn open(checkpoint: &Checkpoint) -> Result<Box<dyn Source>> {
         Some("compressed-tensors") => {
             Ok(Box::new(compressed_tensors::PackQuantized::read(config).map_err(|error| error.file(&checkpoint.folder))?))
         }
+        Some("gptq" | "auto-round") => Ok(Box::new(gptq::Gptq::read(config).map_err(|error| error.file(&checkpoint.folder))?)),
+        Some("awq") => Ok(Box::new(awq::Awq::read(config).map_err(|error| error.file(&checkpoint.folder))?)),
         other => {
             let method = shown(other.unwrap_or("?"));
-            Err(Error::input(format!("config.json: quantized by `{method}`, this version reads dense and compressed-tensors checkpoints"))
-                .file(&checkpoint.folder))
+            Err(Error::input(format!(
+                "config.json: quantized by `{method}`, this version reads dense, compressed-tensors, gptq, auto-round and awq checkpoints"
+            ))
+            .file(&checkpoint.folder))
         }
     }
 }

@@ -17,10 +17,12 @@ use crate::weight::{Float, Ints, Outlined, Storage, Weight};
 pub const FORMAT: Format = Format {
     name: "compressed-tensors",
     about: "packed integers (pack-quantized). Loads in transformers and vLLM",
+    scales: None,
     holds,
     entries,
     encode: encode_weight,
     config: |layers, carried| Some(config(layers, carried)),
+    files: |_| Vec::new(),
 };
 
 fn holds(layer: &Outlined) -> Result<(), String> {

@@ -10,10 +10,12 @@ use crate::weight::{Float, Sparse, Weight};
 pub const FORMAT: Format = Format {
     name: "dense",
     about: "plain tensors; pruned weights are zeros. Loads in transformers, vLLM, SGLang, llama.cpp's converter",
+    scales: None,
     holds: |_| Ok(()),
     entries: |layer| vec![Entry { name: format!("{}.weight", layer.name), dtype: dtype_of(layer.float), shape: layer.shape.to_vec() }],
     encode: encode_weight,
     config: |_, _| None,
+    files: |_| Vec::new(),
 };
 
 fn encode_weight(weight: &Weight, float: Float) -> Vec<Vec<u8>> {
