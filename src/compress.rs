@@ -2,28 +2,29 @@
 
 pub mod compressor;
 pub mod destination;
+pub mod exports;
 pub mod generation;
 pub mod layers;
 pub mod remarks;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
-
-use safetensors::Dtype;
 
 use crate::calibrate::corpus::{self, Packed};
 use crate::calibrate::tokens::Tokenizer;
 use crate::calibrate::{builtin, corpus::Source as Text};
 use crate::checkpoint::decode::nonfinite_bytes;
 use crate::checkpoint::source::Source;
-use crate::checkpoint::{Checkpoint, float_of, read_file};
+use crate::checkpoint::{Checkpoint, float_of};
 use crate::compress::compressor::Compressor;
 use crate::compress::destination::Destination;
+use crate::compress::exports::{Export, Sinks};
 use crate::compress::layers::candidates;
 use crate::error::{Error, Result};
 use crate::evaluate::{self, Protocol, Quality};
-use crate::formats::output::{Output, write_json};
-use crate::formats::{self, Entry, Format};
+use crate::formats::output::write_json;
+use crate::formats::targets::{Engine, unfused};
+use crate::formats::{self, Format};
 use crate::model::config::known_family;
 use crate::model::generate::{self, BUDGET};
 use crate::model::hidden::{Hidden, Keeping};
@@ -34,7 +35,7 @@ use crate::plan::Plan;
 use crate::plan::recipe::Recipe;
 use crate::report::{Evaluation, ModelFacts, Report, SCHEMA, Size};
 use crate::run::Run;
-use crate::weight::Storage;
+use crate::weight::Outlined;
 
 /// What to compress, how, and where to.
 #[derive(Debug, Clone)]
@@ -43,6 +44,8 @@ pub struct Job {
     pub model: PathBuf,
     /// The recipe.
     pub recipe: Recipe,
+    /// The engine that shall load the output.
+    pub engine: Option<Engine>,
     /// How to measure at the end; `None` for not at all.
     pub quality: Option<QualityOptions>,
 }
@@ -65,10 +68,8 @@ pub struct Prepared {
     pub checkpoint: Checkpoint,
     /// What happens to every layer.
     pub plan: Plan,
-    /// The format to write.
-    pub format: &'static Format,
-    /// The tensors of the output.
-    pub entries: Vec<Entry>,
+    /// What is written, one per format.
+    pub exports: Vec<Export>,
     /// Facts about the model.
     pub facts: ModelFacts,
     /// Sizes before and after.
@@ -101,11 +102,8 @@ impl Prepared {
         let source = crate::checkpoint::source::Plain;
         let model = if known { Some(Model::open(&checkpoint, &source)?) } else { None };
         let candidates = candidates(&checkpoint, model.as_ref())?;
-        let plan = Plan::resolve(&job.recipe, &candidates)?;
-        let format = formats::find(job.recipe.format(plan.integers())?)?;
-        for layer in &plan.layers {
-            (format.holds)(&layer.outlined).map_err(|what| Error::input(what).tensor(&layer.outlined.name))?;
-        }
+        let mut plan = Plan::resolve(&job.recipe, &candidates)?;
+        let chosen = exports::chosen(&job.recipe, job.engine, &mut plan)?;
         let needs = needs(&job.recipe, &plan);
         let mut notes = plan.notes.clone();
         let model_type = crate::error::shown(config::model_type(&checkpoint.config));
@@ -134,7 +132,7 @@ impl Prepared {
                 notes.last().map_or("quality is not measured", String::as_str)
             )));
         }
-        notes.extend(side_notes(&checkpoint, &plan, format)?);
+        notes.extend(side_notes(&checkpoint, &plan, &chosen)?);
         if overlaps(&job) {
             notes.push("quality is measured on the calibration text itself: the figures flatter".into());
         }
@@ -144,12 +142,12 @@ impl Prepared {
             }
             _ => HashSet::new(),
         };
-        let entries = entries(&checkpoint, &plan, format, &norms);
-        unique(&entries).map_err(|error| error.file(&job.model))?;
+        let export = |format| Export::new(&checkpoint, &plan, format, &norms, chosen.len() > 1).map_err(|error| error.file(&job.model));
+        let exports = chosen.iter().map(|&format| export(format)).collect::<Result<Vec<_>>>()?;
         let tensors = || checkpoint.names().filter_map(|name| checkpoint.info(name));
         let size = Size {
             bytes_before: tensors().map(crate::checkpoint::TensorInfo::bytes).sum(),
-            bytes_after: entries.iter().map(Entry::bytes).sum(),
+            bytes_after: exports.iter().map(Export::bytes).sum(),
             bits_per_weight: plan.bits_per_weight(),
         };
         let facts = ModelFacts {
@@ -159,7 +157,7 @@ impl Prepared {
             linears: candidates.len(),
             shards: checkpoint.shards.len(),
         };
-        Ok(Self { job, plan, format, entries, norms, facts, size, calibration, generation, evaluation, memory_bytes, notes, checkpoint })
+        Ok(Self { job, plan, exports, norms, facts, size, calibration, generation, evaluation, memory_bytes, notes, checkpoint })
     }
 
     /// Does the work and puts the finished folder into place.
@@ -169,10 +167,10 @@ impl Prepared {
     pub fn run(mut self, destination: Destination, run: &Run<'_>) -> Result<Report> {
         let folder = destination.folder().to_path_buf();
         let side: u64 = self.checkpoint.side_files()?.iter().filter_map(|path| path.metadata().ok()).map(|file| file.len()).sum();
-        destination.has_room(self.size.bytes_after + side)?;
-        let mut output = Output::create(&folder, &self.entries, self.job.recipe.shard_bytes()?, &self.checkpoint.metadata())?;
-        self.carry(&mut output, run)?;
-        let mut compressor = Compressor::new(&self.plan, self.format, &mut output, self.job.recipe.report.layer_error);
+        destination.has_room(self.size.bytes_after + side * self.exports.len() as u64)?;
+        let mut sinks = Sinks::create(&self.exports, &self.checkpoint, &folder, self.job.recipe.shard_bytes()?)?;
+        self.carry(&mut sinks, run)?;
+        let mut compressor = Compressor::new(&self.plan, sinks, self.job.recipe.report.layer_error);
         let source = crate::checkpoint::source::Plain;
         if needs(&self.job.recipe, &self.plan) == Needs::Nothing {
             compressor.stream(&self.checkpoint, &source, run)?;
@@ -183,10 +181,11 @@ impl Prepared {
             let mut hidden: Hidden = embed(&model, windows, Keeping::HALVED, run)?;
             walk(&model, &mut hidden, "compress", run, &mut compressor)?;
         }
-        let (layers, blocks) = compressor.finish();
-        output.finish()?;
-        self.side_files(&folder)?;
-        self.verify(&folder)?;
+        let (layers, blocks) = compressor.finish()?;
+        for export in &self.exports {
+            export.side_files(&self.checkpoint, &folder)?;
+            export.verify(&folder)?;
+        }
         let quality = self.measure(&folder, run)?;
         let evaluation = self.evaluation.take().map(|(_, evaluation)| evaluation);
         let report = Report {
@@ -194,7 +193,7 @@ impl Prepared {
             drawknife: env!("CARGO_PKG_VERSION"),
             model: self.facts,
             recipe: self.job.recipe,
-            format: self.format.name,
+            format: self.exports.iter().map(|export| export.format.name).collect::<Vec<_>>().join(", "),
             size: self.size,
             calibration: self.calibration.map(|packed| packed.counts),
             layers,
@@ -209,7 +208,7 @@ impl Prepared {
     }
 
     /// Copies every tensor that no method works on, byte for byte.
-    fn carry(&self, output: &mut Output, run: &Run<'_>) -> Result<()> {
+    fn carry(&self, sinks: &mut Sinks<'_>, run: &Run<'_>) -> Result<()> {
         const PIECE: u64 = 8 << 20;
         let replaced: HashSet<String> = self
             .plan
@@ -229,7 +228,7 @@ impl Prepared {
                             format!("{count} values are NaN or infinite, the first {first} after byte {start}; the model is damaged");
                         return Err(Error::input(what).tensor(name).file(&shard.path));
                     }
-                    output.write(name, bytes.to_vec())?;
+                    sinks.carry(name, &bytes)?;
                 }
             }
             run.observer.step(1, "");
@@ -238,59 +237,9 @@ impl Prepared {
         Ok(())
     }
 
-    /// Copies everything else in the folder, and config.json with the section that the format adds.
-    fn side_files(&self, folder: &Path) -> Result<()> {
-        for path in self.checkpoint.side_files()? {
-            let name = path.file_name().unwrap_or_default();
-            if name == "report.json" {
-                continue;
-            }
-            let to = folder.join(name);
-            std::fs::copy(&path, &to).map_err(|error| Error::io(&path, &error))?;
-        }
-        let outlined: Vec<_> = self.plan.layers.iter().map(|layer| layer.outlined.clone()).collect();
-        let config = folder.join("config.json");
-        match (self.format.config)(&outlined, &self.carried_matrices()) {
-            None => {
-                let bytes = read_file(&self.job.model.join("config.json"), 256 << 20)?;
-                std::fs::write(&config, bytes).map_err(|error| Error::io(&config, &error))
-            }
-            Some(section) => {
-                let mut value = self.checkpoint.config.clone();
-                value["quantization_config"] = section;
-                write_json(&config, &value)
-            }
-        }
-    }
-
-    /// Modules with a matrix of floats that no plan speaks of, embeddings aside: a loader must not expect them packed.
-    fn carried_matrices(&self) -> Vec<String> {
-        let planned: HashSet<&str> = self.plan.layers.iter().map(|layer| layer.outlined.name.as_str()).collect();
-        let matrix = |name: &&str| self.checkpoint.info(name).is_some_and(|info| info.shape.len() == 2 && float_of(info.dtype).is_some());
-        let modules = self.checkpoint.names().filter(matrix).filter_map(|name| name.strip_suffix(".weight"));
-        modules.filter(|name| !planned.contains(name) && !name.contains("embed") && !name.contains("wte")).map(str::to_string).collect()
-    }
-
-    /// Opens what was written as a stranger would and compares it with the plan.
-    fn verify(&self, folder: &Path) -> Result<()> {
-        let failed = |what: String| Error::new(crate::error::Fault::Verification, format!("the output does not read back: {what}"));
-        let written = Checkpoint::open(folder).map_err(|error| failed(error.to_string()))?;
-        for entry in &self.entries {
-            match written.info(&entry.name) {
-                Some(info) if info.dtype == entry.dtype && info.shape == entry.shape => {}
-                other => return Err(failed(format!("tensor {}: {other:?} instead of {:?} {:?}", entry.name, entry.dtype, entry.shape))),
-            }
-        }
-        let count = written.names().count();
-        if count != self.entries.len() {
-            return Err(failed(format!("{count} tensors instead of {}", self.entries.len())));
-        }
-        formats::open(&written).map(drop).map_err(|error| failed(error.to_string()))
-    }
-
     fn measure(&self, folder: &Path, run: &Run<'_>) -> Result<Option<Quality>> {
         let (Some((windows, _)), Some(options)) = (&self.evaluation, &self.job.quality) else { return Ok(None) };
-        let written = Checkpoint::open(folder)?;
+        let written = Checkpoint::open(&self.exports[0].path(folder))?;
         let source: Box<dyn Source> = formats::open(&written)?;
         let model = Model::open(&written, source.as_ref())?;
         let reference = Model::open(&self.checkpoint, &crate::checkpoint::source::Plain)?;
@@ -301,41 +250,6 @@ impl Prepared {
 /// What the methods and the report need to have been seen.
 fn needs(recipe: &Recipe, plan: &Plan) -> Needs {
     if recipe.report.layer_error { plan.needs().max(Needs::Gram) } else { plan.needs() }
-}
-
-/// The tensors of the output, in the order of the input.
-fn entries(checkpoint: &Checkpoint, plan: &Plan, format: &Format, norms: &HashSet<String>) -> Vec<Entry> {
-    let mut replaced: HashMap<String, Vec<Entry>> = plan
-        .layers
-        .iter()
-        .filter(|layer| layer.outlined.storage.is_some())
-        .map(|layer| (format!("{}.weight", layer.outlined.name), (format.entries)(&layer.outlined)))
-        .collect();
-    let mut entries = Vec::new();
-    for shard in &checkpoint.shards {
-        let mut order: Vec<_> = shard.header.tensors.iter().collect();
-        order.sort_by_key(|(_, info)| info.begin);
-        for (name, info) in order {
-            match replaced.remove(name) {
-                Some(own) => entries.extend(own),
-                // A step of a norm is smaller than what 16 bits resolve.
-                None if norms.contains(name) => entries.push(Entry { name: name.clone(), dtype: Dtype::F32, shape: info.shape.clone() }),
-                None => entries.push(Entry { name: name.clone(), dtype: info.dtype, shape: info.shape.clone() }),
-            }
-        }
-    }
-    entries
-}
-
-/// Refuses an output in which two tensors would have one name.
-fn unique(entries: &[Entry]) -> Result<()> {
-    let mut names = HashSet::new();
-    match entries.iter().find(|entry| !names.insert(entry.name.as_str())) {
-        Some(twice) => {
-            Err(Error::input("already in the checkpoint, but the output needs this name; remove the stray tensor").tensor(&twice.name))
-        }
-        None => Ok(()),
-    }
 }
 
 /// What calibration is made of.
@@ -409,26 +323,19 @@ fn fits(windows: &[Vec<u32>], max_positions: usize) -> Result<()> {
 }
 
 /// Names what of the folder stays behind, and sets of layers that servers fuse but that now differ.
-fn side_notes(checkpoint: &Checkpoint, plan: &Plan, format: &Format) -> Result<Vec<String>> {
+fn side_notes(checkpoint: &Checkpoint, plan: &Plan, chosen: &[&Format]) -> Result<Vec<String>> {
     let mut notes = Vec::new();
     let behind = checkpoint.left_behind()?;
     if !behind.is_empty() {
         notes.push(format!("not copied: {}", behind.join(", ")));
     }
-    let mut sets: BTreeMap<String, Vec<Option<Storage>>> = BTreeMap::new();
-    for layer in &plan.layers {
-        let (parent, last) = layer.outlined.name.rsplit_once('.').unwrap_or(("", &layer.outlined.name));
-        let set = match last {
-            "q_proj" | "k_proj" | "v_proj" => "q_proj, k_proj and v_proj",
-            "gate_proj" | "up_proj" => "gate_proj and up_proj",
-            _ => continue,
-        };
-        sets.entry(format!("{set} of {parent}")).or_default().push(layer.outlined.storage);
-    }
-    let mixed: Vec<&String> =
-        sets.iter().filter(|(_, storages)| storages.iter().any(|one| one != &storages[0])).map(|(set, _)| set).collect();
-    if let (Some(first), "compressed-tensors") = (mixed.first(), format.name) {
-        notes.push(format!("{first} have different schemes, which vLLM cannot load because it fuses them ({} such sets)", mixed.len()));
+    let outlined: Vec<Outlined> = plan.layers.iter().map(|layer| layer.outlined.clone()).collect();
+    let mixed = unfused(&outlined);
+    if let (Some(first), true) = (mixed.first(), chosen.iter().any(|format| (format.config)(&outlined, &[]).is_some())) {
+        notes.push(format!(
+            "{first} have different schemes, which vLLM and SGLang cannot load because they fuse them ({} such sets)",
+            mixed.len()
+        ));
     }
     Ok(notes)
 }

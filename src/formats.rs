@@ -118,3 +118,6 @@ pub fn open(checkpoint: &Checkpoint) -> Result<Box<dyn Source>> {
 pub fn quantization(checkpoint: &Checkpoint) -> Option<&Value> {
     ["quantization_config", "compression_config"].iter().filter_map(|key| checkpoint.config.get(*key)).find(|config| !config.is_null())
 }
+
+#[cfg(test)]
+mod tests;

@@ -21,8 +21,8 @@ pub struct Report {
     pub model: ModelFacts,
     /// The resolved recipe.
     pub recipe: Recipe,
-    /// The format written.
-    pub format: &'static str,
+    /// The formats written.
+    pub format: String,
     /// Sizes.
     pub size: Size,
     /// What calibration was made of.

@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::device::Choice;
 use crate::evaluate::Bos;
+use crate::formats::targets::Engine;
 
 /// Compresses large language models and measures what that costs.
 #[derive(Debug, Parser)]
@@ -74,9 +75,14 @@ pub struct Compress {
     /// A recipe file.
     #[arg(long, value_name = "FILE.toml")]
     pub recipe: Option<PathBuf>,
-    /// compressed-tensors or dense [default: compressed-tensors for integers, dense for pruned weights].
-    #[arg(long, value_name = "NAME")]
+    /// compressed-tensors, dense, gptq, gptq_v2, auto-round, awq; several comma-separated, each in a folder of its own
+    /// [default: compressed-tensors for integers, dense for pruned weights].
+    #[arg(long, value_name = "NAME,...")]
     pub format: Option<String>,
+    /// Engine that shall load the output: vllm, transformers, sglang or llama.cpp. Picks the format, and refuses what the
+    /// engine cannot load.
+    #[arg(long = "for", value_name = "ENGINE")]
+    pub engine: Option<Engine>,
     /// builtin:mix or .txt and .jsonl files, comma-separated; .jsonl lines hold `text`, `messages` or `input_ids`; or
     /// self for text that the model writes.
     #[arg(long, value_name = "SOURCE")]

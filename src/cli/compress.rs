@@ -14,6 +14,7 @@ use crate::compress::{Job, Prepared, QualityOptions};
 use crate::device::Device;
 use crate::error::{Error, Fault, Result, shown, shown_path};
 use crate::evaluate::{Bos, Protocol, Quality};
+use crate::formats::targets::{Engine, loaders};
 use crate::plan::recipe::{Gate, OneOrMany, Override, Recipe, Skip};
 use crate::report::{Report, bytes};
 use crate::run::Run;
@@ -33,7 +34,7 @@ pub fn run(arguments: &Compress, invocation: &Invocation, dry_run: bool) -> Resu
         // Checked first and claimed later, so that nothing lies beside the destination while inputs are examined.
         drop(Destination::claim(target, model, arguments.force)?);
     }
-    let job = Job { model: model.to_path_buf(), recipe, quality: quality(arguments)? };
+    let job = Job { model: model.to_path_buf(), recipe, engine: arguments.engine, quality: quality(arguments)? };
     let prepared = Prepared::new(job)?;
     if invocation.json && dry_run {
         say_json(&plan_json(&prepared));
@@ -95,7 +96,7 @@ fn recipe(arguments: &Compress, invocation: &Invocation) -> Result<Recipe> {
     calibration.seq = arguments.seq.or(calibration.seq);
     calibration.seed = invocation.seed.unwrap_or(calibration.seed);
     if let Some(format) = &arguments.format {
-        recipe.export.format = Some(OneOrMany(vec![format.clone()]));
+        recipe.export.format = Some(OneOrMany(format.split(',').map(|name| name.trim().to_owned()).collect()));
     }
     recipe.skip.extend(arguments.skip.iter().map(|pattern| Skip { pattern: pattern.clone() }));
     for keep in &arguments.keep {
@@ -149,7 +150,7 @@ fn show_plan(prepared: &Prepared, device: &Device, invocation: &Invocation, embe
         facts.tensors
     ));
     let stages: Vec<String> = plan.stages.iter().map(|stage| format!("{} ({})", stage.name, options(&stage.method.options()))).collect();
-    say(&format!("plan      {} -> {}", stages.join(", then "), prepared.format.name));
+    say(&format!("plan      {} -> {}", stages.join(", then "), formats(prepared)));
     let mut kinds: Vec<(String, usize)> = Vec::new();
     for layer in &plan.layers {
         let kind = layer.outlined.storage.map_or("as they are".to_string(), |storage| storage.to_string());
@@ -167,6 +168,15 @@ fn show_plan(prepared: &Prepared, device: &Device, invocation: &Invocation, embe
         size.bits_per_weight
     ));
     say(&format!("needs     about {} of memory · {} of disk · {}", bytes(prepared.memory_bytes), bytes(size.bytes_after), device.name));
+    for export in &prepared.exports {
+        let of = |(engine, loads): &(Engine, Result<Option<String>, String>)| match loads {
+            Ok(None) => format!("{} yes", engine.name()),
+            Ok(Some(how)) => format!("{} {how}", engine.name()),
+            Err(_) => format!("{} no", engine.name()),
+        };
+        let loads: Vec<String> = loaders(export.format, &export.layers).iter().map(of).collect();
+        say(&format!("loads     {}: {}", export.format.name, loads.join(" · ")));
+    }
     if let Some(packed) = &prepared.calibration {
         let counts = &packed.counts;
         let sources = counts.sources.join(", ");
@@ -186,6 +196,10 @@ fn show_plan(prepared: &Prepared, device: &Device, invocation: &Invocation, embe
     }
 }
 
+fn formats(prepared: &Prepared) -> String {
+    prepared.exports.iter().map(|export| export.format.name).collect::<Vec<_>>().join(", ")
+}
+
 fn options(options: &toml::Table) -> String {
     options.iter().map(|(key, value)| format!("{key} {}", value.to_string().trim_matches('"'))).collect::<Vec<_>>().join(", ")
 }
@@ -198,7 +212,7 @@ fn plan_json(prepared: &Prepared) -> serde_json::Value {
         .map(|layer| json!({"name": layer.outlined.name, "shape": layer.outlined.shape, "storage": layer.outlined.storage.map(|storage| storage.to_string())}))
         .collect();
     json!({
-        "model": prepared.facts, "recipe": prepared.job.recipe, "format": prepared.format.name, "size": prepared.size,
+        "model": prepared.facts, "recipe": prepared.job.recipe, "format": formats(prepared), "size": prepared.size,
         "memory_bytes": prepared.memory_bytes, "calibration": prepared.calibration.as_ref().map(|packed| &packed.counts),
         "layers": layers, "notes": prepared.notes,
     })

@@ -5,11 +5,10 @@ use std::collections::BTreeMap;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::decode::encode;
 use crate::checkpoint::source::Source;
+use crate::compress::exports::Sinks;
 use crate::compress::remarks;
 use crate::device::Gpu;
 use crate::error::{Error, Result};
-use crate::formats::Format;
-use crate::formats::output::Output;
 use crate::kernels::quantize::Bounds;
 use crate::matrix::Matrix;
 use crate::methods::{self, BlockLayer, Layer, Method, Target, float_output};
@@ -26,8 +25,7 @@ use crate::weight::{Float, Weight};
 #[derive(Debug)]
 pub struct Compressor<'a> {
     plan: &'a Plan,
-    format: &'a Format,
-    output: &'a mut Output,
+    sinks: Sinks<'a>,
     layer_error: bool,
     layers: Vec<LayerReport>,
     blocks: Vec<BlockReport>,
@@ -43,8 +41,8 @@ struct Handed {
 
 impl<'a> Compressor<'a> {
     /// A compressor that follows a plan and writes into an output.
-    pub fn new(plan: &'a Plan, format: &'a Format, output: &'a mut Output, layer_error: bool) -> Self {
-        Self { plan, format, output, layer_error, layers: Vec::new(), blocks: Vec::new(), stages: Vec::new() }
+    pub fn new(plan: &'a Plan, sinks: Sinks<'a>, layer_error: bool) -> Self {
+        Self { plan, sinks, layer_error, layers: Vec::new(), blocks: Vec::new(), stages: Vec::new() }
     }
 
     /// Works on layer after layer without calibration.
@@ -74,9 +72,13 @@ impl<'a> Compressor<'a> {
         Ok(())
     }
 
-    /// The reports of all layers and blocks.
-    pub fn finish(self) -> (Vec<LayerReport>, Vec<BlockReport>) {
-        (self.layers, self.blocks)
+    /// Brings the output to the disk and gives the reports of all layers and blocks.
+    ///
+    /// # Errors
+    /// When a tensor is incomplete or the disk fails.
+    pub fn finish(self) -> Result<(Vec<LayerReport>, Vec<BlockReport>)> {
+        self.sinks.finish()?;
+        Ok((self.layers, self.blocks))
     }
 
     /// One stage on all layers of a block that it works on; gives the loss curve where there is one.
@@ -145,7 +147,7 @@ impl<'a> Compressor<'a> {
         }
         if plan.norms() {
             for norm in &bench.block.norms {
-                self.output.write(&norm.name, encode(Float::F32, &norm.weight))?;
+                self.sinks.carry(&norm.name, &encode(Float::F32, &norm.weight))?;
             }
         }
         Ok(())
@@ -156,10 +158,7 @@ impl<'a> Compressor<'a> {
         if !change[0].is_finite() {
             return Err(Error::run("compression gave values that are not finite").tensor(&outlined.name));
         }
-        let tensors = (self.format.encode)(weight, outlined.float);
-        for (entry, bytes) in (self.format.entries)(outlined).iter().zip(tensors) {
-            self.output.write(&entry.name, bytes)?;
-        }
+        self.sinks.layer(&outlined.name, weight)?;
         let storage = weight.storage();
         let entries = (outlined.shape[0] * outlined.shape[1]) as f64;
         self.layers.push(LayerReport {

@@ -185,7 +185,7 @@ pub struct Skip {
 #[derive(Debug, Clone, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Export {
-    /// Format; by default compressed-tensors for integers, dense for the rest.
+    /// Formats; by default compressed-tensors for integers, dense for the rest.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub format: Option<OneOrMany>,
     /// Largest shard, like `"5GB"`.
@@ -285,17 +285,9 @@ impl Recipe {
         Self::parse(preset.recipe)
     }
 
-    /// Name of the format to write; `integers` says whether the result holds integers.
-    ///
-    /// # Errors
-    /// When several are asked for.
-    pub fn format(&self, integers: bool) -> Result<&str> {
-        match self.export.format.as_ref().map(|names| names.0.as_slice()) {
-            None if integers => Ok("compressed-tensors"),
-            None => Ok("dense"),
-            Some([one]) => Ok(one),
-            Some(several) => Err(Error::input(format!("{} formats asked for; this version writes one per run", several.len()))),
-        }
+    /// Names of the formats to write; none where the plan decides.
+    pub fn formats(&self) -> &[String] {
+        self.export.format.as_ref().map_or(&[], |names| names.0.as_slice())
     }
 
     /// How calibration text is packed for a model that takes `max_positions` tokens.

@@ -1,0 +1,219 @@
+//! What is written, in each format: tensors planned before the work, the files that hold them, and what lies beside.
+
+use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
+
+use safetensors::Dtype;
+
+use crate::checkpoint::{Checkpoint, float_of, read_file};
+use crate::error::{Error, Fault, Result};
+use crate::formats::output::{Output, write_json};
+use crate::formats::targets::Engine;
+use crate::formats::{self, Entry, Format};
+use crate::plan::Plan;
+use crate::plan::recipe::Recipe;
+use crate::weight::{Outlined, Storage, Weight};
+
+/// A compressed checkpoint that is to be written.
+#[derive(Debug)]
+pub struct Export {
+    /// Its format.
+    pub format: &'static Format,
+    /// Every linear layer as this format is to hold it.
+    pub layers: Vec<Outlined>,
+    /// Its tensors, in the order of the input.
+    pub entries: Vec<Entry>,
+    /// Folder within the output, where there are several.
+    pub folder: Option<&'static str>,
+}
+
+/// The formats that a recipe asks for, or the best one of an engine; sets in which number format the plan's scales are
+/// stored, so that every format holds the same ones.
+///
+/// # Errors
+/// When a format is unknown or cannot hold a layer, or nothing serves the engine.
+pub fn chosen(recipe: &Recipe, engine: Option<Engine>, plan: &mut Plan) -> Result<Vec<&'static Format>> {
+    let outlined: Vec<Outlined> = plan.layers.iter().map(|layer| layer.outlined.clone()).collect();
+    let names = recipe.formats();
+    let mut chosen = match engine {
+        Some(engine) if names.is_empty() => vec![engine.best(&outlined)?],
+        _ if names.is_empty() => vec![formats::find(if plan.integers() { "compressed-tensors" } else { "dense" })?],
+        _ => names.iter().map(|name| formats::fitting(name, &outlined)).collect::<Result<Vec<_>>>()?,
+    };
+    let mut seen = HashSet::new();
+    chosen.retain(|format| seen.insert(format.name));
+    for format in &chosen {
+        let held = outlined.iter().try_for_each(|layer| (format.holds)(layer).map_err(|what| Error::input(what).tensor(&layer.name)));
+        held?;
+        if let Some(engine) = engine {
+            let refused = |reason| Error::input(format!("{} does not load this as {}: {reason}", engine.name(), format.name));
+            engine.loads(format, &outlined).map_err(refused)?;
+        }
+    }
+    if let Some(float) = chosen.iter().find_map(|format| format.scales) {
+        let ints = plan.layers.iter_mut().filter(|layer| matches!(layer.outlined.storage, Some(Storage::Ints { .. })));
+        ints.for_each(|layer| layer.outlined.float = float);
+    }
+    Ok(chosen)
+}
+
+impl Export {
+    /// Plans the tensors. `norms` are those that stages change.
+    ///
+    /// # Errors
+    /// When two tensors would have one name.
+    pub fn new(checkpoint: &Checkpoint, plan: &Plan, format: &'static Format, norms: &HashSet<String>, several: bool) -> Result<Self> {
+        let dense = |outlined: &Outlined| {
+            let float = checkpoint.info(&format!("{}.weight", outlined.name)).and_then(|info| float_of(info.dtype));
+            Outlined { float: float.unwrap_or(outlined.float), ..outlined.clone() }
+        };
+        // Floats keep the model's own number format.
+        let own = |outlined: &Outlined| if format.name == formats::dense::FORMAT.name { dense(outlined) } else { outlined.clone() };
+        let layers: Vec<Outlined> = plan.layers.iter().map(|layer| own(&layer.outlined)).collect();
+        let entries = entries(checkpoint, &layers, format, norms);
+        let mut names = HashSet::new();
+        if let Some(twice) = entries.iter().find(|entry| !names.insert(entry.name.as_str())) {
+            let what = "already in the checkpoint, but the output needs this name; remove the stray tensor";
+            return Err(Error::input(what).tensor(&twice.name));
+        }
+        Ok(Self { format, layers, entries, folder: several.then_some(format.name) })
+    }
+
+    /// Bytes of all tensors.
+    pub fn bytes(&self) -> u64 {
+        self.entries.iter().map(Entry::bytes).sum()
+    }
+
+    /// Where it lies in an output.
+    pub fn path(&self, output: &Path) -> PathBuf {
+        self.folder.map_or_else(|| output.to_path_buf(), |folder| output.join(folder))
+    }
+
+    /// Copies everything else of the model's folder, and config.json with the section that the format adds.
+    ///
+    /// # Errors
+    /// When a file cannot be copied.
+    pub fn side_files(&self, checkpoint: &Checkpoint, output: &Path) -> Result<()> {
+        let folder = self.path(output);
+        for path in checkpoint.side_files()? {
+            let name = path.file_name().unwrap_or_default();
+            if name == "report.json" {
+                continue;
+            }
+            let to = folder.join(name);
+            std::fs::copy(&path, &to).map_err(|error| Error::io(&path, &error))?;
+        }
+        let config = folder.join("config.json");
+        let Some(section) = (self.format.config)(&self.layers, &self.carried_matrices(checkpoint)) else {
+            let bytes = read_file(&checkpoint.folder.join("config.json"), 256 << 20)?;
+            return std::fs::write(&config, bytes).map_err(|error| Error::io(&config, &error));
+        };
+        for (name, value) in (self.format.files)(&section) {
+            write_json(&folder.join(name), &value)?;
+        }
+        let mut value = checkpoint.config.clone();
+        value["quantization_config"] = section;
+        write_json(&config, &value)
+    }
+
+    /// Modules with a matrix of floats that no plan speaks of, embeddings aside: a loader must not expect them packed.
+    fn carried_matrices(&self, checkpoint: &Checkpoint) -> Vec<String> {
+        let planned: HashSet<&str> = self.layers.iter().map(|layer| layer.name.as_str()).collect();
+        let matrix = |name: &&str| checkpoint.info(name).is_some_and(|info| info.shape.len() == 2 && float_of(info.dtype).is_some());
+        let modules = checkpoint.names().filter(matrix).filter_map(|name| name.strip_suffix(".weight"));
+        modules.filter(|name| !planned.contains(name) && !name.contains("embed") && !name.contains("wte")).map(str::to_string).collect()
+    }
+
+    /// Opens what was written as a stranger would and compares it with the plan.
+    ///
+    /// # Errors
+    /// When it is not what was planned.
+    pub fn verify(&self, output: &Path) -> Result<()> {
+        let failed = |what: String| Error::new(Fault::Verification, format!("the output does not read back: {what}"));
+        let written = Checkpoint::open(&self.path(output)).map_err(|error| failed(error.to_string()))?;
+        for entry in &self.entries {
+            match written.info(&entry.name) {
+                Some(info) if info.dtype == entry.dtype && info.shape == entry.shape => {}
+                other => return Err(failed(format!("tensor {}: {other:?} instead of {:?} {:?}", entry.name, entry.dtype, entry.shape))),
+            }
+        }
+        let count = written.names().count();
+        if count != self.entries.len() {
+            return Err(failed(format!("{count} tensors instead of {}", self.entries.len())));
+        }
+        formats::open(&written).map(drop).map_err(|error| failed(error.to_string()))
+    }
+}
+
+/// The tensors of an output, in the order of the input.
+fn entries(checkpoint: &Checkpoint, layers: &[Outlined], format: &Format, norms: &HashSet<String>) -> Vec<Entry> {
+    let changed = layers.iter().filter(|layer| layer.storage.is_some());
+    let mut replaced: HashMap<String, Vec<Entry>> =
+        changed.map(|layer| (format!("{}.weight", layer.name), (format.entries)(layer))).collect();
+    let mut entries = Vec::new();
+    for shard in &checkpoint.shards {
+        let mut order: Vec<_> = shard.header.tensors.iter().collect();
+        order.sort_by_key(|(_, info)| info.begin);
+        for (name, info) in order {
+            match replaced.remove(name) {
+                Some(own) => entries.extend(own),
+                // A step of a norm is smaller than what 16 bits resolve.
+                None if norms.contains(name) => entries.push(Entry { name: name.clone(), dtype: Dtype::F32, shape: info.shape.clone() }),
+                None => entries.push(Entry { name: name.clone(), dtype: info.dtype, shape: info.shape.clone() }),
+            }
+        }
+    }
+    entries
+}
+
+/// The files of all exports while they are written.
+#[derive(Debug)]
+pub struct Sinks<'a> {
+    sinks: Vec<(&'a Export, Output)>,
+}
+
+impl<'a> Sinks<'a> {
+    /// Lays out the files of all exports below a folder.
+    ///
+    /// # Errors
+    /// When one cannot be made.
+    pub fn create(exports: &'a [Export], checkpoint: &Checkpoint, output: &Path, shard_bytes: u64) -> Result<Self> {
+        let sink = |export: &'a Export| {
+            let folder = export.path(output);
+            std::fs::create_dir_all(&folder).map_err(|error| Error::io(&folder, &error))?;
+            Ok((export, Output::create(&folder, &export.entries, shard_bytes, &checkpoint.metadata())?))
+        };
+        Ok(Self { sinks: exports.iter().map(sink).collect::<Result<Vec<_>>>()? })
+    }
+
+    /// Takes the next bytes of a tensor that every export carries as it is.
+    ///
+    /// # Errors
+    /// As [`Output::write`].
+    pub fn carry(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+        self.sinks.iter_mut().try_for_each(|(_, output)| output.write(name, bytes.to_vec()))
+    }
+
+    /// Takes the weight of a linear layer, by its place in the plan.
+    ///
+    /// # Errors
+    /// As [`Output::write`].
+    pub fn layer(&mut self, name: &str, weight: &Weight) -> Result<()> {
+        for (export, output) in &mut self.sinks {
+            let layer = export.layers.iter().find(|layer| layer.name == name);
+            let layer = layer.ok_or_else(|| Error::run("not part of the planned output").tensor(name))?;
+            for (entry, bytes) in (export.format.entries)(layer).iter().zip((export.format.encode)(weight, layer.float)) {
+                output.write(&entry.name, bytes)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Brings everything to the disk.
+    ///
+    /// # Errors
+    /// As [`Output::finish`].
+    pub fn finish(self) -> Result<()> {
+        self.sinks.into_iter().try_for_each(|(_, output)| output.finish())
+    }
+}
