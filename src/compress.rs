@@ -4,6 +4,7 @@ pub mod compressor;
 pub mod destination;
 pub mod exports;
 pub mod generation;
+pub mod gguf;
 pub mod layers;
 pub mod remarks;
 
@@ -19,6 +20,7 @@ use crate::checkpoint::{Checkpoint, float_of};
 use crate::compress::compressor::Compressor;
 use crate::compress::destination::Destination;
 use crate::compress::exports::{Export, Sinks};
+use crate::compress::gguf::unpack::Unpacked;
 use crate::compress::layers::candidates;
 use crate::error::{Error, Result};
 use crate::evaluate::{self, Protocol, Quality};
@@ -228,7 +230,7 @@ impl Prepared {
                             format!("{count} values are NaN or infinite, the first {first} after byte {start}; the model is damaged");
                         return Err(Error::input(what).tensor(name).file(&shard.path));
                     }
-                    sinks.carry(name, &bytes)?;
+                    sinks.carry(name, &bytes, None)?;
                 }
             }
             run.observer.step(1, "");
@@ -239,7 +241,10 @@ impl Prepared {
 
     fn measure(&self, folder: &Path, run: &Run<'_>) -> Result<Option<Quality>> {
         let (Some((windows, _)), Some(options)) = (&self.evaluation, &self.job.quality) else { return Ok(None) };
-        let written = Checkpoint::open(&self.exports[0].path(folder))?;
+        // All exports hold one compression; one that needs no unpacking is read first.
+        let export = self.exports.iter().find(|export| export.file.is_none()).unwrap_or(&self.exports[0]);
+        let unpacked = Unpacked::open(&export.path(folder), run.scratch)?;
+        let written = Checkpoint::open(unpacked.folder())?;
         let source: Box<dyn Source> = formats::open(&written)?;
         let model = Model::open(&written, source.as_ref())?;
         let reference = Model::open(&self.checkpoint, &crate::checkpoint::source::Plain)?;

@@ -5,6 +5,7 @@ pub mod awq;
 pub mod bitstream;
 pub mod compressed_tensors;
 pub mod dense;
+pub mod gguf;
 pub mod gptq;
 pub mod output;
 pub mod targets;
@@ -64,7 +65,7 @@ impl std::fmt::Debug for Format {
 
 /// Every format that can be written.
 pub const FORMATS: &[&Format] =
-    &[&compressed_tensors::FORMAT, &dense::FORMAT, &gptq::FORMAT, &gptq::SECOND, &gptq::AUTO_ROUND, &awq::FORMAT];
+    &[&compressed_tensors::FORMAT, &dense::FORMAT, &gptq::FORMAT, &gptq::SECOND, &gptq::AUTO_ROUND, &awq::FORMAT, &gguf::FORMAT];
 
 /// The format of a name.
 ///

@@ -139,6 +139,11 @@ impl Tokenizer {
         value.as_str().or_else(|| value["content"].as_str()).map(str::to_string)
     }
 
+    /// The model's chat template, where it has one.
+    pub fn template(&self) -> Option<&str> {
+        self.template.as_deref()
+    }
+
     /// Messages as the model's chat template writes them; `None` when it has none.
     ///
     /// # Errors

@@ -10,6 +10,7 @@ use crate::cli::arguments::Eval;
 use crate::cli::compress::quality_table;
 use crate::cli::device::pick_device;
 use crate::cli::text::{say, say_json};
+use crate::compress::gguf::unpack::Unpacked;
 use crate::error::{Error, Result, shown_path};
 use crate::evaluate::{Protocol, measure, windows};
 use crate::formats;
@@ -22,10 +23,13 @@ use crate::run::Run;
 /// Whatever went wrong, in one line.
 pub fn run(arguments: &Eval, invocation: &Invocation) -> Result<()> {
     let device = pick_device(arguments.device, arguments.gpu_memory.as_deref())?;
-    let checkpoint = Checkpoint::open(&arguments.model)?;
+    let scratch = std::env::temp_dir();
+    let unpacked = Unpacked::open(&arguments.model, &scratch)?;
+    let checkpoint = Checkpoint::open(unpacked.folder())?;
     let source = formats::open(&checkpoint)?;
     let model = Model::open(&checkpoint, source.as_ref())?;
-    let reference = arguments.reference.as_deref().map(Checkpoint::open).transpose()?;
+    let unpacked_reference = arguments.reference.as_deref().map(|path| Unpacked::open(path, &scratch)).transpose()?;
+    let reference = unpacked_reference.as_ref().map(|unpacked| Checkpoint::open(unpacked.folder())).transpose()?;
     let reference_source = reference.as_ref().map(formats::open).transpose()?;
     let reference = match (&reference, &reference_source) {
         (Some(checkpoint), Some(source)) => Some(Model::open(checkpoint, source.as_ref())?),
@@ -37,7 +41,7 @@ pub fn run(arguments: &Eval, invocation: &Invocation) -> Result<()> {
         return Err(Error::input(format!("--seq {seq}: the model takes windows of 2 to {longest} tokens")));
     }
     let protocol = Protocol { seq, max_tokens: arguments.max_tokens, bos: arguments.bos };
-    let tokenizer = Tokenizer::open(&arguments.model)?;
+    let tokenizer = Tokenizer::open(unpacked.folder())?;
     let (name, text) = match &arguments.text {
         Some(path) => (shown_path(path), read_text(path)?),
         None => (format!("{} evaluation", builtin::VERSION), builtin::evaluation_text()),

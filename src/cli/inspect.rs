@@ -8,6 +8,7 @@ use crate::checkpoint::Checkpoint;
 use crate::cli::Invocation;
 use crate::cli::arguments::Inspect;
 use crate::cli::text::{say, say_json, table};
+use crate::compress::gguf::unpack::Unpacked;
 use crate::compress::layers::candidates;
 use crate::error::{Result, shown, shown_path};
 use crate::formats;
@@ -19,7 +20,8 @@ use crate::report::bytes;
 /// # Errors
 /// When the folder is not a sound checkpoint.
 pub fn run(arguments: &Inspect, invocation: &Invocation) -> Result<()> {
-    let checkpoint = Checkpoint::open(&arguments.model)?;
+    let unpacked = Unpacked::open(&arguments.model, &std::env::temp_dir())?;
+    let checkpoint = Checkpoint::open(unpacked.folder())?;
     let known = config::known_family(&checkpoint.config).is_some();
     let quantized = formats::quantization(&checkpoint).and_then(|config| config["quant_method"].as_str()).map(shown);
     let source = formats::open(&checkpoint);

@@ -147,7 +147,7 @@ impl<'a> Compressor<'a> {
         }
         if plan.norms() {
             for norm in &bench.block.norms {
-                self.sinks.carry(&norm.name, &encode(Float::F32, &norm.weight))?;
+                self.sinks.carry(&norm.name, &encode(Float::F32, &norm.weight), Some(Float::F32))?;
             }
         }
         Ok(())

@@ -6,13 +6,14 @@ use std::path::{Path, PathBuf};
 use safetensors::Dtype;
 
 use crate::checkpoint::{Checkpoint, float_of, read_file};
+use crate::compress::gguf;
 use crate::error::{Error, Fault, Result};
 use crate::formats::output::{Output, write_json};
 use crate::formats::targets::Engine;
 use crate::formats::{self, Entry, Format};
 use crate::plan::Plan;
 use crate::plan::recipe::Recipe;
-use crate::weight::{Outlined, Storage, Weight};
+use crate::weight::{Float, Outlined, Storage, Weight};
 
 /// A compressed checkpoint that is to be written.
 #[derive(Debug)]
@@ -23,6 +24,8 @@ pub struct Export {
     pub layers: Vec<Outlined>,
     /// Its tensors, in the order of the input.
     pub entries: Vec<Entry>,
+    /// The file that it is, where it is one GGUF file.
+    pub file: Option<gguf::File>,
     /// Folder within the output, where there are several.
     pub folder: Option<&'static str>,
 }
@@ -70,18 +73,23 @@ impl Export {
         // Floats keep the model's own number format.
         let own = |outlined: &Outlined| if format.name == formats::dense::FORMAT.name { dense(outlined) } else { outlined.clone() };
         let layers: Vec<Outlined> = plan.layers.iter().map(|layer| own(&layer.outlined)).collect();
+        let folder = several.then_some(format.name);
+        if format.name == formats::gguf::FORMAT.name {
+            let file = Some(gguf::File::plan(checkpoint, &layers)?);
+            return Ok(Self { format, layers, entries: Vec::new(), file, folder });
+        }
         let entries = entries(checkpoint, &layers, format, norms);
         let mut names = HashSet::new();
         if let Some(twice) = entries.iter().find(|entry| !names.insert(entry.name.as_str())) {
             let what = "already in the checkpoint, but the output needs this name; remove the stray tensor";
             return Err(Error::input(what).tensor(&twice.name));
         }
-        Ok(Self { format, layers, entries, folder: several.then_some(format.name) })
+        Ok(Self { format, layers, entries, file: None, folder })
     }
 
     /// Bytes of all tensors.
     pub fn bytes(&self) -> u64 {
-        self.entries.iter().map(Entry::bytes).sum()
+        self.file.as_ref().map_or_else(|| self.entries.iter().map(Entry::bytes).sum(), gguf::File::bytes)
     }
 
     /// Where it lies in an output.
@@ -95,13 +103,15 @@ impl Export {
     /// When a file cannot be copied.
     pub fn side_files(&self, checkpoint: &Checkpoint, output: &Path) -> Result<()> {
         let folder = self.path(output);
+        let licence = |path: &Path| path.file_name().is_some_and(|name| name.to_string_lossy().to_uppercase().starts_with("LICEN"));
+        if self.file.is_some() {
+            // Everything else is in the file.
+            return checkpoint.side_files()?.iter().filter(|path| licence(path)).try_for_each(|path| copy(path, &folder));
+        }
         for path in checkpoint.side_files()? {
-            let name = path.file_name().unwrap_or_default();
-            if name == "report.json" {
-                continue;
+            if path.file_name().unwrap_or_default() != "report.json" {
+                copy(&path, &folder)?;
             }
-            let to = folder.join(name);
-            std::fs::copy(&path, &to).map_err(|error| Error::io(&path, &error))?;
         }
         let config = folder.join("config.json");
         let Some(section) = (self.format.config)(&self.layers, &self.carried_matrices(checkpoint)) else {
@@ -130,6 +140,9 @@ impl Export {
     /// When it is not what was planned.
     pub fn verify(&self, output: &Path) -> Result<()> {
         let failed = |what: String| Error::new(Fault::Verification, format!("the output does not read back: {what}"));
+        if self.file.is_some() {
+            return Ok(());
+        }
         let written = Checkpoint::open(&self.path(output)).map_err(|error| failed(error.to_string()))?;
         for entry in &self.entries {
             match written.info(&entry.name) {
@@ -143,6 +156,11 @@ impl Export {
         }
         formats::open(&written).map(drop).map_err(|error| failed(error.to_string()))
     }
+}
+
+fn copy(path: &Path, folder: &Path) -> Result<()> {
+    let to = folder.join(path.file_name().unwrap_or_default());
+    std::fs::copy(path, &to).map(drop).map_err(|error| Error::io(path, &error))
 }
 
 /// The tensors of an output, in the order of the input.
@@ -169,7 +187,14 @@ fn entries(checkpoint: &Checkpoint, layers: &[Outlined], format: &Format, norms:
 /// The files of all exports while they are written.
 #[derive(Debug)]
 pub struct Sinks<'a> {
-    sinks: Vec<(&'a Export, Output)>,
+    sinks: Vec<Sink<'a>>,
+}
+
+#[derive(Debug)]
+struct Sink<'a> {
+    export: &'a Export,
+    output: Output,
+    waiting: gguf::Waiting,
 }
 
 impl<'a> Sinks<'a> {
@@ -181,17 +206,25 @@ impl<'a> Sinks<'a> {
         let sink = |export: &'a Export| {
             let folder = export.path(output);
             std::fs::create_dir_all(&folder).map_err(|error| Error::io(&folder, &error))?;
-            Ok((export, Output::create(&folder, &export.entries, shard_bytes, &checkpoint.metadata())?))
+            let output = match &export.file {
+                Some(file) => file.create(&folder)?,
+                None => Output::create(&folder, &export.entries, shard_bytes, &checkpoint.metadata())?,
+            };
+            Ok(Sink { export, output, waiting: gguf::Waiting::new() })
         };
         Ok(Self { sinks: exports.iter().map(sink).collect::<Result<Vec<_>>>()? })
     }
 
-    /// Takes the next bytes of a tensor that every export carries as it is.
+    /// Takes the next bytes of a tensor that every export carries as it is, in the number format of the model's tensor or,
+    /// where it was changed, in `float`.
     ///
     /// # Errors
     /// As [`Output::write`].
-    pub fn carry(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
-        self.sinks.iter_mut().try_for_each(|(_, output)| output.write(name, bytes.to_vec()))
+    pub fn carry(&mut self, name: &str, bytes: &[u8], float: Option<Float>) -> Result<()> {
+        self.sinks.iter_mut().try_for_each(|Sink { export, output, waiting }| match &export.file {
+            Some(file) => file.carry(output, waiting, name, bytes, float),
+            None => output.write(name, bytes.to_vec()),
+        })
     }
 
     /// Takes the weight of a linear layer, by its place in the plan.
@@ -199,9 +232,13 @@ impl<'a> Sinks<'a> {
     /// # Errors
     /// As [`Output::write`].
     pub fn layer(&mut self, name: &str, weight: &Weight) -> Result<()> {
-        for (export, output) in &mut self.sinks {
+        for Sink { export, output, .. } in &mut self.sinks {
             let layer = export.layers.iter().find(|layer| layer.name == name);
             let layer = layer.ok_or_else(|| Error::run("not part of the planned output").tensor(name))?;
+            if let Some(file) = &export.file {
+                file.layer(output, layer, weight)?;
+                continue;
+            }
             for (entry, bytes) in (export.format.entries)(layer).iter().zip((export.format.encode)(weight, layer.float)) {
                 output.write(&entry.name, bytes)?;
             }
@@ -214,6 +251,6 @@ impl<'a> Sinks<'a> {
     /// # Errors
     /// As [`Output::finish`].
     pub fn finish(self) -> Result<()> {
-        self.sinks.into_iter().try_for_each(|(_, output)| output.finish())
+        self.sinks.into_iter().try_for_each(|sink| sink.output.finish())
     }
 }

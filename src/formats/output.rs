@@ -100,6 +100,20 @@ impl Output {
         Ok(output)
     }
 
+    /// Lays out one file of a given beginning, with tensors of given names at given offsets and of given sizes.
+    ///
+    /// # Errors
+    /// When it cannot be made or the disk is too small.
+    pub fn single(folder: &Path, name: &str, beginning: &[u8], tensors: Vec<(String, u64, u64)>) -> Result<Self> {
+        let end = tensors.iter().map(|(_, start, bytes)| start + bytes).max().unwrap_or(0).max(beginning.len() as u64);
+        let file = reserved(&folder.join(name), end)?;
+        file.write_all_at(beginning, 0).map_err(|error| Error::io(&folder.join(name), &error))?;
+        let place = |(name, start, bytes)| (name, Place { shard: 0, start, bytes, written: 0 });
+        let places = tensors.into_iter().map(place).collect();
+        let writer = Some(Writer::start(vec![file]));
+        Ok(Self { folder: folder.to_path_buf(), places, names: vec![name.to_owned()], writer })
+    }
+
     fn shard(&mut self, name: String, entries: &[&Entry], metadata: &BTreeMap<String, String>) -> Result<File> {
         let mut header = Map::new();
         let mut strings = json!({"format": "pt"});
@@ -115,11 +129,8 @@ impl Output {
         text.resize(text.len().next_multiple_of(8), b' ');
         let path = self.folder.join(&name);
         let fail = |error: std::io::Error| Error::io(&path, &error);
-        let file = File::options().write(true).create_new(true).open(&path).map_err(fail)?;
         let start = 8 + text.len() as u64;
-        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, start + offset)
-            .or_else(|error| if error == rustix::io::Errno::OPNOTSUPP { rustix::fs::ftruncate(&file, start + offset) } else { Err(error) })
-            .map_err(|error| Error::run(format!("no room for {} bytes: {error}", start + offset)).file(&path))?;
+        let file = reserved(&path, start + offset)?;
         file.write_all_at(&(text.len() as u64).to_le_bytes(), 0).map_err(fail)?;
         file.write_all_at(&text, 8).map_err(fail)?;
         let mut at = start;
@@ -178,6 +189,15 @@ impl Output {
         }
         Ok(())
     }
+}
+
+/// A new file that has room for so many bytes.
+fn reserved(path: &Path, bytes: u64) -> Result<File> {
+    let file = File::options().write(true).create_new(true).open(path).map_err(|error| Error::io(path, &error))?;
+    rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, bytes)
+        .or_else(|error| if error == rustix::io::Errno::OPNOTSUPP { rustix::fs::ftruncate(&file, bytes) } else { Err(error) })
+        .map_err(|error| Error::run(format!("no room for {bytes} bytes: {error}")).file(path))?;
+    Ok(file)
 }
 
 /// Writes a JSON file with two spaces of indentation and a final newline.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::error::{Error, Result, shown};
-use crate::formats::{Format, compressed_tensors, dense, gptq};
+use crate::formats::{Format, compressed_tensors, dense, gguf, gptq};
 use crate::weight::{Outlined, Storage};
 
 /// A program that runs models.
@@ -38,7 +38,7 @@ impl Engine {
         match self {
             Self::Vllm | Self::Transformers => &[&compressed_tensors::FORMAT, &dense::FORMAT],
             Self::Sglang => &[&compressed_tensors::FORMAT, &gptq::AUTO_ROUND, &dense::FORMAT],
-            Self::LlamaCpp => &[&compressed_tensors::FORMAT, &gptq::FORMAT, &dense::FORMAT],
+            Self::LlamaCpp => &[&gguf::FORMAT],
         }
     }
 
@@ -67,7 +67,7 @@ impl Engine {
         let mut reasons = Vec::new();
         // Integers as floats would be as large as before, which nobody asks for unknowingly.
         let packs = layers.iter().any(|layer| matches!(layer.storage, Some(Storage::Ints { .. })));
-        for &format in self.formats().iter().filter(|format| packs == (format.name != dense::FORMAT.name)) {
+        for &format in self.formats().iter().filter(|format| packs == (format.name != dense::FORMAT.name) || self == Self::LlamaCpp) {
             let held = layers.iter().try_for_each(|layer| (format.holds)(layer));
             match held.and_then(|()| self.loads(format, layers)) {
                 Ok(_) => return Ok(format),
@@ -143,6 +143,7 @@ impl Facts {
             "auto-round" if self.only(&[4, 8]) => Ok(None),
             "auto-round" => Ok(Some("2 and 3 bits on CUDA with the Humming kernels".into())),
             "awq" => Ok(None),
+            "gguf" => Err("it has no reader for gguf since 0.33".into()),
             _ => Err("it has no reader for the format".into()),
         }
     }
@@ -154,6 +155,7 @@ impl Facts {
             "gptq" | "gptq_v2" => Ok(Some("with the packages gptqmodel and optimum".into())),
             "awq" => Ok(Some("with the package gptqmodel".into())),
             "auto-round" => Ok(Some("with the package auto-round".into())),
+            "gguf" => Ok(Some("with the package gguf, which makes it dense".into())),
             _ => Err("it has no reader for the format".into()),
         }
     }
@@ -165,7 +167,7 @@ impl Facts {
             "compressed-tensors" => Err("its compressed-tensors is of 4 and 8 bits".into()),
             "gptq" if self.only(&[4, 8]) => Ok(None),
             "gptq" | "gptq_v2" => Err("its gptq is symmetric, of 4 and 8 bits".into()),
-            "auto-round" | "awq" => Ok(None),
+            "auto-round" | "awq" | "gguf" => Ok(None),
             _ => Err("it has no reader for the format".into()),
         }
     }
@@ -178,6 +180,7 @@ impl Facts {
             "compressed-tensors" if !self.only(&[2, 4, 8]) => Err("its converter reads 2, 4 and 8 bits".into()),
             "compressed-tensors" => converted(),
             "gptq" if !self.asymmetric => converted(),
+            "gguf" => Ok(None),
             "gptq_v2" | "awq" | "auto-round" => Err("its converter does not read the format".into()),
             _ => Err("it has no reader for the format".into()),
         }
@@ -223,7 +226,7 @@ mod tests {
         assert_eq!(best(Engine::Vllm, 3, false).unwrap(), "compressed-tensors");
         assert_eq!(best(Engine::Sglang, 3, true).unwrap(), "auto-round");
         assert!(best(Engine::Sglang, 3, false).unwrap_err().to_string().contains("symmetric integers"));
-        assert_eq!(best(Engine::LlamaCpp, 3, true).unwrap(), "gptq");
+        assert_eq!(best(Engine::LlamaCpp, 3, true).unwrap(), "gguf");
         let mut mixed = layers(4, true);
         mixed[1].storage = None;
         assert_eq!(unfused(&mixed), ["q_proj, k_proj and v_proj of b.0"]);

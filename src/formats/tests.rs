@@ -78,7 +78,8 @@ fn written_and_opened(format: &Format, layers: &[(Outlined, &Weight)]) -> Vec<We
 
 #[test]
 fn every_format_gives_back_what_it_holds_bit_for_bit() {
-    for format in FORMATS {
+    // One GGUF file is a container of its own, and tested there.
+    for format in FORMATS.iter().filter(|format| format.name != "gguf") {
         let scale_float = format.scales.unwrap_or(Float::BF16);
         let weights = weights(scale_float);
         let layer = |(number, weight): (usize, &Weight)| {

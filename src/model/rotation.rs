@@ -132,6 +132,33 @@ impl Rotation {
         Table::range(&frequencies, factor, positions)
     }
 
+    /// Columns of a head that rotate.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Base of the frequencies.
+    pub fn theta(&self) -> f64 {
+        self.theta
+    }
+
+    /// Name, factor and, where there is one, original context length of a rotation that is stretched by a rule.
+    pub fn scaling(&self) -> Option<(&'static str, f64, Option<f64>)> {
+        match self.kind {
+            Kind::Linear { factor } => Some(("linear", factor, None)),
+            Kind::Yarn { factor, original, .. } => Some(("yarn", factor, Some(original))),
+            Kind::Default | Kind::Dynamic { .. } | Kind::Llama3 { .. } => None,
+        }
+    }
+
+    /// What plain frequencies are divided by, where each has a divisor of its own.
+    pub fn divisors(&self) -> Option<Vec<f32>> {
+        let Kind::Llama3 { .. } = self.kind else { return None };
+        let plain = Self { kind: Kind::Default, ..self.clone() };
+        let (bent, plain) = (self.frequencies(1).0, plain.frequencies(1).0);
+        Some(plain.iter().zip(&bent).map(|(plain, bent)| plain / bent).collect())
+    }
+
     /// Inverse frequencies and the attention factor.
     fn frequencies(&self, seq: usize) -> (Vec<f32>, f32) {
         let width = self.width as f64;

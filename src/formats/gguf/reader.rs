@@ -1,0 +1,289 @@
+//! Reads the container. Everything in a file is untrusted: no number is believed before the file was seen to be long enough.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{BufReader, Read};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result, shown};
+use crate::formats::gguf::blocks::Kind;
+use crate::formats::gguf::container::{Tensor, Value};
+
+/// Most keys, and most tensors, of a file.
+const MOST: u64 = 1 << 20;
+
+/// An opened file.
+#[derive(Debug)]
+pub struct Reader {
+    path: PathBuf,
+    file: File,
+    /// Its keys; those of types that nothing here asks for are left out.
+    pub keys: BTreeMap<String, Value>,
+    /// Its tensors with the places of their bytes.
+    pub tensors: Vec<(Tensor, u64)>,
+}
+
+/// The beginning of a file, read forward.
+struct Beginning<'a> {
+    input: BufReader<&'a File>,
+    at: u64,
+    length: u64,
+}
+
+impl Beginning<'_> {
+    fn bytes(&mut self, count: u64) -> Result<Vec<u8>, String> {
+        if count > self.length - self.at.min(self.length) {
+            return Err(format!("ends at byte {}, {count} more are announced at byte {}", self.length, self.at));
+        }
+        let mut bytes = vec![0; count as usize];
+        self.input.read_exact(&mut bytes).map_err(|error| error.to_string())?;
+        self.at += count;
+        Ok(bytes)
+    }
+
+    fn number<const N: usize>(&mut self) -> Result<[u8; N], String> {
+        Ok(self.bytes(N as u64)?.try_into().expect("as many bytes as were asked for"))
+    }
+
+    fn u32(&mut self) -> Result<u32, String> {
+        Ok(u32::from_le_bytes(self.number()?))
+    }
+
+    fn u64(&mut self) -> Result<u64, String> {
+        Ok(u64::from_le_bytes(self.number()?))
+    }
+
+    fn text(&mut self) -> Result<String, String> {
+        let count = self.u64()?;
+        Ok(String::from_utf8_lossy(&self.bytes(count)?).into_owned())
+    }
+
+    /// A value of a type; nothing for types that are only passed over.
+    fn value(&mut self, kind: u32) -> Result<Option<Value>, String> {
+        Ok(match kind {
+            4 => Some(Value::U32(self.u32()?)),
+            5 => Some(Value::U32(i32::from_le_bytes(self.number()?).max(0) as u32)),
+            6 => Some(Value::F32(f32::from_le_bytes(self.number()?))),
+            7 => Some(Value::Bool(self.bytes(1)?[0] != 0)),
+            8 => Some(Value::Text(self.text()?)),
+            10 => Some(Value::U32(self.u64()?.min(u64::from(u32::MAX)) as u32)),
+            9 => {
+                let (kind, count) = (self.u32()?, self.u64()?);
+                return self.array(kind, count);
+            }
+            _ => {
+                self.bytes(width(kind).ok_or_else(|| format!("a value of type {kind}, which version 3 does not have"))?)?;
+                None
+            }
+        })
+    }
+
+    fn array(&mut self, kind: u32, count: u64) -> Result<Option<Value>, String> {
+        match kind {
+            8 => {
+                // Every text has at least its length.
+                if count > self.length / 8 {
+                    return Err(format!("a list of {count} texts does not fit a file of {} bytes", self.length));
+                }
+                let texts: Result<Vec<String>, String> = (0..count).map(|_| self.text()).collect();
+                Ok(Some(Value::Texts(texts?)))
+            }
+            kind => {
+                let width = width(kind).ok_or_else(|| format!("a list of values of type {kind}, which is not read"))?;
+                let bytes = self.bytes(width.checked_mul(count).ok_or("a list longer than any file")?)?;
+                let (words, _) = bytes.as_chunks::<4>();
+                Ok(match kind {
+                    5 => Some(Value::I32s(words.iter().map(|word| i32::from_le_bytes(*word)).collect())),
+                    6 => Some(Value::F32s(words.iter().map(|word| f32::from_le_bytes(*word)).collect())),
+                    _ => None,
+                })
+            }
+        }
+    }
+}
+
+fn width(kind: u32) -> Option<u64> {
+    match kind {
+        0 | 1 | 7 => Some(1),
+        2 | 3 => Some(2),
+        4..=6 => Some(4),
+        10..=12 => Some(8),
+        _ => None,
+    }
+}
+
+impl Reader {
+    /// Opens a file and checks that all it announces is there.
+    ///
+    /// # Errors
+    /// One line that says what is wrong with the file.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(|error| Error::unreadable(path, &error))?;
+        let length = file.metadata().map_err(|error| Error::unreadable(path, &error))?.len();
+        let mut beginning = Beginning { input: BufReader::new(&file), at: 0, length };
+        let read = read(&mut beginning).map_err(|what| Error::input(format!("not a sound GGUF file: {what}")).file(path));
+        let (keys, tensors) = read?;
+        Ok(Self { path: path.to_path_buf(), file, keys, tensors })
+    }
+
+    /// The bytes of a tensor.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub fn bytes(&self, tensor: &Tensor, start: u64) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; tensor.bytes() as usize];
+        self.file.read_exact_at(&mut bytes, start).map_err(|error| Error::unreadable(&self.path, &error).tensor(&tensor.name))?;
+        Ok(bytes)
+    }
+
+    /// A whole number.
+    pub fn count(&self, key: &str) -> Option<u32> {
+        match self.keys.get(key) {
+            Some(Value::U32(number)) => Some(*number),
+            _ => None,
+        }
+    }
+
+    /// A float.
+    pub fn float(&self, key: &str) -> Option<f32> {
+        match self.keys.get(key) {
+            Some(Value::F32(number)) => Some(*number),
+            _ => None,
+        }
+    }
+
+    /// A text.
+    pub fn text(&self, key: &str) -> Option<&str> {
+        match self.keys.get(key) {
+            Some(Value::Text(text)) => Some(text),
+            _ => None,
+        }
+    }
+
+    /// A truth value.
+    pub fn truth(&self, key: &str) -> Option<bool> {
+        match self.keys.get(key) {
+            Some(Value::Bool(truth)) => Some(*truth),
+            _ => None,
+        }
+    }
+
+    /// Texts; none where there is no such key.
+    pub fn texts(&self, key: &str) -> &[String] {
+        match self.keys.get(key) {
+            Some(Value::Texts(texts)) => texts,
+            _ => &[],
+        }
+    }
+}
+
+type Contents = (BTreeMap<String, Value>, Vec<(Tensor, u64)>);
+
+fn read(beginning: &mut Beginning<'_>) -> Result<Contents, String> {
+    if beginning.bytes(4)? != b"GGUF" {
+        return Err("it does not begin with GGUF".into());
+    }
+    let version = beginning.u32()?;
+    if version != 3 && version != 2 {
+        return Err(format!("version {version}; versions 2 and 3 are read"));
+    }
+    let (tensors, keys) = (beginning.u64()?, beginning.u64()?);
+    if tensors > MOST || keys > MOST {
+        return Err(format!("{tensors} tensors and {keys} keys are announced, more than {MOST}"));
+    }
+    let mut known = BTreeMap::new();
+    for _ in 0..keys {
+        let (name, kind) = (beginning.text()?, beginning.u32()?);
+        if let Some(value) = beginning.value(kind)? {
+            known.insert(name, value);
+        }
+    }
+    let mut listed = Vec::new();
+    for _ in 0..tensors {
+        let (name, dimensions) = (beginning.text()?, beginning.u32()?);
+        if dimensions > 4 {
+            return Err(format!("tensor {} has {dimensions} dimensions", shown(&name)));
+        }
+        let mut shape = (0..dimensions).map(|_| Ok(beginning.u64()? as usize)).collect::<Result<Vec<_>, String>>()?;
+        shape.reverse();
+        let (number, offset) = (beginning.u32()?, beginning.u64()?);
+        let kind = Kind::ALL.into_iter().find(|kind| kind.number() == number);
+        let kind = kind.ok_or_else(|| format!("tensor {} has type {number}, which this version does not read", shown(&name)))?;
+        let entries = shape.iter().try_fold(1usize, |product, &size| product.checked_mul(size)).filter(|&entries| entries < 1 << 44);
+        let whole = shape.last().is_some_and(|columns| columns.is_multiple_of(kind.weights()));
+        if entries.is_none() || !whole {
+            return Err(format!("tensor {} of shape {shape:?} is not whole blocks of {}", shown(&name), kind.weights()));
+        }
+        listed.push((Tensor { name, shape, kind }, offset));
+    }
+    let alignment = match known.get("general.alignment") {
+        Some(Value::U32(alignment @ 1..=65536)) => u64::from(*alignment),
+        Some(other) => return Err(format!("general.alignment is {other:?}")),
+        None => 32,
+    };
+    let start = beginning.at.next_multiple_of(alignment);
+    for (tensor, offset) in &mut listed {
+        let end = start.checked_add(*offset).and_then(|place| place.checked_add(tensor.bytes()));
+        if end.is_none_or(|end| end > beginning.length) {
+            return Err(format!("tensor {} goes beyond the end of the file at byte {}", shown(&tensor.name), beginning.length));
+        }
+        *offset += start;
+    }
+    Ok((known, listed))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::formats::gguf::container::header;
+
+    fn file() -> Vec<u8> {
+        let keys = BTreeMap::from([
+            ("general.architecture".to_string(), Value::Text("llama".into())),
+            ("x.texts".into(), Value::Texts(vec!["a".into(), "ü".into()])),
+            ("x.flag".into(), Value::Bool(true)),
+            ("x.scores".into(), Value::F32s(vec![0.5, -1.0])),
+        ]);
+        let tensors = [
+            Tensor { name: "t".into(), shape: vec![2, 64], kind: Kind::Q4_0 },
+            Tensor { name: "u".into(), shape: vec![3], kind: Kind::F32 },
+        ];
+        let (mut bytes, offsets) = header(&keys, &tensors);
+        bytes.resize(offsets[1] as usize, 1);
+        bytes.extend([2; 12]);
+        bytes
+    }
+
+    fn opened(bytes: &[u8]) -> Result<Reader> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.gguf");
+        std::fs::write(&path, bytes).unwrap();
+        Reader::open(&path)
+    }
+
+    #[test]
+    fn what_was_written_is_read() {
+        let reader = opened(&file()).unwrap();
+        assert_eq!(reader.text("general.architecture"), Some("llama"));
+        assert_eq!(reader.texts("x.texts"), ["a", "ü"]);
+        assert_eq!((reader.truth("x.flag"), reader.tensors.len()), (Some(true), 2));
+        let (tensor, start) = &reader.tensors[1];
+        assert_eq!((tensor.shape.as_slice(), reader.bytes(tensor, *start).unwrap()), (&[3usize][..], vec![2; 12]));
+    }
+
+    #[test]
+    fn every_cut_and_every_flipped_byte_is_an_error_or_a_file() {
+        let whole = file();
+        for cut in 0..whole.len() {
+            assert!(opened(&whole[..cut]).is_err(), "cut at {cut}");
+        }
+        for at in 0..whole.len() {
+            for bit in [1, 0x80] {
+                let mut bytes = whole.clone();
+                bytes[at] ^= bit;
+                drop(opened(&bytes));
+            }
+        }
+    }
+}
