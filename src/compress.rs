@@ -1,5 +1,6 @@
 //! The verb `compress`: a checkpoint and a recipe to a smaller checkpoint with its quality measured.
 
+pub mod card;
 pub mod compressor;
 pub mod destination;
 pub mod exports;
@@ -204,6 +205,9 @@ impl Prepared {
             evaluation,
             notes: self.notes,
         };
+        for export in &self.exports {
+            card::write(&report, export, &self.checkpoint, &folder)?;
+        }
         write_json(&folder.join("report.json"), &report)?;
         destination.publish()?;
         Ok(report)

@@ -94,10 +94,7 @@ impl Destination {
     pub fn publish(self) -> Result<()> {
         use rustix::fs::{CWD, RenameFlags, rename, renameat_with};
         use rustix::io::Errno;
-        for entry in std::fs::read_dir(self.folder()).map_err(|error| Error::io(&self.folder(), &error))?.flatten() {
-            sync(&entry.path())?;
-        }
-        sync(&self.folder())?;
+        sync_all(&self.folder())?;
         let fail = |error: Errno| Error::run(format!("cannot put the output into place: {error}")).file(&self.target);
         if self.replace && self.target.exists() {
             // Into the hidden folder, which is removed with all it holds; the moment without a destination is short.
@@ -118,6 +115,14 @@ impl Destination {
 pub fn free_bytes(path: &Path) -> Result<u64> {
     let stat = rustix::fs::statvfs(path).map_err(|error| Error::io(path, &error.into()))?;
     Ok(stat.f_bavail * stat.f_frsize)
+}
+
+/// Brings a folder with all it holds to the disk.
+fn sync_all(folder: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(folder).map_err(|error| Error::io(folder, &error))?.flatten() {
+        if entry.path().is_dir() { sync_all(&entry.path())? } else { sync(&entry.path())? }
+    }
+    sync(folder)
 }
 
 fn sync(path: &Path) -> Result<()> {

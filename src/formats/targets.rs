@@ -150,8 +150,12 @@ impl Facts {
 
     fn in_transformers(&self, format: &str) -> Result<Option<String>, String> {
         match format {
+            "compressed-tensors" if self.asymmetric => {
+                Ok(Some("with the package compressed-tensors; its 0.20 reads zero points with dequantize=True only".into()))
+            }
             "compressed-tensors" if self.only(&[2, 4, 8]) => Ok(Some("with the package compressed-tensors".into())),
             "compressed-tensors" => Ok(Some("with the package compressed-tensors 0.17 or later".into())),
+            "gptq" | "gptq_v2" if self.schemes > 1 => Err("it reads one scheme per model; gptqmodel by itself reads several".into()),
             "gptq" | "gptq_v2" => Ok(Some("with the packages gptqmodel and optimum".into())),
             "awq" => Ok(Some("with the package gptqmodel".into())),
             "auto-round" => Ok(Some("with the package auto-round".into())),
