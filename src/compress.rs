@@ -16,7 +16,7 @@ use crate::calibrate::corpus::{self, Packed};
 use crate::calibrate::tokens::Tokenizer;
 use crate::calibrate::{builtin, corpus::Source as Text};
 use crate::checkpoint::decode::nonfinite_bytes;
-use crate::checkpoint::source::Source;
+use crate::checkpoint::source::{Restored, Source};
 use crate::checkpoint::{Checkpoint, float_of};
 use crate::compress::compressor::Compressor;
 use crate::compress::destination::Destination;
@@ -98,14 +98,12 @@ impl Prepared {
     /// One line that names the first thing that is wrong.
     pub fn new(mut job: Job) -> Result<Self> {
         let checkpoint = Checkpoint::open(&job.model)?;
-        if formats::quantization(&checkpoint).is_some() {
-            return Err(Error::input("config.json: the model is quantized already; compress the original checkpoint").file(&job.model));
-        }
         let known = known_family(&checkpoint.config).is_some();
-        let source = crate::checkpoint::source::Plain;
+        let source = Restored(formats::open(&checkpoint)?);
         let model = if known { Some(Model::open(&checkpoint, &source)?) } else { None };
-        let candidates = candidates(&checkpoint, model.as_ref())?;
+        let candidates = candidates(&checkpoint, &source, model.as_ref())?;
         let mut plan = Plan::resolve(&job.recipe, &candidates)?;
+        exports::restore(&mut plan, &checkpoint, &source);
         let chosen = exports::chosen(&job.recipe, job.engine, &mut plan)?;
         let needs = needs(&job.recipe, &plan);
         let mut notes = plan.notes.clone();
@@ -135,6 +133,10 @@ impl Prepared {
                 notes.last().map_or("quality is not measured", String::as_str)
             )));
         }
+        if let Some(section) = formats::quantization(&checkpoint) {
+            let method = crate::error::shown(section["quant_method"].as_str().unwrap_or("?"));
+            notes.push(format!("the model is quantized already ({method}): its weights are read as floats, errors add up"));
+        }
         notes.extend(side_notes(&checkpoint, &plan, &chosen)?);
         if overlaps(&job) {
             notes.push("quality is measured on the calibration text itself: the figures flatter".into());
@@ -145,7 +147,8 @@ impl Prepared {
             }
             _ => HashSet::new(),
         };
-        let export = |format| Export::new(&checkpoint, &plan, format, &norms, chosen.len() > 1).map_err(|error| error.file(&job.model));
+        let export =
+            |format| Export::new(&checkpoint, &source, &plan, format, &norms, chosen.len() > 1).map_err(|error| error.file(&job.model));
         let exports = chosen.iter().map(|&format| export(format)).collect::<Result<Vec<_>>>()?;
         let tensors = || checkpoint.names().filter_map(|name| checkpoint.info(name));
         let size = Size {
@@ -174,7 +177,7 @@ impl Prepared {
         let mut sinks = Sinks::create(&self.exports, &self.checkpoint, &folder, self.job.recipe.shard_bytes()?)?;
         self.carry(&mut sinks, run)?;
         let mut compressor = Compressor::new(&self.plan, sinks, self.job.recipe.report.layer_error);
-        let source = crate::checkpoint::source::Plain;
+        let source = Restored(formats::open(&self.checkpoint)?);
         if needs(&self.job.recipe, &self.plan) == Needs::Nothing {
             compressor.stream(&self.checkpoint, &source, run)?;
         } else {
@@ -216,13 +219,9 @@ impl Prepared {
     /// Copies every tensor that no method works on, byte for byte.
     fn carry(&self, sinks: &mut Sinks<'_>, run: &Run<'_>) -> Result<()> {
         const PIECE: u64 = 8 << 20;
-        let replaced: HashSet<String> = self
-            .plan
-            .layers
-            .iter()
-            .filter(|layer| layer.outlined.storage.is_some())
-            .map(|layer| format!("{}.weight", layer.outlined.name))
-            .collect();
+        let source = formats::open(&self.checkpoint)?;
+        let written = self.plan.layers.iter().filter(|layer| layer.outlined.storage.is_some());
+        let replaced: HashSet<String> = written.flat_map(|layer| source.tensors(&self.checkpoint, &layer.outlined.name)).collect();
         run.observer.begin("copy the rest", self.checkpoint.shards.len() as u64);
         for shard in &self.checkpoint.shards {
             for (name, info) in shard.header.tensors.iter().filter(|(name, _)| !replaced.contains(*name) && !self.norms.contains(*name)) {
@@ -251,8 +250,9 @@ impl Prepared {
         let written = Checkpoint::open(unpacked.folder())?;
         let source: Box<dyn Source> = formats::open(&written)?;
         let model = Model::open(&written, source.as_ref())?;
-        let reference = Model::open(&self.checkpoint, &crate::checkpoint::source::Plain)?;
-        evaluate::measure(&model, Some(&reference), windows, options.protocol.bos, run).map(Some)
+        let original = formats::open(&self.checkpoint)?;
+        let reference = Model::open(&self.checkpoint, original.as_ref())?;
+        evaluate::measure(&model, Some(&reference), windows, options.protocol, run).map(Some)
     }
 }
 

@@ -53,6 +53,9 @@ pub struct Protocol {
     pub max_tokens: Option<usize>,
     /// Where the token that begins a text goes.
     pub bos: Bos,
+    /// As llama.cpp's perplexity tool does it: only the second half of every window is scored, and windows begin with the
+    /// token that begins a text where the tokenizer puts one before texts.
+    pub second_half: bool,
 }
 
 /// What was measured, in nats. Standard errors are over windows, because tokens of a window are not independent.
@@ -121,6 +124,12 @@ pub fn windows(text: &str, tokenizer: &Tokenizer, protocol: Protocol, bos: Optio
             protocol.seq
         )));
     }
+    if protocol.second_half
+        && let Some(bos) =
+            bos.filter(|bos| tokens.first() == Some(bos) && !tokenizer.encode(text, false, Some(1)).is_ok_and(|first| first == [*bos]))
+    {
+        windows.iter_mut().for_each(|window| window[0] = bos);
+    }
     if protocol.bos == Bos::Window {
         let bos = bos.ok_or_else(|| Error::input("--bos window: the model names no token that begins a text; use --bos none"))?;
         windows.iter_mut().for_each(|window| window[0] = bos);
@@ -132,7 +141,13 @@ pub fn windows(text: &str, tokenizer: &Tokenizer, protocol: Protocol, bos: Optio
 ///
 /// # Errors
 /// When a model cannot be read or gives values that are not finite.
-pub fn measure(model: &Model<'_>, reference: Option<&Model<'_>>, windows: &[Vec<u32>], bos: Bos, run: &Run<'_>) -> Result<Quality> {
+pub fn measure(
+    model: &Model<'_>,
+    reference: Option<&Model<'_>>,
+    windows: &[Vec<u32>],
+    protocol: Protocol,
+    run: &Run<'_>,
+) -> Result<Quality> {
     if let Some(reference) = reference
         && reference.config.vocabulary != model.config.vocabulary
     {
@@ -146,8 +161,11 @@ pub fn measure(model: &Model<'_>, reference: Option<&Model<'_>>, windows: &[Vec<
     };
     let own = last(model, "evaluate")?;
     let other = reference.map(|reference| last(reference, "evaluate reference")).transpose()?;
-    let scores = score(model, &own, reference.zip(other.as_ref()), windows, run)?;
-    Ok(summary(&scores, windows[0].len(), bos, reference.is_some()))
+    let mut scores = score(model, &own, reference.zip(other.as_ref()), windows, run)?;
+    if protocol.second_half {
+        scores.iter_mut().for_each(|scores| drop(scores.drain(..windows[0].len() / 2)));
+    }
+    Ok(summary(&scores, windows[0].len(), protocol.bos, reference.is_some()))
 }
 
 /// One scored token.

@@ -5,6 +5,7 @@ pub mod awq;
 pub mod bitstream;
 pub mod compressed_tensors;
 pub mod dense;
+pub mod float8;
 pub mod gguf;
 pub mod gptq;
 pub mod output;
@@ -100,6 +101,8 @@ pub fn fitting(name: &str, layers: &[Outlined]) -> Result<&'static Format> {
 pub fn open(checkpoint: &Checkpoint) -> Result<Box<dyn Source>> {
     let Some(config) = quantization(checkpoint) else { return Ok(Box::new(Plain)) };
     match config["quant_method"].as_str() {
+        Some("fp8") => Ok(Box::new(float8::Float8::read(config).map_err(|error| error.file(&checkpoint.folder))?)),
+        Some("compressed-tensors") if float8_groups(config) => Ok(Box::new(float8::Float8::read(config)?)),
         Some("compressed-tensors") => {
             Ok(Box::new(compressed_tensors::PackQuantized::read(config).map_err(|error| error.file(&checkpoint.folder))?))
         }
@@ -108,11 +111,20 @@ pub fn open(checkpoint: &Checkpoint) -> Result<Box<dyn Source>> {
         other => {
             let method = shown(other.unwrap_or("?"));
             Err(Error::input(format!(
-                "config.json: quantized by `{method}`, this version reads dense, compressed-tensors, gptq, auto-round and awq checkpoints"
+                "config.json: quantized by `{method}`, this version reads dense, compressed-tensors, gptq, auto-round, awq and fp8 checkpoints"
             ))
             .file(&checkpoint.folder))
         }
     }
+}
+
+/// Whether all groups of a compressed-tensors section are floats of 8 bits.
+fn float8_groups(config: &Value) -> bool {
+    let float8 = |group: &Value| {
+        let format = group["format"].as_str().or(config["format"].as_str());
+        format == Some("float-quantized") && group["weights"]["num_bits"].as_u64() == Some(8)
+    };
+    config["config_groups"].as_object().is_some_and(|groups| !groups.is_empty() && groups.values().all(float8))
 }
 
 /// The quantization section of a checkpoint's config.json.

@@ -11,6 +11,11 @@ pub trait Source: Debug + Send + Sync {
     /// `[outputs, inputs]` of the linear layer `name` (without `.weight`), from headers alone; `None` when absent.
     fn shape(&self, checkpoint: &Checkpoint, name: &str) -> Option<[usize; 2]>;
 
+    /// The tensors that hold the linear layer `name`.
+    fn tensors(&self, _checkpoint: &Checkpoint, name: &str) -> Vec<String> {
+        vec![format!("{name}.weight")]
+    }
+
     /// Checks, from headers alone, that the tensors of the linear layer `name` fit together.
     ///
     /// # Errors
@@ -38,6 +43,36 @@ impl Source for Plain {
     fn weight(&self, checkpoint: &Checkpoint, name: &str, shape: [usize; 2]) -> Result<Weight> {
         checkpoint.stored(&format!("{name}.weight"), shape).map(Weight::Stored)
     }
+}
+
+/// A source whose packed layers come as the floats that they stand for.
+#[derive(Debug)]
+pub struct Restored(pub Box<dyn Source>);
+
+impl Source for Restored {
+    fn shape(&self, checkpoint: &Checkpoint, name: &str) -> Option<[usize; 2]> {
+        self.0.shape(checkpoint, name)
+    }
+
+    fn tensors(&self, checkpoint: &Checkpoint, name: &str) -> Vec<String> {
+        self.0.tensors(checkpoint, name)
+    }
+
+    fn check(&self, checkpoint: &Checkpoint, name: &str, shape: [usize; 2]) -> Result<()> {
+        self.0.check(checkpoint, name, shape)
+    }
+
+    fn weight(&self, checkpoint: &Checkpoint, name: &str, shape: [usize; 2]) -> Result<Weight> {
+        match self.0.weight(checkpoint, name, shape)? {
+            stored @ (Weight::Stored(_) | Weight::Dense(_)) => Ok(stored),
+            packed => Ok(Weight::Dense(packed.into_matrix())),
+        }
+    }
+}
+
+/// Those tensors of a layer that are there.
+pub fn present(checkpoint: &Checkpoint, name: &str, suffixes: &[&str]) -> Vec<String> {
+    suffixes.iter().map(|suffix| format!("{name}.{suffix}")).filter(|tensor| checkpoint.has(tensor)).collect()
 }
 
 /// Refuses a tensor whose shape is not the one that the configuration asks for.

@@ -128,10 +128,20 @@ pub struct Compress {
     pub force: bool,
 }
 
+/// Which tokens of a window are scored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Scoring {
+    /// All that have one before them.
+    All,
+    /// The second half, as llama.cpp's perplexity tool does it.
+    #[value(name = "llama.cpp")]
+    LlamaCpp,
+}
+
 /// Arguments of `eval`.
 #[derive(Debug, Args)]
 pub struct Eval {
-    /// Folder of a checkpoint, original or compressed.
+    /// Folder of a checkpoint, original or compressed, or a GGUF file.
     pub model: PathBuf,
     /// UTF-8 text to measure on [default: built-in evaluation text].
     #[arg(long, value_name = "FILE")]
@@ -145,6 +155,10 @@ pub struct Eval {
     /// Where the token that begins a text goes: once, window or none.
     #[arg(long, default_value = "once")]
     pub bos: Bos,
+    /// Which tokens of a window are scored: all that have one before them, or as llama.cpp's perplexity tool does it, the second
+    /// half.
+    #[arg(long, value_enum, default_value_t = Scoring::All, conflicts_with = "bos")]
+    pub protocol: Scoring,
     /// Another checkpoint to compare with, on the same tokens.
     #[arg(long, value_name = "FOLDER")]
     pub reference: Option<PathBuf>,
@@ -159,7 +173,7 @@ pub struct Eval {
 /// Arguments of `inspect`.
 #[derive(Debug, Args)]
 pub struct Inspect {
-    /// Folder of a checkpoint.
+    /// Folder of a checkpoint, or a GGUF file.
     pub model: PathBuf,
     /// List every tensor.
     #[arg(long)]

@@ -135,7 +135,7 @@ fn quality(arguments: &Compress) -> Result<Option<QualityOptions>> {
         }
     }
     let seq = arguments.eval_seq.min(arguments.eval_tokens);
-    let protocol = Protocol { seq, max_tokens: Some(arguments.eval_tokens), bos: Bos::Once };
+    let protocol = Protocol { seq, max_tokens: Some(arguments.eval_tokens), bos: Bos::Once, second_half: false };
     Ok(Some(QualityOptions { text: arguments.eval_text.clone(), protocol }))
 }
 

@@ -6,7 +6,7 @@ use crate::calibrate::corpus::{check_tokens, read_text};
 use crate::calibrate::{builtin, tokens::Tokenizer};
 use crate::checkpoint::Checkpoint;
 use crate::cli::Invocation;
-use crate::cli::arguments::Eval;
+use crate::cli::arguments::{Eval, Scoring};
 use crate::cli::compress::quality_table;
 use crate::cli::device::pick_device;
 use crate::cli::text::{say, say_json};
@@ -40,7 +40,11 @@ pub fn run(arguments: &Eval, invocation: &Invocation) -> Result<()> {
     if seq < 2 || seq > longest {
         return Err(Error::input(format!("--seq {seq}: the model takes windows of 2 to {longest} tokens")));
     }
-    let protocol = Protocol { seq, max_tokens: arguments.max_tokens, bos: arguments.bos };
+    let second_half = arguments.protocol == Scoring::LlamaCpp;
+    if second_half && seq < 4 {
+        return Err(Error::input(format!("--seq {seq}: the second half of a window predicts nothing; use 4 or more")));
+    }
+    let protocol = Protocol { seq, max_tokens: arguments.max_tokens, bos: arguments.bos, second_half };
     let tokenizer = Tokenizer::open(unpacked.folder())?;
     let (name, text) = match &arguments.text {
         Some(path) => (shown_path(path), read_text(path)?),
@@ -50,7 +54,7 @@ pub fn run(arguments: &Eval, invocation: &Invocation) -> Result<()> {
     let windows = windows(&text, &tokenizer, protocol, bos)?;
     check_tokens(&windows, model.config.vocabulary)?;
     let run = Run { device: &device, seed: invocation.seed.unwrap_or(0), observer: &invocation.progress, scratch: &std::env::temp_dir() };
-    let quality = measure(&model, reference.as_ref(), &windows, arguments.bos, &run)?;
+    let quality = measure(&model, reference.as_ref(), &windows, protocol, &run)?;
     if invocation.json {
         let mut object = serde_json::to_value(&quality).map_err(|error| Error::run(error.to_string()))?;
         object["text_blake3"] = json!(blake3::hash(text.as_bytes()).to_hex().to_string());

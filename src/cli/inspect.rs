@@ -29,7 +29,8 @@ pub fn run(arguments: &Inspect, invocation: &Invocation) -> Result<()> {
         Ok(source) if known => Some(Model::open(&checkpoint, source.as_ref())?),
         _ => None,
     };
-    let linears = if quantized.is_none() { candidates(&checkpoint, model.as_ref()).map(|list| list.len()).ok() } else { None };
+    let linears =
+        source.as_ref().ok().and_then(|source| candidates(&checkpoint, source.as_ref(), model.as_ref()).ok()).map(|list| list.len());
     let dtypes = dtypes(&checkpoint);
     let total = dtypes.values().fold((0, 0, 0), |total, row| (total.0 + row.0, total.1 + row.1, total.2 + row.2));
     let model_type = shown(config::model_type(&checkpoint.config));

@@ -52,7 +52,7 @@ impl<'a> Compressor<'a> {
     pub fn stream(&mut self, checkpoint: &Checkpoint, source: &dyn Source, run: &Run<'_>) -> Result<()> {
         let plan = self.plan;
         run.observer.begin("compress", plan.layers.len() as u64);
-        for planned in plan.layers.iter().filter(|planned| !planned.stages.is_empty()) {
+        for planned in plan.layers.iter().filter(|planned| planned.outlined.storage.is_some()) {
             run.check_stop()?;
             let outlined = &planned.outlined;
             let mut weight = source.weight(checkpoint, &outlined.name, outlined.shape)?;

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
 
+use crate::checkpoint::source::Source;
 use crate::checkpoint::{Checkpoint, float_of, read_file};
 use crate::compress::gguf;
 use crate::error::{Error, Fault, Result};
@@ -60,12 +61,29 @@ pub fn chosen(recipe: &Recipe, engine: Option<Engine>, plan: &mut Plan) -> Resul
     Ok(chosen)
 }
 
+/// Layers of a quantized model that no stage works on become floats, for the output says nothing of how they were packed.
+pub fn restore(plan: &mut Plan, checkpoint: &Checkpoint, source: &dyn Source) {
+    let plain = |name: &str| checkpoint.info(&format!("{name}.weight")).is_some_and(|info| float_of(info.dtype).is_some());
+    for layer in plan.layers.iter_mut().filter(|layer| layer.outlined.storage.is_none()) {
+        if !plain(&layer.outlined.name) && source.shape(checkpoint, &layer.outlined.name).is_some() {
+            layer.outlined.storage = Some(Storage::Dense);
+        }
+    }
+}
+
 impl Export {
     /// Plans the tensors. `norms` are those that stages change.
     ///
     /// # Errors
     /// When two tensors would have one name.
-    pub fn new(checkpoint: &Checkpoint, plan: &Plan, format: &'static Format, norms: &HashSet<String>, several: bool) -> Result<Self> {
+    pub fn new(
+        checkpoint: &Checkpoint,
+        source: &dyn Source,
+        plan: &Plan,
+        format: &'static Format,
+        norms: &HashSet<String>,
+        several: bool,
+    ) -> Result<Self> {
         let dense = |outlined: &Outlined| {
             let float = checkpoint.info(&format!("{}.weight", outlined.name)).and_then(|info| float_of(info.dtype));
             Outlined { float: float.unwrap_or(outlined.float), ..outlined.clone() }
@@ -75,10 +93,10 @@ impl Export {
         let layers: Vec<Outlined> = plan.layers.iter().map(|layer| own(&layer.outlined)).collect();
         let folder = several.then_some(format.name);
         if format.name == formats::gguf::FORMAT.name {
-            let file = Some(gguf::File::plan(checkpoint, &layers)?);
+            let file = Some(gguf::File::plan(checkpoint, source, &layers)?);
             return Ok(Self { format, layers, entries: Vec::new(), file, folder });
         }
-        let entries = entries(checkpoint, &layers, format, norms);
+        let entries = entries(checkpoint, source, &layers, format, norms);
         let mut names = HashSet::new();
         if let Some(twice) = entries.iter().find(|entry| !names.insert(entry.name.as_str())) {
             let what = "already in the checkpoint, but the output needs this name; remove the stray tensor";
@@ -108,20 +126,29 @@ impl Export {
             // Everything else is in the file.
             return checkpoint.side_files()?.iter().filter(|path| licence(path)).try_for_each(|path| copy(path, &folder));
         }
+        let quantized = formats::quantization(checkpoint).is_some();
         for path in checkpoint.side_files()? {
-            if path.file_name().unwrap_or_default() != "report.json" {
+            let name = path.file_name().unwrap_or_default();
+            if name != "report.json" && !(quantized && name == "quantize_config.json") {
                 copy(&path, &folder)?;
             }
         }
         let config = folder.join("config.json");
+        let mut value = checkpoint.config.clone();
+        if let Some(object) = value.as_object_mut().filter(|_| quantized) {
+            object.shift_remove("quantization_config");
+            object.shift_remove("compression_config");
+        }
         let Some(section) = (self.format.config)(&self.layers, &self.carried_matrices(checkpoint)) else {
+            if quantized {
+                return write_json(&config, &value);
+            }
             let bytes = read_file(&checkpoint.folder.join("config.json"), 256 << 20)?;
             return std::fs::write(&config, bytes).map_err(|error| Error::io(&config, &error));
         };
         for (name, value) in (self.format.files)(&section) {
             write_json(&folder.join(name), &value)?;
         }
-        let mut value = checkpoint.config.clone();
         value["quantization_config"] = section;
         write_json(&config, &value)
     }
@@ -164,10 +191,14 @@ fn copy(path: &Path, folder: &Path) -> Result<()> {
 }
 
 /// The tensors of an output, in the order of the input.
-fn entries(checkpoint: &Checkpoint, layers: &[Outlined], format: &Format, norms: &HashSet<String>) -> Vec<Entry> {
-    let changed = layers.iter().filter(|layer| layer.storage.is_some());
-    let mut replaced: HashMap<String, Vec<Entry>> =
-        changed.map(|layer| (format!("{}.weight", layer.name), (format.entries)(layer))).collect();
+fn entries(checkpoint: &Checkpoint, source: &dyn Source, layers: &[Outlined], format: &Format, norms: &HashSet<String>) -> Vec<Entry> {
+    let mut replaced: HashMap<String, Vec<Entry>> = HashMap::new();
+    for layer in layers.iter().filter(|layer| layer.storage.is_some()) {
+        // What holds the layer now stands where the first of its tensors stood.
+        let mut before = source.tensors(checkpoint, &layer.name).into_iter();
+        replaced.extend(before.next().map(|first| (first, (format.entries)(layer))));
+        replaced.extend(before.map(|other| (other, Vec::new())));
+    }
     let mut entries = Vec::new();
     for shard in &checkpoint.shards {
         let mut order: Vec<_> = shard.header.tensors.iter().collect();

@@ -2,7 +2,7 @@
 
 pub mod unpack;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 
 use regex::Regex;
@@ -10,7 +10,8 @@ use serde_json::Value as Json;
 
 use crate::calibrate::tokens::Tokenizer;
 use crate::checkpoint::decode::{decode, encode};
-use crate::checkpoint::{Checkpoint, TensorInfo, float_of, read_json};
+use crate::checkpoint::source::Source;
+use crate::checkpoint::{Checkpoint, float_of, read_json};
 use crate::error::{Error, Result, shown};
 use crate::formats::gguf::blocks::Kind;
 use crate::formats::gguf::container::{Tensor, Value, header};
@@ -106,7 +107,7 @@ impl File {
     ///
     /// # Errors
     /// When llama.cpp has no such architecture or tokenizer.
-    pub fn plan(checkpoint: &Checkpoint, layers: &[Outlined]) -> Result<Self> {
+    pub fn plan(checkpoint: &Checkpoint, source: &dyn Source, layers: &[Outlined]) -> Result<Self> {
         let kind = model_type(&checkpoint.config);
         let arch = architecture(kind).ok_or_else(|| {
             Error::input(format!(
@@ -123,7 +124,16 @@ impl File {
         let divisors = rotation.and_then(crate::model::rotation::Rotation::divisors);
         let mut file = Self { keys, tensors: Vec::new(), places: HashMap::new(), divisors, left: Vec::new() };
         let gemma = arch.starts_with("gemma");
-        for name in checkpoint.names() {
+        let packed: HashSet<String> = by_name
+            .values()
+            .flat_map(|layer| source.tensors(checkpoint, &layer.name))
+            .filter(|tensor| !tensor.ends_with(".weight"))
+            .collect();
+        for (name, layer) in by_name.iter().filter(|(name, _)| !checkpoint.has(name)) {
+            let to = renamed(name, gemma).ok_or_else(|| Error::input("has no place in a GGUF file").tensor(name))?;
+            file.add(name, to, &layer.shape, layer.float, Some(layer), &config, arch);
+        }
+        for name in checkpoint.names().filter(|name| !packed.contains(*name)) {
             let (Some(info), Some(to)) = (checkpoint.info(name), renamed(name, gemma)) else {
                 file.left.push(name.to_owned());
                 continue;
@@ -131,9 +141,12 @@ impl File {
             if to == "output.weight" && config.tied {
                 continue;
             }
-            let float = float_of(info.dtype)
+            let layer = by_name.get(name).copied();
+            let float = layer
+                .map(|layer| layer.float)
+                .or(float_of(info.dtype))
                 .ok_or_else(|| Error::input(format!("is {:?}, gguf is written from floats", info.dtype)).tensor(name))?;
-            file.add(name, to, info, float, by_name.get(name).copied(), &config, arch);
+            file.add(name, to, &info.shape, float, layer, &config, arch);
         }
         let order = |(_, placed): &(String, Placed)| {
             let mut parts = placed.tensor.name.split('.');
@@ -150,26 +163,26 @@ impl File {
     }
 
     #[expect(clippy::too_many_arguments, reason = "one place that knows all of a tensor")]
-    fn add(&mut self, name: &str, to: String, info: &TensorInfo, float: Float, layer: Option<&Outlined>, config: &Config, arch: &str) {
+    fn add(&mut self, name: &str, to: String, shape: &[usize], float: Float, layer: Option<&Outlined>, config: &Config, arch: &str) {
         let heads = match to.rsplit('.').nth(1) {
             Some("attn_q") => config.heads,
             Some("attn_k") => config.kv_heads,
             _ => 0,
         };
         let norm = to.contains("norm");
-        let change = match info.shape.len() {
+        let change = match shape.len() {
             _ if heads > 0 && arch == "llama" => Change::Paired { heads },
             1 => Change::Single { plus_one: norm && config.family.norm == NormKind::OnePlus },
             _ => Change::None,
         };
         let carried = layer.and_then(carrier);
-        let kind = match (carried, info.shape.len()) {
+        let kind = match (carried, shape.len()) {
             (Some(kind), _) => kind,
             (None, 1) => Kind::F32,
             (None, _) => Kind::of(layer.map_or(float, |layer| layer.float)),
         };
         let float = if carried.is_some() { None } else { Some(float) };
-        let tensor = Tensor { name: to, shape: info.shape.clone(), kind };
+        let tensor = Tensor { name: to, shape: shape.to_vec(), kind };
         self.tensors.push((name.to_owned(), Placed { tensor, change, float }));
     }
 

@@ -1,10 +1,14 @@
 //! Which layers may be compressed.
 
+use safetensors::Dtype;
+
+use crate::checkpoint::source::Source;
 use crate::checkpoint::{Checkpoint, float_of};
 use crate::error::{Error, Result};
 use crate::model::block::Role;
 use crate::model::{Model, config};
 use crate::plan::Candidate;
+use crate::weight::Float;
 
 /// Pieces of names that are never compressed in a model that is not known.
 const UNTOUCHED: &[&str] = &[
@@ -38,20 +42,31 @@ const UNTOUCHED: &[&str] = &[
 ///
 /// # Errors
 /// When the weights are stored in a way that is known not to work.
-pub fn candidates(checkpoint: &Checkpoint, model: Option<&Model<'_>>) -> Result<Vec<Candidate>> {
-    let Some(model) = model else { return by_name(checkpoint) };
+pub fn candidates(checkpoint: &Checkpoint, source: &dyn Source, model: Option<&Model<'_>>) -> Result<Vec<Candidate>> {
+    let Some(model) = model else { return by_name(checkpoint, source) };
     let mut candidates = Vec::new();
     for index in 0..model.config.layers.len() {
         for role in Role::ALL {
             let name = model.linear_name(index, role);
-            let float = checkpoint.float(&format!("{name}.weight"))?;
+            let float = float(checkpoint, &name);
             candidates.push(Candidate { name, shape: model.shape(role), float });
         }
     }
     Ok(candidates)
 }
 
-fn by_name(checkpoint: &Checkpoint) -> Result<Vec<Candidate>> {
+/// The number format of a layer's floats; that of the model where the layer has none.
+fn float(checkpoint: &Checkpoint, name: &str) -> Float {
+    let own = checkpoint.info(&format!("{name}.weight")).and_then(|info| float_of(info.dtype));
+    let named = ["dtype", "torch_dtype"].iter().find_map(|key| checkpoint.config.get(*key)?.as_str());
+    own.unwrap_or(match named {
+        Some("float16") => Float::F16,
+        Some("float32") => Float::F32,
+        _ => Float::BF16,
+    })
+}
+
+fn by_name(checkpoint: &Checkpoint, source: &dyn Source) -> Result<Vec<Candidate>> {
     let model_type = config::model_type(&checkpoint.config);
     if ["gpt2", "openai-gpt", "imagegpt", "gpt_oss"].contains(&model_type) {
         return Err(Error::input(format!(
@@ -61,12 +76,13 @@ fn by_name(checkpoint: &Checkpoint) -> Result<Vec<Candidate>> {
     }
     let numbered = |name: &str| name.split('.').any(|part| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit()));
     let candidates = checkpoint.names().filter_map(|tensor| {
-        let info = checkpoint.info(tensor)?;
-        let name = tensor.strip_suffix(".weight")?;
-        let shape: [usize; 2] = info.shape.as_slice().try_into().ok()?;
-        let float = float_of(info.dtype)?;
+        let name = [".weight", ".weight_packed", ".qweight"].iter().find_map(|suffix| tensor.strip_suffix(suffix))?;
+        let shape = source.shape(checkpoint, name)?;
+        let whole = !tensor.ends_with(".weight")
+            || checkpoint.info(tensor).is_some_and(|info| float_of(info.dtype).is_some() || info.dtype == Dtype::F8_E4M3);
+        let float = float(checkpoint, name);
         let linear = numbered(name) && shape[0] > 1 && shape[1] > 1 && !UNTOUCHED.iter().any(|piece| tensor.contains(piece));
-        linear.then(|| Candidate { name: name.into(), shape, float })
+        (linear && whole).then(|| Candidate { name: name.into(), shape, float })
     });
     Ok(candidates.collect())
 }

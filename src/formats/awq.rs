@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::decode::{decode, encode, nonfinite};
 use crate::checkpoint::float_of;
-use crate::checkpoint::source::{Plain, Source};
+use crate::checkpoint::source::{Plain, Source, present};
 use crate::error::{Error, Result, shown};
 use crate::formats::words::transposed;
 use crate::formats::{Entry, Format};
@@ -156,6 +156,10 @@ impl Source for Awq {
         let Some(weight) = checkpoint.info(&format!("{name}.qweight")) else { return Plain.shape(checkpoint, name) };
         let &[columns, words] = weight.shape.as_slice() else { return None };
         Some([words.checked_mul(8)?, columns])
+    }
+
+    fn tensors(&self, checkpoint: &Checkpoint, name: &str) -> Vec<String> {
+        present(checkpoint, name, &["weight", "qweight", "qzeros", "scales"])
     }
 
     fn check(&self, checkpoint: &Checkpoint, name: &str, shape: [usize; 2]) -> Result<()> {

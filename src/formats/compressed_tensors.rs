@@ -7,7 +7,7 @@ use safetensors::Dtype;
 use serde_json::{Value, json};
 
 use crate::checkpoint::decode::{decode, encode, nonfinite};
-use crate::checkpoint::source::{Plain, Source};
+use crate::checkpoint::source::{Plain, Source, present};
 use crate::checkpoint::{Checkpoint, dtype_of, float_of};
 use crate::error::{Error, Result, shown};
 use crate::formats::{Entry, Format, bitstream};
@@ -295,6 +295,10 @@ impl Source for PackQuantized {
         let sizes: Vec<usize> =
             bytes.as_chunks::<8>().0.iter().filter_map(|size| usize::try_from(i64::from_le_bytes(*size)).ok()).collect();
         sizes.as_slice().try_into().ok()
+    }
+
+    fn tensors(&self, checkpoint: &Checkpoint, name: &str) -> Vec<String> {
+        present(checkpoint, name, &["weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"])
     }
 
     fn check(&self, checkpoint: &Checkpoint, name: &str, shape: [usize; 2]) -> Result<()> {

@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::decode::{decode, encode, nonfinite};
 use crate::checkpoint::float_of;
-use crate::checkpoint::source::{Plain, Source};
+use crate::checkpoint::source::{Plain, Source, present};
 use crate::error::{Error, Result, shown};
 use crate::formats::words::{WORD_CODES, packed_columns, transposed, unpacked_columns};
 use crate::formats::{Entry, Format, bitstream};
@@ -276,6 +276,10 @@ impl Source for Gptq {
         let zero_words = *checkpoint.info(&format!("{name}.qzeros"))?.shape.get(1)?;
         let bits = zero_words * 32 / rows.max(1);
         (bits > 0).then(|| [rows, words * 32 / bits])
+    }
+
+    fn tensors(&self, checkpoint: &Checkpoint, name: &str) -> Vec<String> {
+        present(checkpoint, name, &["weight", "qweight", "qzeros", "scales", "g_idx"])
     }
 
     fn check(&self, checkpoint: &Checkpoint, name: &str, shape: [usize; 2]) -> Result<()> {

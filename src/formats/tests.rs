@@ -19,7 +19,7 @@ fn noise(count: usize, seed: u64) -> impl Iterator<Item = u64> {
 fn ints([rows, columns]: [usize; 2], bits: u8, group: usize, symmetric: bool, scale_float: Float) -> Weight {
     let groups = columns.div_ceil(group);
     let code = |count, seed| noise(count, seed).map(|value| (value % (1 << bits)) as u8).collect::<Vec<_>>();
-    let scale = |value: u64| scale_float.round((value % 4000 + 1) as f32 * if value % 2 == 0 { 3e-4 } else { -3e-4 });
+    let scale = |value: u64| scale_float.round((value % 4000 + 1) as f32 * if value.is_multiple_of(2) { 3e-4 } else { -3e-4 });
     let scales = noise(rows * groups, 7).map(scale).collect();
     let zeros = (!symmetric).then(|| code(rows * groups, 11));
     Weight::Ints(Ints { rows, columns, bits, group, codes: code(rows * columns, 3), scales, scale_float, zeros })
