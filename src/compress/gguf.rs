@@ -19,7 +19,7 @@ use crate::formats::gguf::{FORMAT, carrier, tokenizer};
 use crate::formats::output::Output;
 use crate::model::architecture::NormKind;
 use crate::model::config::{Config, model_type};
-use crate::weight::{Float, Ints, Outlined, Sparse, Weight};
+use crate::weight::{Float, Ints, Outlined, Sparse, Storage, Weight};
 
 /// The file's name.
 pub const FILE: &str = "model.gguf";
@@ -52,8 +52,8 @@ pub struct File {
     places: HashMap<String, usize>,
     /// Frequencies' divisors, where rotation is bent.
     divisors: Option<Vec<f32>>,
-    /// Tensors that have no place in the file.
-    pub left: Vec<String>,
+    /// What the file does not hold, each a sentence.
+    pub notes: Vec<String>,
 }
 
 /// Bytes of rows that wait for the rest of their tensor, by its name.
@@ -116,13 +116,15 @@ impl File {
             ))
         })?;
         let config = Config::read(&checkpoint.config)?;
+        computes(&config, arch)?;
         let mut keys = keys(checkpoint, &config, arch)?;
         keys.extend(tokenizer_keys(checkpoint, &config)?);
         let by_name: HashMap<String, &Outlined> =
             layers.iter().filter(|layer| layer.storage.is_some()).map(|layer| (format!("{}.weight", layer.name), layer)).collect();
         let rotation = config.layers.first().and_then(|layer| layer.rotation.as_ref());
         let divisors = rotation.and_then(crate::model::rotation::Rotation::divisors);
-        let mut file = Self { keys, tensors: Vec::new(), places: HashMap::new(), divisors, left: Vec::new() };
+        let mut file = Self { keys, tensors: Vec::new(), places: HashMap::new(), divisors, notes: Vec::new() };
+        let mut left = Vec::new();
         let gemma = arch.starts_with("gemma");
         let packed: HashSet<String> = by_name
             .values()
@@ -135,7 +137,7 @@ impl File {
         }
         for name in checkpoint.names().filter(|name| !packed.contains(*name)) {
             let (Some(info), Some(to)) = (checkpoint.info(name), renamed(name, gemma)) else {
-                file.left.push(name.to_owned());
+                left.push(name.to_owned());
                 continue;
             };
             if to == "output.weight" && config.tied {
@@ -158,6 +160,7 @@ impl File {
         };
         file.tensors.sort_by_key(order);
         file.places = file.tensors.iter().enumerate().map(|(at, (name, _))| (name.clone(), at)).collect();
+        file.notes = notes(&left, layers, &config, arch);
         file.keys.insert("general.file_type".into(), Value::U32(file.mostly().file_type()));
         Ok(file)
     }
@@ -279,6 +282,44 @@ impl File {
         let encoded = (FORMAT.encode)(turned.as_ref().unwrap_or(weight), layer.float);
         encoded.into_iter().try_for_each(|bytes| output.write(&placed.tensor.name, bytes))
     }
+}
+
+/// Refuses what llama.cpp computes differently, for its files cannot say it.
+fn computes(config: &Config, arch: &str) -> Result<()> {
+    let gemma = arch.starts_with("gemma");
+    // The largest models of the family go by the width per head.
+    let largest = gemma && [46, 62].contains(&config.layers.len());
+    let size = if largest { config.hidden as f32 / config.heads as f32 } else { config.head_dim as f32 };
+    if (config.scale * size.sqrt() - 1.0).abs() > 1e-4 {
+        let what = format!("llama.cpp scales the scores of {arch} by {}, the model by {}", size.powf(-0.5), config.scale);
+        return Err(Error::input(format!("{what}; a GGUF file would compute something else, use another --format")));
+    }
+    let every = if arch == "gemma2" { 2 } else { 6 };
+    let fixed = |(number, layer): (usize, &crate::model::config::Layer)| layer.window.is_some() == ((number + 1) % every != 0);
+    if gemma && !config.layers.iter().enumerate().all(fixed) {
+        let what = format!("llama.cpp has windows in all but every {every}th layer of {arch}, config.json says otherwise");
+        return Err(Error::input(format!("{what}; a GGUF file would compute something else, use another --format")));
+    }
+    Ok(())
+}
+
+/// What a file does not hold.
+fn notes(left: &[String], layers: &[Outlined], config: &Config, arch: &str) -> Vec<String> {
+    let mut notes = Vec::new();
+    if let Some(first) = left.first() {
+        notes.push(format!("gguf has no place for {} ({} such tensors)", shown(first), left.len()));
+    }
+    let floats = layers.iter().filter(|layer| matches!(layer.storage, Some(Storage::Ints { .. })) && carrier(layer).is_none());
+    let (count, first) = (floats.clone().count(), floats.map(|layer| shown(&layer.name)).next());
+    if let Some(first) = first {
+        notes.push(format!("gguf: {count} layers stay floats, for their rows or groups are not whole blocks of 32, or they have 8 bits with zero points (first {first})"));
+    }
+    if let Some(window) =
+        config.layers.iter().find_map(|layer| layer.window).filter(|&window| !arch.starts_with("gemma") && window < config.max_positions)
+    {
+        notes.push(format!("llama.cpp does not know this model's window of {window} tokens: beyond it, it computes something else"));
+    }
+    notes
 }
 
 /// Rows in llama.cpp's order: of each head the first of both halves, the second of both, and so on.

@@ -1,0 +1,132 @@
+//! Formats from the command line: GGUF of every family it is written for, several at once, engines, quantized sources.
+
+use std::path::{Path, PathBuf};
+
+use drawknife::checkpoint::Checkpoint;
+use drawknife::compress::gguf::unpack::unpack;
+use serde_json::{Value, json};
+
+use crate::command::{compress, drawknife, json as run_json, linear, workplace};
+use crate::golden::{expected, golden, logits};
+
+const PRUNE: &str = "[[stage]]\nmethod = \"magnitude\"\nsparsity = 0.25\n";
+const INTS: &str = "[[stage]]\nmethod = \"round-to-nearest\"\nbits = 4\ngroup = 32\n";
+
+/// A copy of a golden model, in a spelling that GGUF files can hold, with a tokenizer of as many tokens as it has rows of embeddings.
+fn with_tokenizer(case: &str, folder: &Path) -> PathBuf {
+    let to = folder.join(case);
+    std::fs::create_dir(&to).unwrap();
+    std::fs::copy(golden(case).join("model.safetensors"), to.join("model.safetensors")).unwrap();
+    let mut config: Value = serde_json::from_slice(&std::fs::read(golden(case).join("config.json")).unwrap()).unwrap();
+    let map = config.as_object_mut().unwrap();
+    map.remove("layer_types");
+    map.insert("use_sliding_window".into(), json!(false));
+    if case.starts_with("gemma") {
+        let head = map["head_dim"].clone();
+        map.insert("query_pre_attn_scalar".into(), head);
+    }
+    match case {
+        "gemma3_text" => drop(map.insert("rope_parameters".into(), json!({"rope_theta": 1e6, "rope_type": "default"}))),
+        "llama3" => map["rope_parameters"]["original_max_position_embeddings"] = json!(8192),
+        _ => {}
+    }
+    std::fs::write(to.join("config.json"), config.to_string()).unwrap();
+    let vocab: serde_json::Map<String, Value> = (0..40u8).map(|id| (char::from(b'A' + id).to_string(), json!(id))).collect();
+    let level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null, "pre_tokenizer": level,
+        "post_processor": null, "decoder": level, "model": {"type": "BPE", "vocab": vocab, "merges": []},
+    });
+    std::fs::write(to.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    to
+}
+
+#[test]
+fn a_gguf_file_of_every_family_computes_as_the_checkpoint_does() {
+    let folder = tempfile::tempdir().unwrap();
+    for case in ["llama2", "llama3", "llama_linear", "qwen2_untied", "qwen3", "gemma2", "gemma3_text"] {
+        let model = with_tokenizer(case, folder.path());
+        let more = ["--format", "gguf,dense", "--no-eval"];
+        let (out, _) = compress(folder.path(), model.to_str().unwrap(), &format!("{case}-out"), PRUNE, &more);
+        let unpacked = folder.path().join(format!("{case}-unpacked"));
+        std::fs::create_dir(&unpacked).unwrap();
+        unpack(&out.join("gguf/model.gguf"), &unpacked).unwrap();
+        let tokens = expected(case).0;
+        let (exact, got) = (logits(&out.join("dense"), &tokens), logits(&unpacked, &tokens));
+        let largest = exact.iter().fold(0f32, |largest, value| largest.max(value.abs()));
+        let off = exact.iter().zip(&got).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max) / largest;
+        assert!(exact.len() == got.len() && off < 1e-5, "{case}: {off}");
+    }
+}
+
+#[test]
+fn one_compression_in_every_format_gives_the_same_integers() {
+    let (folder, model) = workplace();
+    let more = ["--format", "compressed-tensors,gptq,auto-round,gguf", "--eval-tokens", "512", "--eval-seq", "128"];
+    let (out, report) = compress(folder.path(), &model, "all", INTS, &more);
+    assert_eq!(report["report"]["format"], "compressed-tensors, gptq, auto-round, gguf");
+    let unpacked = folder.path().join("unpacked");
+    std::fs::create_dir(&unpacked).unwrap();
+    unpack(&out.join("gguf/model.gguf"), &unpacked).unwrap();
+    let shape = linear_shape(Path::new(&model), "model.layers.0.self_attn.q_proj");
+    let read = |folder: &Path| linear(folder, "model.layers.0.self_attn.q_proj", shape);
+    let first = read(&out.join("compressed-tensors"));
+    for other in [out.join("gptq"), out.join("auto-round"), unpacked] {
+        assert!(read(&other) == first, "{}", other.display());
+    }
+    let nll = report["report"]["quality"]["nll"].as_f64().unwrap();
+    let again = run_json(&["eval", out.join("gguf").to_str().unwrap(), "--max-tokens", "512", "--seq", "128"]);
+    assert!((again["nll"].as_f64().unwrap() - nll).abs() < 1e-6, "{again} {nll}");
+    assert!(out.join("gptq/quantize_config.json").exists());
+    for format in ["compressed-tensors", "gptq", "auto-round", "gguf"] {
+        let card = std::fs::read_to_string(out.join(format).join("README.md")).unwrap();
+        assert!(card.contains("round-to-nearest") && card.contains("vllm") && card.contains("perplexity"), "{card}");
+    }
+}
+
+fn linear_shape(folder: &Path, name: &str) -> [usize; 2] {
+    let checkpoint = Checkpoint::open(folder).unwrap();
+    checkpoint.info(&format!("{name}.weight")).unwrap().shape.as_slice().try_into().unwrap()
+}
+
+#[test]
+fn a_quantized_model_is_a_source_and_leaves_no_trace_of_its_packing() {
+    let (folder, model) = workplace();
+    let names = |folder: &Path| Checkpoint::open(folder).unwrap().names().map(str::to_owned).collect::<Vec<_>>();
+    let original = names(Path::new(&model));
+    for format in ["compressed-tensors", "gptq", "auto-round"] {
+        let more = ["--format", format, "--no-eval"];
+        let (packed, _) = compress(folder.path(), &model, format, INTS, &more);
+        let more = ["--format", "dense", "--skip", "*.layers.0.*", "--eval-tokens", "512", "--eval-seq", "128"];
+        let (out, report) = compress(folder.path(), packed.to_str().unwrap(), &format!("{format}-again"), PRUNE, &more);
+        assert_eq!(names(&out), original, "{format}");
+        let config: Value = serde_json::from_slice(&std::fs::read(out.join("config.json")).unwrap()).unwrap();
+        assert!(config.get("quantization_config").is_none() && !out.join("quantize_config.json").exists());
+        assert!(report["report"]["notes"].to_string().contains("quantized already"), "{report}");
+        // A layer that no stage works on comes out as the floats of its integers, rounded to the model's format.
+        let shape = linear_shape(Path::new(&model), "model.layers.0.mlp.up_proj");
+        let [before, after] = [&packed, &out].map(|folder| linear(folder, "model.layers.0.mlp.up_proj", shape));
+        let apart = before.data.iter().zip(&after.data).filter(|(a, b)| (*a - *b).abs() > a.abs() / 128.0).count();
+        assert_eq!(apart, 0, "{format}");
+    }
+}
+
+#[test]
+fn engines_get_what_they_load_or_are_refused_before_the_work() {
+    let (folder, model) = workplace();
+    let asymmetric = "[[stage]]\nmethod = \"round-to-nearest\"\nbits = 3\nsymmetric = false\n";
+    let file = folder.path().join("a.toml");
+    std::fs::write(&file, format!("version = 1\n{asymmetric}")).unwrap();
+    let plan = |engine: &str, more: &[&str]| {
+        let fixed = ["plan", &model, "--recipe", file.to_str().unwrap(), "--for", engine];
+        let output = drawknife(&[&fixed, more].concat());
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned(), String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    assert!(plan("vllm", &[]).2.contains("-> compressed-tensors"));
+    assert!(plan("llama.cpp", &[]).2.contains("-> gguf"));
+    let (code, error, _) = plan("sglang", &[]);
+    assert!(code == Some(2) && error.contains("--format dense") && error.lines().count() == 1, "{error}");
+    let (code, error, _) = plan("vllm", &["--skip", "*q_proj"]);
+    assert!(code == Some(2) && error.contains("fuses q_proj, k_proj and v_proj"), "{error}");
+    assert_eq!(plan("nobody", &[]).0, Some(2));
+}
