@@ -10,6 +10,7 @@ pub mod gguf;
 pub mod gptq;
 pub mod output;
 pub mod targets;
+pub mod tritplane;
 pub mod words;
 
 use safetensors::Dtype;
@@ -65,8 +66,16 @@ impl std::fmt::Debug for Format {
 }
 
 /// Every format that can be written.
-pub const FORMATS: &[&Format] =
-    &[&compressed_tensors::FORMAT, &dense::FORMAT, &gptq::FORMAT, &gptq::SECOND, &gptq::AUTO_ROUND, &awq::FORMAT, &gguf::FORMAT];
+pub const FORMATS: &[&Format] = &[
+    &compressed_tensors::FORMAT,
+    &dense::FORMAT,
+    &gptq::FORMAT,
+    &gptq::SECOND,
+    &gptq::AUTO_ROUND,
+    &awq::FORMAT,
+    &gguf::FORMAT,
+    &tritplane::FORMAT,
+];
 
 /// The format of a name.
 ///
@@ -101,6 +110,7 @@ pub fn fitting(name: &str, layers: &[Outlined]) -> Result<&'static Format> {
 pub fn open(checkpoint: &Checkpoint) -> Result<Box<dyn Source>> {
     let Some(config) = quantization(checkpoint) else { return Ok(Box::new(Plain)) };
     match config["quant_method"].as_str() {
+        Some("tritplane") => Ok(Box::new(tritplane::Tritplane::read(config).map_err(|error| error.file(&checkpoint.folder))?)),
         Some("fp8") => Ok(Box::new(float8::Float8::read(config).map_err(|error| error.file(&checkpoint.folder))?)),
         Some("compressed-tensors") if float8_groups(config) => Ok(Box::new(float8::Float8::read(config)?)),
         Some("compressed-tensors") => {
@@ -111,7 +121,7 @@ pub fn open(checkpoint: &Checkpoint) -> Result<Box<dyn Source>> {
         other => {
             let method = shown(other.unwrap_or("?"));
             Err(Error::input(format!(
-                "config.json: quantized by `{method}`, this version reads dense, compressed-tensors, gptq, auto-round, awq and fp8 checkpoints"
+                "config.json: quantized by `{method}`, this version reads dense, compressed-tensors, gptq, auto-round, awq, fp8 and tritplane checkpoints"
             ))
             .file(&checkpoint.folder))
         }

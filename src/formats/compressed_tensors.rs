@@ -219,6 +219,11 @@ impl PackQuantized {
         Ok(Self { groups: read })
     }
 
+    /// A reader of one layer whose scheme is known.
+    pub fn one(name: &str, bits: u8, group: usize, symmetric: bool) -> Self {
+        Self { groups: vec![(vec![Target::Exact(name.into())], (bits, Some(group), symmetric))] }
+    }
+
     fn scheme(&self, name: &str) -> Option<Scheme> {
         let class = |targets: &[Target]| targets.iter().any(|target| matches!(target, Target::AnyLinear));
         let named = |targets: &[Target]| {

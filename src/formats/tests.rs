@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use super::*;
 use crate::formats::output::{Output, write_json};
 use crate::matrix::Matrix;
-use crate::weight::{Ints, Pattern, Sparse, Storage};
+use crate::weight::{Ints, Pattern, Sparse, Split, Storage, Trits};
 
 fn noise(count: usize, seed: u64) -> impl Iterator<Item = u64> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
@@ -40,7 +40,20 @@ fn weights(scale_float: Float) -> Vec<Weight> {
         let mut matrix = Matrix::new(shape[0], shape[1], floats);
         all.push(Weight::Dense(matrix.clone()));
         matrix.data.iter_mut().step_by(2).for_each(|value| *value = 0.0);
-        all.push(Weight::Sparse(Sparse { matrix, pattern: Pattern::Unstructured }));
+        all.push(Weight::Sparse(Sparse { matrix: matrix.clone(), pattern: Pattern::Unstructured }));
+        // One of every two stays, and of some none: a kept place may hold a zero.
+        matrix.data.iter_mut().skip(1).step_by(14).for_each(|value| *value = 0.0);
+        all.push(Weight::Sparse(Sparse { matrix, pattern: Pattern::Blocks { kept: 1, of: 2 } }));
+        let ([rows, columns], group) = (shape, shape[1].div_ceil(2));
+        let pair = |value: u64| [Float::F16.round(1.0 + (value % 97) as f32 / 9.0), Float::F16.round((value % 89) as f32 / 99.0)];
+        let scales: Vec<[f32; 2]> = noise(rows * columns.div_ceil(group), 13).map(pair).collect();
+        let codes = noise(rows * columns, 17).map(|value| (value % 9) as u8).collect();
+        all.push(Weight::Trits(Trits { rows, columns, group, codes, scales: scales.clone(), scale_float: Float::F16 }));
+        let codes = noise(rows * columns, 19).map(|value| (value % 7 + 1) as u8).collect();
+        let mut mask: Vec<u8> = noise(rows * columns.div_ceil(8), 23).map(|value| value as u8).collect();
+        let spare = columns.div_ceil(8) * 8 - columns;
+        mask.chunks_mut(columns.div_ceil(8)).for_each(|row| *row.last_mut().unwrap() &= 255 >> spare);
+        all.push(Weight::Split(Split { rows, columns, bits: 3, group, outliers: 5000, codes, scales, mask }));
     }
     all
 }
@@ -105,10 +118,16 @@ fn every_format_gives_back_what_it_holds_bit_for_bit() {
                         matrix.data.iter_mut().for_each(|value| *value = layer.float.round(*value));
                         Weight::Dense(matrix)
                     }
+                    other if format.name == "dense" => {
+                        let mut matrix = other.to_matrix().into_owned();
+                        matrix.data.iter_mut().for_each(|value| *value = layer.float.round(*value));
+                        Weight::Dense(matrix)
+                    }
                     other => (*other).clone(),
                 };
                 let same = match (&got, &expected) {
                     (Weight::Ints(got), Weight::Ints(expected)) => got == expected,
+                    (Weight::Trits(_) | Weight::Split(_), expected) => got == *expected,
                     (got, expected) => got.to_matrix() == expected.to_matrix(),
                 };
                 assert!(same, "{} {:?} {:?}", format.name, layer.storage, layer.shape);
