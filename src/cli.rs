@@ -5,6 +5,7 @@ pub mod arguments;
 pub mod compress;
 pub mod device;
 pub mod eval;
+pub mod export;
 pub mod inspect;
 pub mod look;
 pub mod progress;
@@ -95,6 +96,7 @@ fn run(arguments: Arguments) -> Result<()> {
         Command::Compress(arguments) => compress::run(&arguments, &invocation, arguments.dry_run),
         Command::Plan(arguments) => compress::run(&arguments, &invocation, true),
         Command::Eval(arguments) => eval::run(&arguments, &invocation),
+        Command::Export(arguments) => export::run(&arguments, &invocation),
         Command::Inspect(arguments) => inspect::run(&arguments, &invocation),
         Command::Presets(arguments) => look::presets(&arguments, &invocation),
         Command::Doctor => look::doctor(&invocation),

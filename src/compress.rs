@@ -2,6 +2,7 @@
 
 pub mod card;
 pub mod compressor;
+pub mod convert;
 pub mod destination;
 pub mod exports;
 pub mod generation;
@@ -15,9 +16,8 @@ use std::path::{Path, PathBuf};
 use crate::calibrate::corpus::{self, Packed};
 use crate::calibrate::tokens::Tokenizer;
 use crate::calibrate::{builtin, corpus::Source as Text};
-use crate::checkpoint::decode::nonfinite_bytes;
+use crate::checkpoint::Checkpoint;
 use crate::checkpoint::source::{Restored, Source};
-use crate::checkpoint::{Checkpoint, float_of};
 use crate::compress::compressor::Compressor;
 use crate::compress::destination::Destination;
 use crate::compress::exports::{Export, Sinks};
@@ -176,7 +176,7 @@ impl Prepared {
         let side: u64 = self.checkpoint.side_files()?.iter().filter_map(|path| path.metadata().ok()).map(|file| file.len()).sum();
         destination.has_room(self.size.bytes_after + side * self.exports.len() as u64)?;
         let mut sinks = Sinks::create(&self.exports, &self.checkpoint, &folder, self.job.recipe.shard_bytes()?)?;
-        self.carry(&mut sinks, run)?;
+        exports::carry(&self.checkpoint, formats::open(&self.checkpoint)?.as_ref(), &self.plan, &self.norms, &mut sinks, run)?;
         let mut compressor = Compressor::new(&self.plan, sinks, self.job.recipe.report.layer_error);
         let source = Restored(formats::open(&self.checkpoint)?);
         if needs(&self.job.recipe, &self.plan) == Needs::Nothing {
@@ -215,32 +215,6 @@ impl Prepared {
         write_json(&folder.join("report.json"), &report)?;
         destination.publish()?;
         Ok(report)
-    }
-
-    /// Copies every tensor that no method works on, byte for byte.
-    fn carry(&self, sinks: &mut Sinks<'_>, run: &Run<'_>) -> Result<()> {
-        const PIECE: u64 = 8 << 20;
-        let source = formats::open(&self.checkpoint)?;
-        let written = self.plan.layers.iter().filter(|layer| layer.outlined.storage.is_some());
-        let replaced: HashSet<String> = written.flat_map(|layer| source.tensors(&self.checkpoint, &layer.outlined.name)).collect();
-        run.observer.begin("copy the rest", self.checkpoint.shards.len() as u64);
-        for shard in &self.checkpoint.shards {
-            for (name, info) in shard.header.tensors.iter().filter(|(name, _)| !replaced.contains(*name) && !self.norms.contains(*name)) {
-                run.check_stop()?;
-                for start in (0..info.bytes()).step_by(PIECE as usize) {
-                    let bytes = shard.bytes(info, start..(start + PIECE).min(info.bytes()))?;
-                    if let Some((first, count)) = float_of(info.dtype).and_then(|float| nonfinite_bytes(float, &bytes)) {
-                        let what =
-                            format!("{count} values are NaN or infinite, the first {first} after byte {start}; the model is damaged");
-                        return Err(Error::input(what).tensor(name).file(&shard.path));
-                    }
-                    sinks.carry(name, &bytes, None)?;
-                }
-            }
-            run.observer.step(1, "");
-        }
-        run.observer.end();
-        Ok(())
     }
 
     fn measure(&self, folder: &Path, run: &Run<'_>) -> Result<Option<Quality>> {

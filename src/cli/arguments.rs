@@ -53,6 +53,11 @@ pub enum Command {
         after_help = "Windows do not overlap, the tail is dropped, and the first token of a window is not\nscored. Perplexities are comparable only with equal text, --seq and --bos."
     )]
     Eval(Eval),
+    /// Write a compressed checkpoint in another format, where that holds exactly the same weights.
+    #[command(
+        after_help = "Examples:\n  drawknife export ./model-w4 --format gguf -o ./model-w4-gguf\n  drawknife export ./model-trits --format dense -o ./model-dense      in 32-bit floats, exact"
+    )]
+    Export(ExportTo),
     /// Show what a checkpoint is: architecture, sizes, what would be compressed.
     Inspect(Inspect),
     /// List the presets, or show the recipe behind one.
@@ -168,6 +173,22 @@ pub struct Eval {
     /// GPU memory to use at most, like 8GB; weights beyond it pass tile by tile.
     #[arg(long, value_name = "SIZE")]
     pub gpu_memory: Option<String>,
+}
+
+/// Arguments of `export`.
+#[derive(Debug, Args)]
+pub struct ExportTo {
+    /// Folder of a compressed checkpoint, or a GGUF file.
+    pub model: PathBuf,
+    /// The format; `drawknife presets` lists them.
+    #[arg(long, value_name = "NAME")]
+    pub format: String,
+    /// Folder to write; it appears when it is complete.
+    #[arg(long, short, value_name = "FOLDER")]
+    pub output: PathBuf,
+    /// Replace the output folder if it exists.
+    #[arg(long)]
+    pub force: bool,
 }
 
 /// Arguments of `inspect`.

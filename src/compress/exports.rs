@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
 
+use crate::checkpoint::decode::nonfinite_bytes;
 use crate::checkpoint::source::Source;
 use crate::checkpoint::{Checkpoint, float_of, read_file};
 use crate::compress::gguf;
@@ -14,6 +15,7 @@ use crate::formats::targets::Engine;
 use crate::formats::{self, Entry, Format};
 use crate::plan::Plan;
 use crate::plan::recipe::Recipe;
+use crate::run::Run;
 use crate::weight::{Float, Outlined, Storage, Weight};
 
 /// A compressed checkpoint that is to be written.
@@ -183,6 +185,40 @@ impl Export {
         }
         formats::open(&written).map(drop).map_err(|error| failed(error.to_string()))
     }
+}
+
+/// Copies every tensor that no method works on, byte for byte.
+///
+/// # Errors
+/// When a value is not finite, or as [`Sinks::carry`].
+pub fn carry(
+    checkpoint: &Checkpoint,
+    source: &dyn Source,
+    plan: &Plan,
+    norms: &HashSet<String>,
+    sinks: &mut Sinks<'_>,
+    run: &Run<'_>,
+) -> Result<()> {
+    const PIECE: u64 = 8 << 20;
+    let written = plan.layers.iter().filter(|layer| layer.outlined.storage.is_some());
+    let replaced: HashSet<String> = written.flat_map(|layer| source.tensors(checkpoint, &layer.outlined.name)).collect();
+    run.observer.begin("copy the rest", checkpoint.shards.len() as u64);
+    for shard in &checkpoint.shards {
+        for (name, info) in shard.header.tensors.iter().filter(|(name, _)| !replaced.contains(*name) && !norms.contains(*name)) {
+            run.check_stop()?;
+            for start in (0..info.bytes()).step_by(PIECE as usize) {
+                let bytes = shard.bytes(info, start..(start + PIECE).min(info.bytes()))?;
+                if let Some((first, count)) = float_of(info.dtype).and_then(|float| nonfinite_bytes(float, &bytes)) {
+                    let what = format!("{count} values are NaN or infinite, the first {first} after byte {start}; the model is damaged");
+                    return Err(Error::input(what).tensor(name).file(&shard.path));
+                }
+                sinks.carry(name, &bytes, None)?;
+            }
+        }
+        run.observer.step(1, "");
+    }
+    run.observer.end();
+    Ok(())
 }
 
 fn copy(path: &Path, folder: &Path) -> Result<()> {

@@ -294,7 +294,8 @@ impl Source for Tritplane {
             }
             Storage::Sparse(pattern) => {
                 let mask = bytes("sparse_mask")?;
-                let mut values = vec![0.0; checkpoint.info(&format!("{name}.sparse_values")).map_or(0, |info| info.entries())];
+                let mut values =
+                    vec![0.0; checkpoint.info(&format!("{name}.sparse_values")).map_or(0, crate::checkpoint::TensorInfo::entries)];
                 decode(layer.float, &bytes("sparse_values")?, &mut values);
                 let mut data = vec![0.0; rows * columns];
                 let per_row = values.len() / rows.max(1);

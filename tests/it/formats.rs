@@ -130,3 +130,41 @@ fn engines_get_what_they_load_or_are_refused_before_the_work() {
     assert!(code == Some(2) && error.contains("fuses q_proj, k_proj and v_proj"), "{error}");
     assert_eq!(plan("nobody", &[]).0, Some(2));
 }
+
+#[test]
+fn packed_checkpoints_are_exported_where_the_other_format_holds_the_same_weights() {
+    let (folder, model) = workplace();
+    let name = "model.layers.0.mlp.down_proj";
+    let shape = linear_shape(Path::new(&model), name);
+    let run = |from: &Path, format: &str, to: &str| {
+        let out = folder.path().join(to);
+        let output = drawknife(&["export", from.to_str().unwrap(), "--format", format, "-o", out.to_str().unwrap()]);
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned(), out)
+    };
+    let trits = |tied: bool| format!("[[stage]]\nmethod = \"ptqtp\"\ntied = {tied}\ngroup = 32\n");
+    let more = ["--format", "tritplane", "--samples", "2", "--seq", "64", "--no-eval"];
+    for (title, recipe, formats) in [
+        ("free", trits(false), &["dense"][..]),
+        ("ints", INTS.to_owned(), &["dense", "compressed-tensors", "gptq", "gguf"][..]),
+        ("split", "[[stage]]\nmethod = \"precalibrate\"\nbits = 4\nstorage = \"adpq\"\n".to_owned(), &["dense"][..]),
+        ("pattern", "[[stage]]\nmethod = \"magnitude\"\npattern = \"2:4\"\n".to_owned(), &["dense", "gguf"][..]),
+    ] {
+        let (packed, _) = compress(folder.path(), &model, title, &recipe, &more);
+        let exact = linear(&packed, name, shape);
+        for format in formats {
+            let (code, error, out) = run(&packed, format, &format!("{title}-{format}"));
+            assert_eq!(code, Some(0), "{title} {format}: {error}");
+            let got = if *format == "gguf" {
+                let unpacked = folder.path().join(format!("{title}-unpacked"));
+                std::fs::create_dir(&unpacked).unwrap();
+                unpack(&out.join("model.gguf"), &unpacked).unwrap();
+                linear(&unpacked, name, shape)
+            } else {
+                linear(&out, name, shape)
+            };
+            assert!(got == exact, "{title} {format}");
+        }
+    }
+    let (code, error, out) = run(&folder.path().join("free"), "gguf", "refused");
+    assert!(code == Some(2) && error.contains("dense") && error.lines().count() == 1 && !out.exists(), "{error}");
+}
