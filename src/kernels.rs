@@ -37,6 +37,7 @@ pub mod select;
 pub mod self_test;
 pub mod sign_descent;
 pub mod sparsegpt;
+pub mod super_blocks;
 pub mod swap;
 pub mod trits;
 

@@ -5,6 +5,7 @@ pub mod admm;
 pub mod closed_form;
 pub mod float_output;
 pub mod gptq;
+pub mod k_quant;
 pub mod magnitude;
 pub mod norm_refit;
 pub mod norm_tweak;
@@ -218,6 +219,12 @@ pub const METHODS: &[Entry] = &[
         about: "integers of 2 to 8 bits on a grid per group; no calibration",
         source: "baseline; signed full-range scales as in AutoRound",
         read: |options| Ok(Box::new(options.try_into::<round_to_nearest::RoundToNearest>()?)),
+    },
+    Entry {
+        name: "k-quant",
+        about: "llama.cpp's K types, searched under calibration statistics, with error feedback; for GGUF",
+        source: "grids of ggml-quants.c; feedback of arXiv:2210.17323",
+        read: |options| Ok(Box::new(options.try_into::<k_quant::KQuant>()?)),
     },
     Entry {
         name: "gptq",

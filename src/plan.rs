@@ -110,6 +110,16 @@ impl Plan {
         self.stages.iter().any(|stage| stage.method.norms())
     }
 
+    /// The format that holds the plan where none is asked for.
+    pub fn format(&self) -> &'static str {
+        let two_level = self.layers.iter().any(|layer| matches!(layer.outlined.storage, Some(Storage::Super(_))));
+        match two_level {
+            true => "gguf",
+            false if self.integers() => "compressed-tensors",
+            false => "dense",
+        }
+    }
+
     /// Whether any layer becomes integers.
     pub fn integers(&self) -> bool {
         self.layers.iter().any(|layer| matches!(layer.outlined.storage, Some(Storage::Ints { .. })))

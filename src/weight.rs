@@ -5,6 +5,7 @@ pub mod ints;
 pub mod sparse;
 pub mod split;
 pub mod stored;
+pub mod super_blocks;
 pub mod trits;
 
 use std::borrow::Cow;
@@ -13,6 +14,7 @@ pub use ints::Ints;
 pub use sparse::{Pattern, Sparse};
 pub use split::Split;
 pub use stored::Stored;
+pub use super_blocks::{SuperBlocks, SuperKind};
 pub use trits::Trits;
 
 use crate::matrix::Matrix;
@@ -32,6 +34,8 @@ pub enum Weight {
     Trits(Trits),
     /// Integers on two grids per group, one for outliers.
     Split(Split),
+    /// Codes on llama.cpp's two-level grids.
+    Super(SuperBlocks),
 }
 
 /// What a weight is stored as: the representation without its data.
@@ -64,6 +68,8 @@ pub enum Storage {
         /// Outliers per million weights.
         outliers: u32,
     },
+    /// Codes on a two-level grid of llama.cpp.
+    Super(SuperKind),
 }
 
 /// What the output will hold of a linear layer.
@@ -128,6 +134,7 @@ impl Weight {
             Self::Sparse(sparse) => Storage::Sparse(sparse.pattern),
             Self::Ints(ints) => Storage::Ints { bits: ints.bits, group: ints.group, symmetric: ints.zeros.is_none() },
             Self::Trits(trits) => Storage::Trits { group: trits.group },
+            Self::Super(blocks) => Storage::Super(blocks.kind),
             Self::Split(split) => Storage::Split { bits: split.bits, group: split.group, outliers: split.outliers },
         }
     }
@@ -141,6 +148,7 @@ impl Weight {
             Self::Ints(ints) => [ints.rows, ints.columns],
             Self::Trits(trits) => [trits.rows, trits.columns],
             Self::Split(split) => [split.rows, split.columns],
+            Self::Super(blocks) => [blocks.rows, blocks.columns],
         }
     }
 
@@ -152,6 +160,7 @@ impl Weight {
             Self::Ints(ints) => Cow::Owned(ints.to_matrix()),
             Self::Trits(trits) => Cow::Owned(trits.to_matrix()),
             Self::Split(split) => Cow::Owned(split.to_matrix()),
+            Self::Super(blocks) => Cow::Owned(blocks.to_matrix()),
         }
     }
 
@@ -163,6 +172,7 @@ impl Weight {
             Self::Ints(ints) => ints.zero_codes(),
             Self::Trits(trits) => trits.zeros(),
             Self::Split(split) => split.zeros(),
+            Self::Super(blocks) => blocks.to_matrix().zeros(),
         }
     }
 
@@ -174,6 +184,7 @@ impl Weight {
             Self::Ints(ints) => ints.to_matrix(),
             Self::Trits(trits) => trits.to_matrix(),
             Self::Split(split) => split.to_matrix(),
+            Self::Super(blocks) => blocks.to_matrix(),
         }
     }
 }
@@ -192,6 +203,7 @@ impl Storage {
             }
             // Five trits fit a byte, in each of two planes, and scales are f16.
             Self::Trits { group } => (entries * 16).div_ceil(5) + (rows * columns.div_ceil(group.max(1))) as u64 * 32,
+            Self::Super(kind) => entries / super_blocks::SIZE as u64 * 8 * kind.bytes() as u64,
             // Scales are f16, and every outlier is listed by its position in its group.
             Self::Split { bits, group, outliers } => {
                 let groups = (rows * columns.div_ceil(group.max(1))) as u64;
@@ -211,6 +223,7 @@ impl std::fmt::Display for Storage {
             Self::Ints { bits, group, symmetric } => {
                 write!(f, "W{bits} g{group} {}", if *symmetric { "symmetric" } else { "asymmetric" })
             }
+            Self::Super(kind) => write!(f, "{}", kind.name()),
             Self::Split { bits, group, outliers } => write!(f, "W{bits} g{group} split, {} % outliers", f64::from(*outliers) * 1e-4),
         }
     }

@@ -43,7 +43,7 @@ pub fn chosen(recipe: &Recipe, engine: Option<Engine>, plan: &mut Plan) -> Resul
     let names = recipe.formats();
     let mut chosen = match engine {
         Some(engine) if names.is_empty() => vec![engine.best(&outlined)?],
-        _ if names.is_empty() => vec![formats::find(if plan.integers() { "compressed-tensors" } else { "dense" })?],
+        _ if names.is_empty() => vec![formats::find(plan.format())?],
         _ => names.iter().map(|name| formats::fitting(name, &outlined)).collect::<Result<Vec<_>>>()?,
     };
     let mut seen = HashSet::new();

@@ -19,7 +19,8 @@ use crate::formats::gguf::{FORMAT, carrier, tokenizer};
 use crate::formats::output::Output;
 use crate::model::architecture::NormKind;
 use crate::model::config::{Config, model_type};
-use crate::weight::{Float, Ints, Outlined, Sparse, Storage, Weight};
+use crate::weight::super_blocks::SIZE;
+use crate::weight::{Float, Ints, Outlined, Sparse, Storage, SuperBlocks, Weight};
 
 /// The file's name.
 pub const FILE: &str = "model.gguf";
@@ -343,6 +344,15 @@ pub fn reordered(weight: &Weight, order: &[usize]) -> Weight {
                 scales: rows(&ints.scales, groups),
                 zeros: ints.zeros.as_ref().map(|zeros| bytes(zeros, groups)),
                 ..*ints
+            })
+        }
+        Weight::Super(blocks) => {
+            let (supers, smalls) = (blocks.columns / SIZE, blocks.columns / blocks.kind.block());
+            Weight::Super(SuperBlocks {
+                codes: bytes(&blocks.codes, blocks.columns),
+                floats: order.iter().flat_map(|&row| blocks.floats[row * supers..][..supers].iter().copied()).collect(),
+                wholes: order.iter().flat_map(|&row| blocks.wholes[row * smalls..][..smalls].iter().copied()).collect(),
+                ..*blocks
             })
         }
         Weight::Sparse(Sparse { matrix, pattern }) => {

@@ -31,6 +31,7 @@ fn holds(layer: &Outlined) -> Result<(), String> {
         Some(storage @ Storage::Trits { .. }) => {
             Err(format!("compressed-tensors has no place for {storage}; use --format dense, or tied = true, which leaves 4-bit integers"))
         }
+        Some(storage @ Storage::Super(_)) => Err(format!("{storage} is a type of GGUF files; use --format gguf")),
         Some(storage @ Storage::Split { .. }) => {
             Err(format!("compressed-tensors has one scale per group, {storage} has two; use --format dense, or storage = \"bounds\""))
         }

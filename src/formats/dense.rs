@@ -22,7 +22,7 @@ fn encode_weight(weight: &Weight, float: Float) -> Vec<Vec<u8>> {
     match weight {
         Weight::Dense(matrix) | Weight::Sparse(Sparse { matrix, .. }) => vec![encode(float, &matrix.data)],
         Weight::Stored(stored) => vec![encode(float, &stored.to_matrix().data)],
-        Weight::Ints(_) | Weight::Trits(_) | Weight::Split(_) => {
+        Weight::Ints(_) | Weight::Trits(_) | Weight::Split(_) | Weight::Super(_) => {
             let mut values = weight.to_matrix().into_owned().data;
             let largest = float.largest();
             values.iter_mut().for_each(|value| *value = value.clamp(-largest, largest));

@@ -3,6 +3,7 @@
 
 pub mod blocks;
 pub mod container;
+pub mod k_blocks;
 pub mod reader;
 pub mod tokenizer;
 
@@ -38,6 +39,9 @@ fn holds(layer: &Outlined) -> Result<(), String> {
 /// The block type that holds a layer exactly: the smallest whose range has all of code − zero point; nothing where rows or
 /// groups are not whole blocks.
 pub fn carrier(layer: &Outlined) -> Option<Kind> {
+    if let Some(Storage::Super(kind)) = layer.storage {
+        return Some(Kind::Super(kind));
+    }
     let Some(Storage::Ints { bits, group, symmetric }) = layer.storage else { return None };
     carrying(bits, group, symmetric, layer.shape[1])
 }
@@ -70,6 +74,7 @@ fn encode_weight(weight: &Weight, float: Float) -> Vec<Vec<u8>> {
             Some(kind) => blocks::encode(ints, kind),
             None => encode(float, &ints.to_matrix().data),
         },
+        Weight::Super(blocks) => k_blocks::encode(blocks),
         Weight::Dense(matrix) | Weight::Sparse(Sparse { matrix, .. }) => encode(float, &matrix.data),
         other => encode(float, &other.to_matrix().data),
     }]

@@ -53,6 +53,7 @@ fn holds(layer: &Outlined) -> Result<(), String> {
         Some(Storage::Sparse(Pattern::Blocks { of, .. })) if !layer.shape[1].is_multiple_of(of) => {
             Err(format!("{} inputs are not whole blocks of {of}; use --format dense", layer.shape[1]))
         }
+        Some(storage @ Storage::Super(_)) => Err(format!("{storage} is a type of GGUF files; use --format gguf")),
         _ => Ok(()),
     }
 }
@@ -61,7 +62,7 @@ fn entries(layer: &Outlined) -> Vec<Entry> {
     let [rows, columns] = layer.shape;
     let entry = |suffix: &str, dtype, shape| Entry { name: format!("{}.{suffix}", layer.name), dtype, shape };
     match layer.storage {
-        None => Vec::new(),
+        None | Some(Storage::Super(_)) => Vec::new(),
         Some(Storage::Dense | Storage::Sparse(Pattern::Unstructured)) => vec![entry("weight", dtype_of(layer.float), vec![rows, columns])],
         Some(Storage::Ints { .. }) => (compressed_tensors::FORMAT.entries)(layer),
         Some(Storage::Trits { group }) => vec![
@@ -162,7 +163,7 @@ fn config(layers: &[Outlined]) -> Value {
                 json!({"storage": "split", "bits": bits, "group": group, "outliers_per_million": outliers})
             }
             Some(Storage::Sparse(Pattern::Blocks { kept, of })) => json!({"storage": "sparse", "kept": kept, "of": of}),
-            Some(Storage::Dense | Storage::Sparse(Pattern::Unstructured)) | None => continue,
+            Some(Storage::Dense | Storage::Sparse(Pattern::Unstructured) | Storage::Super(_)) | None => continue,
         };
         let mut said = said;
         said["shape"] = json!(layer.shape);
@@ -312,7 +313,7 @@ impl Source for Tritplane {
             Storage::Ints { bits, group, symmetric } => {
                 compressed_tensors::PackQuantized::one(name, bits, group, symmetric).weight(checkpoint, name, shape)
             }
-            Storage::Dense => Plain.weight(checkpoint, name, shape),
+            Storage::Dense | Storage::Super(_) => Plain.weight(checkpoint, name, shape),
         }
     }
 }

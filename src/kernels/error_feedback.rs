@@ -21,10 +21,28 @@ pub const ROWS: usize = 32;
 /// Rounds `goal` to the grids of `ints`, whose codes are replaced. Where `mask` is given, entries that are zero in it
 /// get the code of zero.
 pub fn error_feedback(goal: &Matrix, space: &GramSpace, mask: Option<&Matrix>, ints: &mut Ints) {
-    let (columns, groups, group, middle) = (ints.columns, ints.groups(), ints.group, f32::from(ints.middle()));
+    let (groups, group, middle) = (ints.groups(), ints.group, f32::from(ints.middle()));
     let top = ((1u32 << ints.bits) - 1) as f32;
     let (scales, zeros) = (&ints.scales, ints.zeros.as_deref());
-    ints.codes.par_chunks_mut(ROWS * columns.max(1)).enumerate().for_each_init(
+    let grid = |row: usize, column: usize| {
+        let at = row * groups + column / group;
+        (scales[at], zeros.map_or(middle, |zeros| f32::from(zeros[at])), 0.0)
+    };
+    feed(goal, space, mask, &mut ints.codes, top, grid);
+}
+
+/// The same on any grid: `grid` gives for a row and a column the step, the code of the offset, and the offset. Codes end at
+/// `top`.
+pub fn feed(
+    goal: &Matrix,
+    space: &GramSpace,
+    mask: Option<&Matrix>,
+    codes: &mut [u8],
+    top: f32,
+    grid: impl Fn(usize, usize) -> (f32, f32, f32) + Sync,
+) {
+    let columns = goal.columns;
+    codes.par_chunks_mut(ROWS * columns.max(1)).enumerate().for_each_init(
         || (Vec::new(), Vec::new()),
         |(w, errors), (chunk, codes)| {
             let rows = codes.len() / columns;
@@ -45,13 +63,12 @@ pub fn error_feedback(goal: &Matrix, space: &GramSpace, mask: Option<&Matrix>, i
                         || {
                             for i in 0..end - start {
                                 let column = space.order[start + i];
-                                let at = number * groups + column / group;
-                                let (scale, zero) = (scales[at], zeros.map_or(middle, |zeros| f32::from(zeros[at])));
+                                let (scale, zero, offset) = grid(number, column);
                                 let kept = mask.is_none_or(|mask| mask.data[number * columns + column] != 0.0);
-                                let code = if kept { ((w[i] / scale).round_ties_even() + zero).clamp(0.0, top) } else { zero };
+                                let code = if kept { (((w[i] - offset) / scale).round_ties_even() + zero).clamp(0.0, top) } else { zero };
                                 codes[column] = code as u8;
                                 let factor = &space.factor[(start + i) * columns..][start + i..end];
-                                let error = (w[i] - (code - zero) * scale) / factor[0];
+                                let error = (w[i] - (code - zero) * scale - offset) / factor[0];
                                 errors[i] = error;
                                 w[i + 1..].iter_mut().zip(&factor[1..]).for_each(|(w, &u)| *w -= error * u);
                             }

@@ -205,6 +205,7 @@ impl Parameters {
                 Weight::Ints(ints) => ints.to_matrix().data,
                 Weight::Trits(trits) => trits.to_matrix().data,
                 Weight::Split(split) => split.to_matrix().data,
+                Weight::Super(blocks) => blocks.to_matrix().data,
             };
             parameters.set_weight(linear.role, tensor(floats, shape, &device.burn));
         }

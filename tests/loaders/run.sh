@@ -16,6 +16,9 @@ window=128 tokens=4096
 drawknife=${DRAWKNIFE:-$root/target/release/drawknife}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
+# No more of the text than the windows need.
+head -c 40000 "$text" > "$work/text.txt"
+text=$work/text.txt
 
 if [ ! -x "$folder/venv/bin/python" ]; then
     python3 -m venv "$folder/venv"

@@ -10,8 +10,9 @@ use crate::checkpoint::decode::{decode, encode};
 use crate::checkpoint::dtype_of;
 use crate::compress::gguf::paired;
 use crate::error::{Error, Result, shown};
-use crate::formats::gguf::blocks;
+use crate::formats::gguf::blocks::{self, Kind};
 use crate::formats::gguf::container::{Tensor, Value};
+use crate::formats::gguf::k_blocks;
 use crate::formats::gguf::reader::Reader;
 use crate::formats::output::{Output, write_json};
 use crate::formats::{Entry, compressed_tensors};
@@ -200,8 +201,13 @@ impl Contents {
     fn floats(&self, name: &str, tensor: &Tensor, bytes: Vec<u8>) -> Vec<u8> {
         let Some(float) = tensor.kind.float() else {
             let (columns, entries) = (tensor.shape.last().copied().unwrap_or(1), tensor.shape.iter().product::<usize>());
-            let ints = blocks::decode(&bytes, tensor.kind, [entries / columns.max(1), columns]);
-            return encode(Float::F32, &ints.expect("a type of blocks").to_matrix().data);
+            let shape = [entries / columns.max(1), columns];
+            let matrix = match tensor.kind {
+                Kind::Super(kind) => k_blocks::decode(&bytes, kind, shape).to_matrix(),
+                kind => blocks::decode(&bytes, kind, shape).expect("a type of blocks").to_matrix(),
+            };
+            let matrix = Weight::Dense(matrix);
+            return encode(Float::F32, &self.halved(name, &matrix).unwrap_or(matrix).to_matrix().data);
         };
         if self.arch.starts_with("gemma") && name.contains("norm") {
             let mut values = vec![0.0; bytes.len() / float.bytes()];

@@ -3,6 +3,7 @@
 use half::f16;
 use rayon::prelude::*;
 
+use crate::weight::super_blocks::{SIZE, SuperKind};
 use crate::weight::{Float, Ints};
 
 /// The type of a tensor's entries.
@@ -22,11 +23,26 @@ pub enum Kind {
     Q5_0,
     /// Codes of 8 bits in blocks of 32.
     Q8_0,
+    /// Super-blocks of 256.
+    Super(SuperKind),
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 7] = [Self::F32, Self::F16, Self::BF16, Self::Q2_0, Self::Q4_0, Self::Q5_0, Self::Q8_0];
+    pub const ALL: [Self; 12] = [
+        Self::F32,
+        Self::F16,
+        Self::BF16,
+        Self::Q2_0,
+        Self::Q4_0,
+        Self::Q5_0,
+        Self::Q8_0,
+        Self::Super(SuperKind::Q2K),
+        Self::Super(SuperKind::Q3K),
+        Self::Super(SuperKind::Q4K),
+        Self::Super(SuperKind::Q5K),
+        Self::Super(SuperKind::Q6K),
+    ];
 
     /// Its number in files.
     pub fn number(self) -> u32 {
@@ -38,6 +54,7 @@ impl Kind {
             Self::Q8_0 => 8,
             Self::BF16 => 30,
             Self::Q2_0 => 42,
+            Self::Super(kind) => 8 + u32::from(kind.bits()),
         }
     }
 
@@ -60,6 +77,7 @@ impl Kind {
         match self {
             Self::F32 | Self::F16 | Self::BF16 => 1,
             Self::Q2_0 => 64,
+            Self::Super(_) => SIZE,
             Self::Q4_0 | Self::Q5_0 | Self::Q8_0 => 32,
         }
     }
@@ -72,6 +90,7 @@ impl Kind {
             Self::Q2_0 | Self::Q4_0 => 18,
             Self::Q5_0 => 22,
             Self::Q8_0 => 34,
+            Self::Super(kind) => kind.bytes(),
         }
     }
 
@@ -85,6 +104,11 @@ impl Kind {
             Self::Q5_0 => 8,
             Self::BF16 => 32,
             Self::Q2_0 => 41,
+            Self::Super(SuperKind::Q2K) => 10,
+            Self::Super(SuperKind::Q3K) => 11,
+            Self::Super(SuperKind::Q4K) => 14,
+            Self::Super(SuperKind::Q5K) => 16,
+            Self::Super(SuperKind::Q6K) => 18,
         }
     }
 }
@@ -123,7 +147,7 @@ fn pack(kind: Kind, scale: f32, zero: u8, codes: &[u8], out: &mut [u8]) {
             (0..16).for_each(|at| out[6 + at] = (step(at) + 16) as u8 & 15 | ((step(at + 16) + 16) as u8 & 15) << 4);
         }
         Kind::Q8_0 => (0..32).for_each(|at| out[2 + at] = step(at) as i8 as u8),
-        Kind::F32 | Kind::F16 | Kind::BF16 => {}
+        Kind::F32 | Kind::F16 | Kind::BF16 | Kind::Super(_) => {}
     }
 }
 
@@ -134,7 +158,7 @@ pub fn decode(bytes: &[u8], kind: Kind, [rows, columns]: [usize; 2]) -> Option<I
         Kind::Q4_0 => 4,
         Kind::Q5_0 => 5,
         Kind::Q8_0 => 8,
-        Kind::F32 | Kind::F16 | Kind::BF16 => return None,
+        Kind::F32 | Kind::F16 | Kind::BF16 | Kind::Super(_) => return None,
     };
     let size = kind.weights();
     let mut codes = vec![0u8; rows * columns];
