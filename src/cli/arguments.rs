@@ -84,6 +84,9 @@ pub struct Compress {
     /// [default: compressed-tensors for integers, dense for pruned weights].
     #[arg(long, value_name = "NAME,...")]
     pub format: Option<String>,
+    /// One GGUF file in llama.cpp's q2_k, q3_k, q4_k, q5_k or q6_k, searched under calibration: the recipe of the one stage k-quant.
+    #[arg(long, value_name = "TYPE", conflicts_with_all = ["preset", "recipe", "format"])]
+    pub gguf_type: Option<String>,
     /// Engine that shall load the output: vllm, transformers, sglang or llama.cpp. Picks the format, and refuses what the
     /// engine cannot load.
     #[arg(long = "for", value_name = "ENGINE")]

@@ -86,6 +86,9 @@ fn target(arguments: &Compress) -> Result<PathBuf> {
 fn recipe(arguments: &Compress, invocation: &Invocation) -> Result<Recipe> {
     let mut recipe = match (&arguments.recipe, &arguments.preset) {
         (Some(path), _) => Recipe::open(path)?,
+        (None, None) if let Some(kind) = &arguments.gguf_type => {
+            Recipe::parse(&format!("version = 1\n[[stage]]\nmethod = \"k-quant\"\ntype = {:?}\n", kind.to_lowercase()))?
+        }
         (None, preset) => Recipe::preset(preset.as_deref().unwrap_or(crate::plan::recipe::PRESETS[0].name))?,
     };
     let calibration = &mut recipe.calibration;

@@ -112,6 +112,31 @@ fn a_quantized_model_is_a_source_and_leaves_no_trace_of_its_packing() {
 }
 
 #[test]
+fn k_types_are_written_where_rows_are_whole_super_blocks_and_refused_by_other_formats() {
+    let (folder, model) = workplace();
+    let out = folder.path().join("k");
+    let sizes = ["--samples", "2", "--seq", "64", "--eval-tokens", "512", "--eval-seq", "128"];
+    let fixed = ["compress", &model, "-o", out.to_str().unwrap(), "--gguf-type", "q4_k"];
+    let report = run_json(&[&fixed[..], &sizes].concat());
+    assert_eq!(report["report"]["format"], "gguf");
+    let layers = report["report"]["layers"].as_array().unwrap();
+    for layer in layers {
+        let columns = layer["shape"][1].as_u64().unwrap();
+        let whole = columns.is_multiple_of(256);
+        assert_eq!(layer["storage"], if whole { "q4_k" } else { "W4 g32 symmetric" }, "{layer}");
+    }
+    let file = folder.path().join("k.toml");
+    std::fs::write(&file, "version = 1\n[[stage]]\nmethod = \"k-quant\"\ntype = \"q4_k\"\n").unwrap();
+    let plan = |more: &[&str]| drawknife(&[&["plan", &model, "--recipe", file.to_str().unwrap()][..], more].concat());
+    assert!(String::from_utf8_lossy(&plan(&["--skip", "*o_proj"]).stdout).contains("-> gguf"));
+    if layers.iter().any(|layer| layer["storage"] == "q4_k") {
+        assert_eq!(plan(&["--format", "compressed-tensors"]).status.code(), Some(2));
+    }
+    let wrong = drawknife(&["plan", &model, "--gguf-type", "q9_k"]);
+    assert!(wrong.status.code() == Some(2) && String::from_utf8_lossy(&wrong.stderr).contains("q4_k"));
+}
+
+#[test]
 fn engines_get_what_they_load_or_are_refused_before_the_work() {
     let (folder, model) = workplace();
     let asymmetric = "[[stage]]\nmethod = \"round-to-nearest\"\nbits = 3\nsymmetric = false\n";
