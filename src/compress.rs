@@ -147,8 +147,10 @@ impl Prepared {
             }
             _ => HashSet::new(),
         };
-        let export =
-            |format| Export::new(&checkpoint, &source, &plan, format, &norms, chosen.len() > 1).map_err(|error| error.file(&job.model));
+        let export = |format| {
+            Export::new(&checkpoint, &source, &plan, format, &norms, (&job.recipe.export, chosen.len() > 1))
+                .map_err(|error| error.file(&job.model))
+        };
         let exports = chosen.iter().map(|&format| export(format)).collect::<Result<Vec<_>>>()?;
         let tensors = || checkpoint.names().filter_map(|name| checkpoint.info(name));
         notes.extend(exports.iter().filter_map(|export| export.file.as_ref()).flat_map(|file| file.notes.iter().cloned()));

@@ -101,6 +101,7 @@ fn recipe(arguments: &Compress, invocation: &Invocation) -> Result<Recipe> {
     if let Some(format) = &arguments.format {
         recipe.export.format = Some(OneOrMany(format.split(',').map(|name| name.trim().to_owned()).collect()));
     }
+    recipe.export.gguf_embeddings_8 |= arguments.gguf_embeddings_8;
     recipe.skip.extend(arguments.skip.iter().map(|pattern| Skip { pattern: pattern.clone() }));
     for keep in &arguments.keep {
         let wrong = || Error::input(format!("--keep {keep}: use GLOB=BITS with 2 to 8 bits, or 16 to leave the layers as they are"));

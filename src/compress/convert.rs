@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::formats;
 use crate::model::Model;
 use crate::model::config::known_family;
+use crate::plan::recipe;
 use crate::plan::{Plan, Planned};
 use crate::run::Run;
 use crate::weight::{Float, Ints, Outlined, Storage, Trits, Weight};
@@ -51,7 +52,7 @@ pub fn convert(model: &Path, format: &str, destination: Destination, run: &Run<'
     let outlines: Vec<Outlined> = layers.iter().map(|layer| layer.outlined.clone()).collect();
     let format = formats::fitting(format, &outlines)?;
     let plan = Plan { stages: Vec::new(), layers, notes: Vec::new() };
-    let export = Export::new(&checkpoint, source.as_ref(), &plan, format, &HashSet::new(), false)?;
+    let export = Export::new(&checkpoint, source.as_ref(), &plan, format, &HashSet::new(), (&recipe::Export::default(), false))?;
     let folder = destination.folder();
     destination.has_room(export.bytes())?;
     let exports = [export];

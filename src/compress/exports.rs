@@ -14,7 +14,7 @@ use crate::formats::output::{Output, write_json};
 use crate::formats::targets::Engine;
 use crate::formats::{self, Entry, Format};
 use crate::plan::Plan;
-use crate::plan::recipe::Recipe;
+use crate::plan::recipe::{self, Recipe};
 use crate::run::Run;
 use crate::weight::{Float, Outlined, Storage, Weight};
 
@@ -84,7 +84,7 @@ impl Export {
         plan: &Plan,
         format: &'static Format,
         norms: &HashSet<String>,
-        several: bool,
+        (options, several): (&recipe::Export, bool),
     ) -> Result<Self> {
         let dense = |outlined: &Outlined| {
             let float = checkpoint.info(&format!("{}.weight", outlined.name)).and_then(|info| float_of(info.dtype));
@@ -95,7 +95,7 @@ impl Export {
         let layers: Vec<Outlined> = plan.layers.iter().map(|layer| own(&layer.outlined)).collect();
         let folder = several.then_some(format.name);
         if format.name == formats::gguf::FORMAT.name {
-            let file = Some(gguf::File::plan(checkpoint, source, &layers)?);
+            let file = Some(gguf::File::plan(checkpoint, source, &layers, options.gguf_embeddings_8)?);
             return Ok(Self { format, layers, entries: Vec::new(), file, folder });
         }
         let entries = entries(checkpoint, source, &layers, format, norms);

@@ -13,7 +13,7 @@ use crate::checkpoint::decode::{decode, encode};
 use crate::checkpoint::source::Source;
 use crate::checkpoint::{Checkpoint, float_of, read_json};
 use crate::error::{Error, Result, shown};
-use crate::formats::gguf::blocks::Kind;
+use crate::formats::gguf::blocks::{self, Kind};
 use crate::formats::gguf::container::{Tensor, Value, header};
 use crate::formats::gguf::{FORMAT, carrier, tokenizer};
 use crate::formats::output::Output;
@@ -32,6 +32,8 @@ enum Change {
     None,
     /// Floats of 32 bits, and 1 more where the weight of a norm is stored less 1.
     Single { plus_one: bool },
+    /// Blocks of 8-bit codes, rounded to nearest.
+    Eight,
     /// Rows of heads in pairs: llama.cpp turns neighbours, the checkpoint turns halves.
     Paired { heads: usize },
 }
@@ -108,7 +110,7 @@ impl File {
     ///
     /// # Errors
     /// When llama.cpp has no such architecture or tokenizer.
-    pub fn plan(checkpoint: &Checkpoint, source: &dyn Source, layers: &[Outlined]) -> Result<Self> {
+    pub fn plan(checkpoint: &Checkpoint, source: &dyn Source, layers: &[Outlined], eight: bool) -> Result<Self> {
         let kind = model_type(&checkpoint.config);
         let arch = architecture(kind).ok_or_else(|| {
             Error::input(format!(
@@ -159,6 +161,12 @@ impl File {
                 placed.tensor.name.clone(),
             )
         };
+        for (_, placed) in file.tensors.iter_mut().filter(|_| eight) {
+            let whole = placed.tensor.shape.last().is_some_and(|columns| columns.is_multiple_of(Kind::Q8_0.weights()));
+            if whole && placed.float.is_some() && ["token_embd.weight", "output.weight"].contains(&placed.tensor.name.as_str()) {
+                (placed.tensor.kind, placed.change) = (Kind::Q8_0, Change::Eight);
+            }
+        }
         file.tensors.sort_by_key(order);
         file.places = file.tensors.iter().enumerate().map(|(at, (name, _))| (name.clone(), at)).collect();
         file.notes = notes(&left, layers, &config, arch);
@@ -246,6 +254,11 @@ impl File {
                 decode(from, bytes, &mut values);
                 values.iter_mut().for_each(|value| *value += f32::from(u8::from(plus_one)));
                 output.write(&tensor.name, encode(Float::F32, &values))
+            }
+            Change::Eight => {
+                let mut values = vec![0.0; bytes.len() / from.bytes()];
+                decode(from, bytes, &mut values);
+                output.write(&tensor.name, blocks::rounded_to_eight(&values))
             }
             Change::Paired { heads } => {
                 let come = waiting.entry(name.to_owned()).or_default();

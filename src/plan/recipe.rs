@@ -188,6 +188,9 @@ pub struct Export {
     /// Formats; by default compressed-tensors for integers, dense for the rest.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub format: Option<OneOrMany>,
+    /// Whether embeddings and head of a GGUF file are rounded to 8 bits.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub gguf_embeddings_8: bool,
     /// Largest shard, like `"5GB"`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shard_size: Option<String>,

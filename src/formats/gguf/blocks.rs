@@ -151,6 +151,21 @@ fn pack(kind: Kind, scale: f32, zero: u8, codes: &[u8], out: &mut [u8]) {
     }
 }
 
+/// Floats, whole blocks of 32, rounded to nearest in blocks of 8-bit codes.
+pub fn rounded_to_eight(values: &[f32]) -> Vec<u8> {
+    let (size, bytes) = (Kind::Q8_0.weights(), Kind::Q8_0.bytes());
+    let mut out = vec![0; values.len() / size * bytes];
+    out.par_chunks_exact_mut(bytes).zip(values.par_chunks_exact(size)).with_min_len(256).for_each(|(out, values)| {
+        let largest = values.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
+        let scale = f16::from_f32(largest / 127.0);
+        let step = scale.to_f32();
+        out[..2].copy_from_slice(&scale.to_le_bytes());
+        let code = |value: f32| if step == 0.0 { 0.0 } else { (value / step).round_ties_even().clamp(-127.0, 127.0) };
+        out[2..].iter_mut().zip(values).for_each(|(out, &value)| *out = code(value) as i8 as u8);
+    });
+    out
+}
+
 /// The integers of rows of blocks; nothing for floats.
 pub fn decode(bytes: &[u8], kind: Kind, [rows, columns]: [usize; 2]) -> Option<Ints> {
     let bits = match kind {
@@ -208,6 +223,14 @@ mod tests {
             let back = decode(&bytes, kind, [rows, columns]).unwrap();
             assert_eq!(back.to_matrix().data, ints.to_matrix().data, "{bits} {symmetric} {kind:?}");
         }
+    }
+
+    #[test]
+    fn floats_round_to_eight_bits() {
+        let values: Vec<f32> = (0..64).map(|at| if at < 32 { 0.0 } else { 0.01 * (at as f32 - 40.5) }).collect();
+        let back = decode(&rounded_to_eight(&values), Kind::Q8_0, [1, 64]).unwrap().to_matrix();
+        let worst = back.data.iter().zip(&values).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(worst <= 0.2255 / 127.0 * 0.51 && back.data[..32].iter().all(|&value| value == 0.0), "{worst}");
     }
 
     #[test]
