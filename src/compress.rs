@@ -133,10 +133,6 @@ impl Prepared {
                 notes.last().map_or("quality is not measured", String::as_str)
             )));
         }
-        if let Some(section) = formats::quantization(&checkpoint) {
-            let method = crate::error::shown(section["quant_method"].as_str().unwrap_or("?"));
-            notes.push(format!("the model is quantized already ({method}): its weights are read as floats, errors add up"));
-        }
         notes.extend(side_notes(&checkpoint, &plan, &chosen)?);
         if overlaps(&job) {
             notes.push("quality is measured on the calibration text itself: the figures flatter".into());
@@ -311,6 +307,10 @@ fn fits(windows: &[Vec<u32>], max_positions: usize) -> Result<()> {
 /// Names what of the folder stays behind, and sets of layers that servers fuse but that now differ.
 fn side_notes(checkpoint: &Checkpoint, plan: &Plan, chosen: &[&Format]) -> Result<Vec<String>> {
     let mut notes = Vec::new();
+    if let Some(section) = formats::quantization(checkpoint) {
+        let method = crate::error::shown(section["quant_method"].as_str().unwrap_or("?"));
+        notes.push(format!("the model is quantized already ({method}): its weights are read as floats, errors add up"));
+    }
     let behind = checkpoint.left_behind()?;
     if !behind.is_empty() {
         notes.push(format!("not copied: {}", behind.join(", ")));

@@ -54,7 +54,8 @@
 //! - The destination appears complete or not at all.
 //! - A new method, family, format or kernel is one file or row and one line in a table.
 //! - Unsafe code stands in [`checkpoint::shard`] (mapping), [`kernels::gemm`] (calls of the gemm crate),
-//!   [`kernels::rough_product`] (bfloat16 instructions) and [`cli::allocator`] (two settings of the C library) alone.
+//!   [`kernels::rough_product`] (bfloat16 instructions), `device::gpu` (one word that asks for matrix units) and
+//!   [`cli::allocator`] (two settings of the C library) alone.
 //!
 //! The tests `layering` and `tidy` check most of these.
 

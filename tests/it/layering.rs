@@ -15,7 +15,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("model", &["checkpoint", "device", "error", "kernels", "matrix", "run", "weight"]),
     ("calibrate", &["checkpoint", "error"]),
     ("methods", &["device", "error", "kernels", "matrix", "model", "run", "weight"]),
-    ("formats", &["checkpoint", "error", "lanes", "weight"]),
+    ("formats", &["checkpoint", "error", "lanes", "matrix", "weight"]),
     ("plan", &["calibrate", "checkpoint", "error", "methods", "model", "weight"]),
     ("evaluate", &["calibrate", "error", "kernels", "model", "run"]),
     ("report", &["calibrate", "evaluate", "plan"]),

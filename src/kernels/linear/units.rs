@@ -7,7 +7,7 @@
 //! A half leaves a part of a float that is a half again, so a product of floats is three of halves, up to 2^-22: high by
 //! high, high by low, low by high. They are laid one behind the other along k, so that one kernel does both kinds
 //! ([`Exactness`]). Matrix units drop what does not fit their sums instead of rounding, so they sum over at most
-//! [`DEPTH`] places; longer sums are added up outside.
+//! 4096 places; longer sums are added up outside.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
