@@ -103,8 +103,8 @@ const BROKEN: &[(&str, Breakage, &str)] = &[
         "num_attention_heads 3",
     ),
     (
-        "quantized already",
-        |folder| edit(&folder.join("config.json"), "{", "{\"quantization_config\": {\"quant_method\": \"gptq\"},"),
+        "quantized in a way that is not read",
+        |folder| edit(&folder.join("config.json"), "{", "{\"quantization_config\": {\"quant_method\": \"aqlm\"},"),
         "quantized",
     ),
     (
