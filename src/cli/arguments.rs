@@ -87,7 +87,8 @@ pub struct Compress {
     /// One GGUF file in llama.cpp's q2_k, q3_k, q4_k, q5_k or q6_k, searched under calibration: the recipe of the one stage k-quant.
     #[arg(long, value_name = "TYPE", conflicts_with_all = ["preset", "recipe", "format"])]
     pub gguf_type: Option<String>,
-    /// Round the embeddings and the head of a GGUF file to 8 bits (Q8_0); the quality that is measured has it.
+    /// Round the embeddings and the head of a GGUF file to 8 bits (Q8_0). Where other formats are written too, quality is measured
+    /// on those, without it.
     #[arg(long)]
     pub gguf_embeddings_8: bool,
     /// Engine that shall load the output: vllm, transformers, sglang or llama.cpp. Picks the format, and refuses what the

@@ -43,15 +43,13 @@ pub fn chosen(recipe: &Recipe, engine: Option<Engine>, plan: &mut Plan) -> Resul
     let names = recipe.formats();
     let mut chosen = match engine {
         Some(engine) if names.is_empty() => vec![engine.best(&outlined)?],
-        _ if names.is_empty() => vec![formats::find(plan.format())?],
+        _ if names.is_empty() => vec![formats::fitting(plan.format(), &outlined)?],
         _ => names.iter().map(|name| formats::fitting(name, &outlined)).collect::<Result<Vec<_>>>()?,
     };
     let mut seen = HashSet::new();
     chosen.retain(|format| seen.insert(format.name));
-    for format in &chosen {
-        let held = outlined.iter().try_for_each(|layer| (format.holds)(layer).map_err(|what| Error::input(what).tensor(&layer.name)));
-        held?;
-        if let Some(engine) = engine {
+    if let Some(engine) = engine {
+        for format in &chosen {
             let refused = |reason| Error::input(format!("{} does not load this as {}: {reason}", engine.name(), format.name));
             engine.loads(format, &outlined).map_err(refused)?;
         }
@@ -169,8 +167,8 @@ impl Export {
     /// When it is not what was planned.
     pub fn verify(&self, output: &Path) -> Result<()> {
         let failed = |what: String| Error::new(Fault::Verification, format!("the output does not read back: {what}"));
-        if self.file.is_some() {
-            return Ok(());
+        if let Some(file) = &self.file {
+            return file.verify(&self.path(output)).map_err(|error| failed(error.to_string()));
         }
         let written = Checkpoint::open(&self.path(output)).map_err(|error| failed(error.to_string()))?;
         for entry in &self.entries {

@@ -15,6 +15,7 @@ use crate::checkpoint::{Checkpoint, float_of, read_json};
 use crate::error::{Error, Result, shown};
 use crate::formats::gguf::blocks::{self, Kind};
 use crate::formats::gguf::container::{Tensor, Value, header};
+use crate::formats::gguf::reader::Reader;
 use crate::formats::gguf::{FORMAT, carrier, tokenizer};
 use crate::formats::output::Output;
 use crate::model::architecture::NormKind;
@@ -236,6 +237,22 @@ impl File {
             output.write("rope_freqs.weight", encode(Float::F32, divisors))?;
         }
         Ok(output)
+    }
+
+    /// Opens the file as a stranger would and compares it with the plan.
+    ///
+    /// # Errors
+    /// When it is not what was planned.
+    pub fn verify(&self, folder: &Path) -> Result<()> {
+        let path = folder.join(FILE);
+        let written = Reader::open(&path)?;
+        let tensors: Vec<Tensor> = written.tensors.into_iter().map(|(tensor, _)| tensor).collect();
+        match self.listed().into_iter().zip(&tensors).find(|(planned, found)| planned != *found) {
+            Some((planned, found)) => Err(Error::run(format!("{found:?} instead of {planned:?}")).file(&path)),
+            None if written.keys != self.keys => Err(Error::run("the keys are not those that were planned").file(&path)),
+            None if tensors.len() != self.listed().len() => Err(Error::run(format!("{} tensors", tensors.len())).file(&path)),
+            None => Ok(()),
+        }
     }
 
     /// Takes the next bytes of a tensor, in the number format `float`.

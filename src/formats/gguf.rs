@@ -1,5 +1,6 @@
 //! GGUF, llama.cpp's format: one file with everything (formats A5). Our integers go into the block types of 32 or 64 weights
-//! that hold them exactly, with the group's scale in every block; what no such type holds stays floats.
+//! that hold them exactly, with the group's scale in every block; what no such type holds stays floats. The names that tensors
+//! have there, and what llama.cpp wants changed in them, depend on the model: they stand in `compress::gguf`.
 
 pub mod blocks;
 pub mod container;

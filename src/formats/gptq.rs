@@ -274,8 +274,8 @@ impl Source for Gptq {
         // Words of a stream do not tell how many codes they hold; groups do, of the bits that zero points tell.
         let &[words, rows] = weight.shape.as_slice() else { return None };
         let zero_words = *checkpoint.info(&format!("{name}.qzeros"))?.shape.get(1)?;
-        let bits = zero_words * 32 / rows.max(1);
-        (bits > 0).then(|| [rows, words * 32 / bits])
+        let bits = zero_words.checked_mul(32)? / rows.max(1);
+        (bits > 0).then_some([rows, words.checked_mul(32)? / bits.max(1)])
     }
 
     fn tensors(&self, checkpoint: &Checkpoint, name: &str) -> Vec<String> {

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use super::*;
 use crate::formats::output::{Output, write_json};
 use crate::matrix::Matrix;
-use crate::weight::{Ints, Pattern, Sparse, Split, Storage, Trits};
+use crate::weight::{Ints, Pattern, Sparse, Split, Storage, SuperBlocks, SuperKind, Trits};
 
 fn noise(count: usize, seed: u64) -> impl Iterator<Item = u64> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
@@ -91,7 +91,7 @@ fn written_and_opened(format: &Format, layers: &[(Outlined, &Weight)]) -> Vec<We
 
 #[test]
 fn every_format_gives_back_what_it_holds_bit_for_bit() {
-    // One GGUF file is a container of its own, and tested there.
+    // A GGUF file is a container of its own: its blocks are tested below, its header and the way through a file elsewhere.
     for format in FORMATS.iter().filter(|format| format.name != "gguf") {
         let scale_float = format.scales.unwrap_or(Float::BF16);
         let weights = weights(scale_float);
@@ -133,6 +133,121 @@ fn every_format_gives_back_what_it_holds_bit_for_bit() {
                 assert!(same, "{} {:?} {:?}", format.name, layer.storage, layer.shape);
             }
         }
+    }
+}
+
+/// What GGUF blocks give back of a weight, as floats.
+fn through_blocks(layer: &Outlined, weight: &Weight) -> Matrix {
+    use crate::formats::gguf::blocks::{self, Kind};
+    let bytes = (gguf::FORMAT.encode)(weight, layer.float).remove(0);
+    assert_eq!(bytes.len() as u64, (gguf::FORMAT.entries)(layer)[0].bytes(), "{layer:?}");
+    match gguf::carrier(layer) {
+        Some(Kind::Super(kind)) => gguf::k_blocks::decode(&bytes, kind, layer.shape).to_matrix(),
+        Some(kind) => blocks::decode(&bytes, kind, layer.shape).unwrap().to_matrix(),
+        None => {
+            let mut matrix = Matrix::new(layer.shape[0], layer.shape[1], vec![0.0; layer.shape[0] * layer.shape[1]]);
+            crate::checkpoint::decode::decode(layer.float, &bytes, &mut matrix.data);
+            matrix
+        }
+    }
+}
+
+/// A weight on a two-level grid.
+fn two_level(kind: SuperKind, [rows, columns]: [usize; 2], seed: u64) -> Weight {
+    let (supers, smalls) = (rows * columns / 256, rows * columns / kind.block());
+    let [least, most] = kind.scales();
+    let whole = |value: u64| {
+        let minimum = if kind.minima() { (value >> 9) as i32 % (most + 1) } else { 0 };
+        [least + value as i32 % (most - least + 1), minimum].map(|whole| whole as i8)
+    };
+    let float = |value: u64| Float::F16.round((value % 999) as f32 * 1e-4);
+    Weight::Super(SuperBlocks {
+        rows,
+        columns,
+        kind,
+        codes: noise(rows * columns, seed).map(|value| (value % (1 << kind.bits())) as u8).collect(),
+        floats: noise(supers, seed + 1).map(|value| [float(value), if kind.minima() { float(value >> 10) } else { 0.0 }]).collect(),
+        wholes: noise(smalls, seed + 2).map(|value| whole(value & 0xf_ffff)).collect(),
+    })
+}
+
+#[test]
+fn gguf_blocks_give_back_every_weight_that_the_format_holds() {
+    let mut all = weights(Float::F16);
+    all.extend(SuperKind::ALL.map(|kind| two_level(kind, [3, 512], 29)));
+    let mut carried = 0;
+    for weight in &all {
+        let float = if matches!(weight, Weight::Ints(_)) { Float::F16 } else { Float::BF16 };
+        let layer = Outlined { name: "a".into(), shape: weight.shape(), storage: Some(weight.storage()), float };
+        if (gguf::FORMAT.holds)(&layer).is_err() {
+            continue;
+        }
+        let mut expected = weight.to_matrix().into_owned();
+        if gguf::carrier(&layer).is_none() {
+            expected.data.iter_mut().for_each(|value| *value = float.round(*value));
+        } else {
+            carried += 1;
+        }
+        assert!(through_blocks(&layer, weight) == expected, "{layer:?}");
+    }
+    assert!(carried > 40, "{carried}");
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(200))]
+    #[test]
+    fn integers_of_any_shape_come_back_from_every_format(
+        rows in 1usize..80, columns in 1usize..200, unit in 0usize..3, bits in 2u8..=8, group in 1usize..200, symmetric: bool,
+    ) {
+        let unit = [1, 8, 32][unit];
+        let (rows, columns) = (rows.next_multiple_of(unit), columns.next_multiple_of(unit));
+        let group = group.next_multiple_of(unit).min(columns);
+        let weight = ints([rows, columns], bits, group, symmetric, Float::F16);
+        let layer = Outlined { name: "b.0.q".into(), shape: [rows, columns], storage: Some(weight.storage()), float: Float::F16 };
+        for format in FORMATS.iter().filter(|format| format.name != "dense" && (format.holds)(&layer).is_ok()) {
+            if format.name == "gguf" {
+                let exact = gguf::carrier(&layer).is_some();
+                proptest::prop_assert!(!exact || through_blocks(&layer, &weight) == *weight.to_matrix(), "{:?}", layer);
+                continue;
+            }
+            let got = written_and_opened(format, &[(layer.clone(), &weight)]).remove(0);
+            proptest::prop_assert!(got.to_matrix() == weight.to_matrix(), "{} {:?}", format.name, layer);
+        }
+    }
+
+    #[test]
+    fn two_level_grids_of_any_codes_come_back(rows in 1usize..6, supers in 1usize..4, kind in 0usize..5, seed: u32) {
+        let kind = SuperKind::ALL[kind];
+        let weight = two_level(kind, [rows, 256 * supers], u64::from(seed));
+        let Weight::Super(blocks) = &weight else { unreachable!() };
+        let bytes = gguf::k_blocks::encode(blocks);
+        proptest::prop_assert_eq!(&gguf::k_blocks::decode(&bytes, kind, [rows, 256 * supers]), blocks);
+    }
+}
+
+#[test]
+fn a_tritplane_that_holds_no_trits_or_another_number_of_values_is_refused() {
+    for (suffix, byte) in [("trits_coarse", 243u8), ("sparse_mask", 0)] {
+        let folder = tempfile::tempdir().unwrap();
+        let wanted =
+            if suffix == "trits_coarse" { Storage::Trits { group: 32 } } else { Storage::Sparse(Pattern::Blocks { kept: 1, of: 2 }) };
+        let weight = weights(Float::F16).into_iter().find(|weight| weight.storage() == wanted).unwrap();
+        let layer = Outlined { name: "a".into(), shape: weight.shape(), storage: Some(wanted), float: Float::F16 };
+        let entries = (tritplane::FORMAT.entries)(&layer);
+        let mut output = Output::create(folder.path(), &entries, 1 << 20, &BTreeMap::new()).unwrap();
+        for (entry, mut bytes) in entries.iter().zip((tritplane::FORMAT.encode)(&weight, layer.float)) {
+            if entry.name.ends_with(suffix) {
+                bytes[0] = byte;
+            }
+            output.write(&entry.name, bytes).unwrap();
+        }
+        output.finish().unwrap();
+        let section = (tritplane::FORMAT.config)(std::slice::from_ref(&layer), &[]);
+        write_json(&folder.path().join("config.json"), &serde_json::json!({"model_type": "llama", "quantization_config": section}))
+            .unwrap();
+        let checkpoint = Checkpoint::open(folder.path()).unwrap();
+        let error = open(&checkpoint).unwrap().weight(&checkpoint, "a", layer.shape).unwrap_err().to_string();
+        assert!(error.contains(suffix), "{error}");
     }
 }
 
