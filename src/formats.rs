@@ -17,6 +17,7 @@ use safetensors::Dtype;
 use serde_json::Value;
 
 use crate::checkpoint::Checkpoint;
+use crate::checkpoint::decode::{decode, nonfinite};
 use crate::checkpoint::source::{Plain, Source};
 use crate::error::{Error, Result, shown};
 use crate::weight::{Float, Outlined, Weight};
@@ -100,6 +101,23 @@ pub fn fitting(name: &str, layers: &[Outlined]) -> Result<&'static Format> {
         Ok(()) => Ok(format),
         Err(_) if name == gptq::FORMAT.name && holds(&gptq::SECOND).is_ok() => Ok(&gptq::SECOND),
         Err(error) => Err(error),
+    }
+}
+
+/// The floats of a tensor of scales, all finite.
+///
+/// # Errors
+/// When one is not, or the tensor cannot be read.
+pub fn scales(checkpoint: &Checkpoint, name: &str, float: Float) -> Result<Vec<f32>> {
+    let bytes = checkpoint.bytes(name)?;
+    let mut scales = vec![0.0; bytes.len() / float.bytes()];
+    decode(float, &bytes, &mut scales);
+    match nonfinite(&scales) {
+        None => Ok(scales),
+        Some((first, count)) => {
+            let what = format!("{count} scales are NaN or infinite, the first at index {first}");
+            Err(Error::input(what).tensor(name).file(&checkpoint.folder))
+        }
     }
 }
 

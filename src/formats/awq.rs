@@ -4,12 +4,12 @@ use safetensors::Dtype;
 use serde_json::{Value, json};
 
 use crate::checkpoint::Checkpoint;
-use crate::checkpoint::decode::{decode, encode, nonfinite};
+use crate::checkpoint::decode::encode;
 use crate::checkpoint::float_of;
 use crate::checkpoint::source::{Plain, Source, present};
 use crate::error::{Error, Result, shown};
 use crate::formats::words::transposed;
-use crate::formats::{Entry, Format};
+use crate::formats::{Entry, Format, scales};
 use crate::weight::{Float, Ints, Outlined, Storage, Weight};
 
 /// The format.
@@ -171,13 +171,7 @@ impl Source for Awq {
             return Plain.weight(checkpoint, name, shape);
         }
         let ((groups, scale_float), [rows, columns]) = (self.layout(checkpoint, name, shape)?, shape);
-        let scale_name = format!("{name}.scales");
-        let mut scales = vec![0.0; rows * groups];
-        decode(scale_float, &checkpoint.bytes(&scale_name)?, &mut scales);
-        if let Some((first, count)) = nonfinite(&scales) {
-            let what = format!("{count} scales are NaN or infinite, the first at index {first}");
-            return Err(Error::input(what).tensor(&scale_name).file(&checkpoint.folder));
-        }
+        let scales = scales(checkpoint, &format!("{name}.scales"), scale_float)?;
         let read = |suffix: &str| Ok::<_, Error>(transposed(&codes(&checkpoint.bytes(&format!("{name}.{suffix}"))?), rows));
         let (codes, zeros) = (read("qweight")?, read("qzeros")?);
         let scales = transposed(&scales, rows);

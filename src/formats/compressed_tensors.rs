@@ -6,11 +6,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
-use crate::checkpoint::decode::{decode, encode, nonfinite};
+use crate::checkpoint::decode::encode;
 use crate::checkpoint::source::{Plain, Source, present};
 use crate::checkpoint::{Checkpoint, dtype_of, float_of};
 use crate::error::{Error, Result, shown};
-use crate::formats::{Entry, Format, bitstream};
+use crate::formats::{Entry, Format, bitstream, scales};
 use crate::weight::{Float, Ints, Outlined, Storage, Weight};
 
 /// The format.
@@ -317,13 +317,7 @@ impl Source for PackQuantized {
         }
         let Layout { scheme: (bits, _, symmetric), group, groups, words, scale_float } = self.layout(checkpoint, name, shape)?;
         let [rows, columns] = shape;
-        let mut scales = vec![0.0; rows * groups];
-        let scale_name = format!("{name}.weight_scale");
-        decode(scale_float, &checkpoint.bytes(&scale_name)?, &mut scales);
-        if let Some((first, count)) = nonfinite(&scales) {
-            let what = format!("{count} scales are NaN or infinite, the first at index {first}");
-            return Err(Error::input(what).tensor(&scale_name).file(&checkpoint.folder));
-        }
+        let scales = scales(checkpoint, &format!("{name}.weight_scale"), scale_float)?;
         let mut codes = vec![0; rows * columns];
         let bytes = checkpoint.bytes(&format!("{name}.weight_packed"))?;
         let unpack = if words == bitstream::words(columns, bits) { bitstream::unpack } else { bitstream::unpack_padded };

@@ -7,10 +7,11 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::Value;
 
-use crate::checkpoint::decode::{decode, nonfinite};
+use crate::checkpoint::decode::nonfinite;
 use crate::checkpoint::source::{Plain, Source, present};
 use crate::checkpoint::{Checkpoint, float_of};
 use crate::error::{Error, Result, shown};
+use crate::formats::scales;
 use crate::matrix::Matrix;
 use crate::weight::Weight;
 
@@ -95,9 +96,7 @@ impl Source for Float8 {
         let wrong = |tensor: &str, what: String| Error::input(what).tensor(tensor).file(&checkpoint.folder);
         let dtype = checkpoint.info(&scale).map(|info| info.dtype);
         let float = dtype.and_then(float_of).ok_or_else(|| wrong(&scale, format!("is {dtype:?}, floats are needed")))?;
-        let bytes = checkpoint.bytes(&scale)?;
-        let mut scales = vec![0.0; bytes.len() / float.bytes()];
-        decode(float, &bytes, &mut scales);
+        let scales = scales(checkpoint, &scale, float)?;
         let table: Vec<f32> = (0..=255).map(number).collect();
         let mut data = vec![0.0; rows * columns];
         let bytes = checkpoint.bytes(&format!("{name}.weight"))?;

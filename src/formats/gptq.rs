@@ -10,12 +10,12 @@ use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
 use crate::checkpoint::Checkpoint;
-use crate::checkpoint::decode::{decode, encode, nonfinite};
+use crate::checkpoint::decode::encode;
 use crate::checkpoint::float_of;
 use crate::checkpoint::source::{Plain, Source, present};
 use crate::error::{Error, Result, shown};
 use crate::formats::words::{WORD_CODES, packed_columns, transposed, unpacked_columns};
-use crate::formats::{Entry, Format, bitstream};
+use crate::formats::{Entry, Format, bitstream, scales};
 use crate::weight::{Float, Ints, Outlined, Storage, Weight};
 
 /// GPTQ, first version.
@@ -292,13 +292,7 @@ impl Source for Gptq {
         }
         let Layout { bits, group, groups, scale_float } = self.layout(checkpoint, name, shape)?;
         let [rows, columns] = shape;
-        let scale_name = format!("{name}.scales");
-        let mut scales = vec![0.0; rows * groups];
-        decode(scale_float, &checkpoint.bytes(&scale_name)?, &mut scales);
-        if let Some((first, count)) = nonfinite(&scales) {
-            let what = format!("{count} scales are NaN or infinite, the first at index {first}");
-            return Err(Error::input(what).tensor(&scale_name).file(&checkpoint.folder));
-        }
+        let scales = scales(checkpoint, &format!("{name}.scales"), scale_float)?;
         let codes = unpacked_columns(&checkpoint.bytes(&format!("{name}.qweight"))?, rows, columns, bits);
         let mut zeros = vec![0; groups * rows];
         let stream = 4 * bitstream::words(rows, bits);

@@ -146,7 +146,7 @@ fn through_blocks(layer: &Outlined, weight: &Weight) -> Matrix {
         Some(kind) => blocks::decode(&bytes, kind, layer.shape).unwrap().to_matrix(),
         None => {
             let mut matrix = Matrix::new(layer.shape[0], layer.shape[1], vec![0.0; layer.shape[0] * layer.shape[1]]);
-            crate::checkpoint::decode::decode(layer.float, &bytes, &mut matrix.data);
+            decode(layer.float, &bytes, &mut matrix.data);
             matrix
         }
     }

@@ -22,11 +22,11 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
-use crate::checkpoint::decode::{decode, encode, nonfinite};
+use crate::checkpoint::decode::{decode, encode};
 use crate::checkpoint::source::{Plain, Source, present};
 use crate::checkpoint::{Checkpoint, dtype_of, float_of};
 use crate::error::{Error, Result, shown};
-use crate::formats::{Entry, Format, bitstream, compressed_tensors};
+use crate::formats::{Entry, Format, bitstream, compressed_tensors, scales};
 use crate::matrix::Matrix;
 use crate::weight::{Float, Outlined, Pattern, Sparse, Split, Storage, Trits, Weight};
 
@@ -244,17 +244,9 @@ impl Tritplane {
     }
 }
 
-/// Pairs of scales, all finite.
+/// Pairs of scales.
 fn pairs(checkpoint: &Checkpoint, name: &str) -> Result<Vec<[f32; 2]>> {
-    let bytes = checkpoint.bytes(name)?;
-    let mut values = vec![0.0; bytes.len() / 2];
-    decode(Float::F16, &bytes, &mut values);
-    match nonfinite(&values) {
-        Some((first, count)) => Err(Error::input(format!("{count} scales are NaN or infinite, the first at index {first}"))
-            .tensor(name)
-            .file(&checkpoint.folder)),
-        None => Ok(values.as_chunks::<2>().0.to_vec()),
-    }
+    Ok(scales(checkpoint, name, Float::F16)?.as_chunks::<2>().0.to_vec())
 }
 
 impl Source for Tritplane {
