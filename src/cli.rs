@@ -2,6 +2,7 @@
 
 pub mod allocator;
 pub mod arguments;
+pub mod compare;
 pub mod compress;
 pub mod device;
 pub mod eval;
@@ -96,6 +97,7 @@ fn run(arguments: Arguments) -> Result<()> {
         Command::Compress(arguments) => compress::run(&arguments, &invocation, arguments.dry_run),
         Command::Plan(arguments) => compress::run(&arguments, &invocation, true),
         Command::Eval(arguments) => eval::run(&arguments, &invocation),
+        Command::Compare(arguments) => compare::run(&arguments, &invocation),
         Command::Export(arguments) => export::run(&arguments, &invocation),
         Command::Inspect(arguments) => inspect::run(&arguments, &invocation),
         Command::Presets(arguments) => look::presets(&arguments, &invocation),

@@ -13,9 +13,9 @@ pub mod remarks;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
+use crate::calibrate::corpus::Source as Origin;
 use crate::calibrate::corpus::{self, Packed};
 use crate::calibrate::tokens::Tokenizer;
-use crate::calibrate::{builtin, corpus::Source as Text};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::source::{Restored, Source};
 use crate::compress::compressor::Compressor;
@@ -24,7 +24,7 @@ use crate::compress::exports::{Export, Sinks};
 use crate::compress::gguf::unpack::Unpacked;
 use crate::compress::layers::candidates;
 use crate::error::{Error, Result};
-use crate::evaluate::{self, Protocol, Quality};
+use crate::evaluate::{self, Protocol, Quality, Text};
 use crate::formats::output::write_json;
 use crate::formats::targets::{Engine, unfused};
 use crate::formats::{self, Format};
@@ -244,7 +244,7 @@ fn calibration_windows(job: &mut Job, model: &Model<'_>, needs: Needs, notes: &m
     if needs == Needs::Nothing {
         return Ok((None, None));
     }
-    if options.sources == [Text::Own] {
+    if options.sources == [Origin::Own] {
         job.recipe.calibration.seq = Some(options.seq);
         let (packed, generation) = generation::prepare(&job.model, model, &options, notes)?;
         return Ok((Some(packed), Some(generation)));
@@ -272,25 +272,28 @@ fn evaluation_windows(job: &Job, model: &Model<'_>, notes: &mut Vec<String>) -> 
 }
 
 fn tokenized(options: &QualityOptions, folder: &Path, model: &Model<'_>) -> Result<(Vec<Vec<u32>>, Evaluation)> {
-    let (name, text) = match &options.text {
-        Some(path) => (path.file_name().unwrap_or_default().to_string_lossy().into_owned(), corpus::read_text(path)?),
-        None => (format!("{} evaluation", builtin::VERSION), builtin::evaluation_text()),
-    };
+    let text = Text::open(options.text.as_deref())?;
     let tokenizer = Tokenizer::open(folder)?;
     let protocol = Protocol { seq: options.protocol.seq.min(model.config.max_positions), ..options.protocol };
     let bos = tokenizer.bos(model.config.bos);
-    let windows = evaluate::windows(&text, &tokenizer, protocol, bos)?;
+    let windows = evaluate::windows(&text.content, &tokenizer, protocol, bos)?;
     corpus::check_tokens(&windows, model.config.vocabulary)?;
-    Ok((windows, Evaluation { text: name, blake3: blake3::hash(text.as_bytes()).to_hex().to_string() }))
+    Ok((windows, Evaluation { text: text.name, blake3: text.blake3 }))
 }
 
 /// Whether a recipe calibrates on the file that quality is to be measured on.
 fn overlaps(job: &Job) -> bool {
     let same = |a: &Path, b: &Path| a.canonicalize().ok().is_some_and(|a| b.canonicalize().ok() == Some(a));
     let text = job.quality.as_ref().and_then(|options| options.text.as_deref());
-    let sources =
-        job.recipe.calibration.source.0.iter().flat_map(|source| source.split(',')).filter_map(|source| source.trim().parse::<Text>().ok());
-    text.is_some_and(|text| sources.into_iter().any(|source| matches!(source, Text::File(path) if same(&path, text))))
+    let sources = job
+        .recipe
+        .calibration
+        .source
+        .0
+        .iter()
+        .flat_map(|source| source.split(','))
+        .filter_map(|source| source.trim().parse::<Origin>().ok());
+    text.is_some_and(|text| sources.into_iter().any(|source| matches!(source, Origin::File(path) if same(&path, text))))
 }
 
 /// Refuses windows that are longer than the model takes.

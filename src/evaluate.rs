@@ -1,27 +1,25 @@
 //! Perplexity and, against a reference model, divergence: paired on the same tokens, streamed block by block and
 //! through the head slice by slice (protocol: methods-pruning §6).
 
-use std::ops::Range;
+pub mod kept;
+pub mod scores;
+pub mod sweep;
+
+use std::path::Path;
 use std::str::FromStr;
 
-use burn::tensor::Tensor;
-use rayon::prelude::*;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::calibrate::tokens::Tokenizer;
+use crate::calibrate::{builtin, corpus};
 use crate::error::{Error, Result};
-use crate::kernels::likelihood::Pair;
-use crate::kernels::{tensor, values};
-use crate::model::hidden::{Hidden, Keeping};
-use crate::model::walk::{Pass, embed, walk};
-use crate::model::{Model, forward};
+use crate::evaluate::scores::{Beside, Scores};
+use crate::evaluate::sweep::Stream;
+use crate::model::Model;
 use crate::run::Run;
 
-/// Tokens whose logits exist at once, per thread.
-const TOKENS_AT_ONCE: usize = 512;
-
 /// Where the token that begins a text goes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Bos {
     /// The tokenizer's own special tokens, once, around the text.
@@ -41,6 +39,31 @@ impl FromStr for Bos {
             "none" => Ok(Self::None),
             _ => Err("use once, window or none".into()),
         }
+    }
+}
+
+/// A text to measure on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Text {
+    /// Its name.
+    pub name: String,
+    /// blake3 of its bytes.
+    pub blake3: String,
+    /// The text.
+    pub content: String,
+}
+
+impl Text {
+    /// A text file, or the built-in evaluation text.
+    ///
+    /// # Errors
+    /// When the file cannot be read or is not UTF-8.
+    pub fn open(path: Option<&Path>) -> Result<Self> {
+        let (name, content) = match path {
+            Some(path) => (path.file_name().unwrap_or_default().to_string_lossy().into_owned(), corpus::read_text(path)?),
+            None => (format!("{} evaluation", builtin::VERSION), builtin::evaluation_text()),
+        };
+        Ok(Self { name, blake3: blake3::hash(content.as_bytes()).to_hex().to_string(), content })
     }
 }
 
@@ -95,12 +118,20 @@ pub struct Against {
     pub kld_mean: f64,
     /// Standard error of the mean.
     pub kld_mean_stderr: Option<f64>,
+    /// Whether divergences are lower bounds, because of the reference only the likeliest tokens are known.
+    pub kld_is_lower_bound: bool,
     /// Median of KL(reference ‖ model).
     pub kld_median: f64,
+    /// 90th percentile.
+    pub kld_p90: f64,
     /// 99th percentile of KL(reference ‖ model).
     pub kld_p99: f64,
     /// Standard error of the percentile, by the binomial spread of its rank.
     pub kld_p99_stderr: Option<f64>,
+    /// 99.9th percentile.
+    pub kld_p999: f64,
+    /// The largest.
+    pub kld_max: f64,
     /// Share of tokens on which both models find the same token most likely.
     pub top1_agreement: f64,
     /// Standard error of the share.
@@ -148,179 +179,24 @@ pub fn measure(
     protocol: Protocol,
     run: &Run<'_>,
 ) -> Result<Quality> {
-    if let Some(reference) = reference
-        && reference.config.vocabulary != model.config.vocabulary
-    {
-        let (found, needed) = (model.config.vocabulary, reference.config.vocabulary);
-        return Err(Error::input(format!("the model predicts {found} tokens, the reference {needed}; they cannot be compared")));
+    if let Some(reference) = reference {
+        comparable(model, reference)?;
     }
-    let last = |model: &Model<'_>, stage: &str| -> Result<Hidden> {
-        let mut hidden = embed(model, windows, Keeping::EXACT, run)?;
-        walk(model, &mut hidden, stage, run, &mut Pass)?;
-        Ok(hidden)
-    };
-    let own = last(model, "evaluate")?;
-    let other = reference.map(|reference| last(reference, "evaluate reference")).transpose()?;
-    let mut scores = score(model, &own, reference.zip(other.as_ref()), windows, run)?;
-    if protocol.second_half {
-        scores.iter_mut().for_each(|scores| drop(scores.drain(..windows[0].len() / 2)));
-    }
-    Ok(summary(&scores, windows[0].len(), protocol.bos, reference.is_some()))
+    let own = Stream::new(model, windows, "evaluate", run)?;
+    let other = reference.map(|reference| Stream::new(reference, windows, "evaluate reference", run)).transpose()?;
+    let beside = other.as_ref().map_or(Beside::Nothing, Beside::Stream);
+    let scores = Scores::new(&own, beside, windows, protocol, run)?;
+    Ok(scores.quality(windows[0].len(), protocol.bos))
 }
 
-/// One scored token.
-#[derive(Debug, Clone, Copy, PartialEq)]
-struct Score {
-    nll: f64,
-    reference_nll: f64,
-    divergence: f64,
-    agrees: bool,
-}
-
-/// Scores of every window, from the last hidden states.
-fn score(
-    model: &Model<'_>,
-    own: &Hidden,
-    reference: Option<(&Model<'_>, &Hidden)>,
-    windows: &[Vec<u32>],
-    run: &Run<'_>,
-) -> Result<Vec<Vec<Score>>> {
-    let device = &run.device.burn;
-    let slices: Vec<_> = model.head_slices().collect();
-    let mut pairs: Vec<Vec<Pair>> = windows.iter().map(|window| vec![Pair::default(); window.len() - 1]).collect();
-    let weight = |model: &Model<'_>| -> Result<Tensor<1>> {
-        let weight = model.final_norm()?;
-        let width = weight.len();
-        Ok(tensor(weight, [width], device))
-    };
-    let own_norm = weight(model)?;
-    let reference_norm = reference.map(|(reference, _)| weight(reference)).transpose()?;
-    run.observer.begin("score", (slices.len() * windows.len()) as u64);
-    for slice in slices {
-        let rows = |model: &Model<'_>| -> Result<Tensor<2>> {
-            let rows = model.head_rows(slice.clone())?;
-            Ok(tensor(rows.data, [rows.rows, rows.columns], device))
-        };
-        let own_head = rows(model)?;
-        let reference_head = reference.map(|(reference, _)| rows(reference)).transpose()?;
-        let logits = |model: &Model<'_>, states: &[f32], tokens: Range<usize>, norm: &Tensor<1>, head: &Tensor<2>| {
-            let (width, count) = (model.config.hidden, tokens.len());
-            let x: Tensor<2> = tensor(states[tokens.start * width..tokens.end * width].to_vec(), [count, width], device);
-            values(forward::logits(&model.config, forward::final_norm(&model.config, &x, norm), head.clone()))
-        };
-        for first in (0..windows.len()).step_by(rayon::current_num_threads()) {
-            run.check_stop()?;
-            let batch = first..(first + rayon::current_num_threads()).min(windows.len());
-            pairs[batch.clone()].par_iter_mut().zip(batch.clone()).try_for_each(|(pairs, window)| -> Result<()> {
-                let states = own.read(window..window + 1)?;
-                let other_states = reference.map(|(_, hidden)| hidden.read(window..window + 1)).transpose()?;
-                for (number, pairs) in pairs.chunks_mut(TOKENS_AT_ONCE).enumerate() {
-                    let first = number * TOKENS_AT_ONCE;
-                    let tokens = first..first + pairs.len();
-                    let own = logits(model, &states, tokens.clone(), &own_norm, &own_head);
-                    let other = match (reference, &other_states, &reference_norm, &reference_head) {
-                        (Some((reference, _)), Some(states), Some(norm), Some(head)) => Some(logits(reference, states, tokens, norm, head)),
-                        _ => None,
-                    };
-                    let targets = &windows[window][first + 1..];
-                    add_logits(pairs, &own, other.as_deref(), slice.start as u32, targets);
-                }
-                Ok(())
-            })?;
-            run.observer.step(batch.len() as u64, "");
-        }
-    }
-    run.observer.end();
-    let paired = reference.is_some();
-    let score = |pair: &Pair| Score {
-        nll: pair.model.nll(),
-        reference_nll: if paired { pair.reference.nll() } else { 0.0 },
-        divergence: if paired { pair.divergence() } else { 0.0 },
-        agrees: pair.model.best() == pair.reference.best(),
-    };
-    let scores: Vec<Vec<Score>> = pairs.iter().map(|pairs| pairs.iter().map(score).collect()).collect();
-    match scores.iter().flatten().find(|score| ![score.nll, score.reference_nll, score.divergence].iter().all(|value| value.is_finite())) {
-        Some(_) => Err(Error::run("the model gives predictions that are not finite; it is damaged")),
-        None => Ok(scores),
-    }
-}
-
-/// Takes the logits of one slice of the vocabulary, which begins at `first`, into the predictions of some tokens.
-fn add_logits(pairs: &mut [Pair], own: &[f32], other: Option<&[f32]>, first: u32, targets: &[u32]) {
-    let width = own.len() / pairs.len().max(1);
-    pairs.par_iter_mut().enumerate().with_min_len(32).for_each(|(token, pair)| {
-        let row = token * width..(token + 1) * width;
-        match other {
-            Some(other) => pair.add(&own[row.clone()], &other[row], first, targets[token]),
-            None => pair.model.add(&own[row], first, targets[token]),
-        }
-    });
-}
-
-fn summary(scores: &[Vec<Score>], seq: usize, bos: Bos, paired: bool) -> Quality {
-    let tokens = scores.iter().map(Vec::len).sum::<usize>();
-    let mean = |of: fn(&Score) -> f64| scores.iter().flatten().map(of).sum::<f64>() / tokens as f64;
-    let stderr = |of: fn(&Score) -> f64| standard_error(scores, of);
-    let nll = mean(|score| score.nll);
-    let against = paired.then(|| {
-        let mut divergences: Vec<f64> = scores.iter().flatten().map(|score| score.divergence).collect();
-        divergences.sort_by(f64::total_cmp);
-        let at = |rank: f64| divergences[(rank.max(0.0) as usize).min(tokens - 1)];
-        let (rank, spread) = (0.99 * tokens as f64, (0.99 * 0.01 * tokens as f64).sqrt());
-        let reference_nll = mean(|score| score.reference_nll);
-        let ratio = (nll - reference_nll).exp().min(f64::MAX);
-        Against {
-            reference_perplexity: reference_nll.exp().min(f64::MAX),
-            reference_nll,
-            perplexity_ratio: ratio,
-            perplexity_ratio_stderr: stderr(|score| score.nll - score.reference_nll).map(|error| error * ratio),
-            kld_mean: mean(|score| score.divergence),
-            kld_mean_stderr: stderr(|score| score.divergence),
-            kld_median: at(0.5 * tokens as f64),
-            kld_p99: at(rank),
-            kld_p99_stderr: (tokens >= 100).then(|| (at(rank + spread) - at(rank - spread)) / 2.0),
-            top1_agreement: mean(|score| f64::from(u8::from(score.agrees))),
-            top1_agreement_stderr: stderr(|score| f64::from(u8::from(score.agrees))),
-        }
-    });
-    Quality {
-        perplexity: nll.exp().min(f64::MAX),
-        nll,
-        nll_stderr: stderr(|score| score.nll),
-        tokens,
-        windows: scores.len(),
-        seq,
-        bos,
-        against,
-    }
-}
-
-/// Standard error of a mean over windows; `None` with fewer than two.
-fn standard_error(scores: &[Vec<Score>], of: impl Fn(&Score) -> f64) -> Option<f64> {
-    let means: Vec<f64> = scores.iter().map(|window| window.iter().map(&of).sum::<f64>() / window.len() as f64).collect();
-    let count = means.len() as f64;
-    let mean = means.iter().sum::<f64>() / count;
-    let variance = means.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / (count - 1.0);
-    (means.len() > 1).then(|| (variance / count).sqrt())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn scored(nll: f64) -> Score {
-        Score { nll, reference_nll: 1.0, divergence: nll / 10.0, agrees: nll < 2.5 }
-    }
-
-    #[test]
-    fn the_summary_follows_hand_computed_figures() {
-        let scores = vec![vec![scored(1.0), scored(2.0)], vec![scored(3.0), scored(4.0)]];
-        let quality = summary(&scores, 3, Bos::Once, true);
-        assert_eq!((quality.nll, quality.tokens, quality.windows), (2.5, 4, 2));
-        assert!((quality.nll_stderr.unwrap() - 1.0).abs() < 1e-12, "window means 1.5 and 3.5");
-        let against = quality.against.unwrap();
-        assert!((against.perplexity_ratio - 1.5f64.exp()).abs() < 1e-12 && (against.kld_mean - 0.25).abs() < 1e-12);
-        assert!((against.top1_agreement - 0.5).abs() < 1e-12 && (against.kld_p99 - 0.4).abs() < 1e-12);
-        assert_eq!(summary(&scores[..1], 3, Bos::None, false).nll_stderr, None);
+/// Refuses models that predict different vocabularies.
+///
+/// # Errors
+/// With both sizes.
+pub fn comparable(model: &Model<'_>, reference: &Model<'_>) -> Result<()> {
+    let (found, needed) = (model.config.vocabulary, reference.config.vocabulary);
+    match found == needed {
+        true => Ok(()),
+        false => Err(Error::input(format!("the model predicts {found} tokens, the reference {needed}; they cannot be compared"))),
     }
 }

@@ -62,6 +62,7 @@
 pub mod calibrate;
 pub mod checkpoint;
 pub mod cli;
+pub mod compare;
 pub mod compress;
 pub mod device;
 pub mod embedded;
@@ -76,4 +77,6 @@ pub mod model;
 pub mod plan;
 pub mod report;
 pub mod run;
+pub mod statistics;
+pub mod subject;
 pub mod weight;

@@ -53,6 +53,11 @@ pub enum Command {
         after_help = "Windows do not overlap, the tail is dropped, and the first token of a window is not\nscored. Perplexities are comparable only with equal text, --seq and --bos."
     )]
     Eval(Eval),
+    /// Measure any number of models beside the first, on the same tokens: perplexity, divergence, sizes, errors of layers.
+    #[command(
+        after_help = "Examples:\n  drawknife compare ./Qwen3-0.6B ./Qwen3-0.6B-w4 ./Qwen3-0.6B-w3.gguf\n  drawknife compare ./Qwen3-0.6B ./a ./b --layers --json"
+    )]
+    Compare(Compare),
     /// Write a compressed checkpoint in another format, where that holds exactly the same weights.
     #[command(
         after_help = "Examples:\n  drawknife export ./model-w4 --format gguf -o ./model-w4-gguf\n  drawknife export ./model-trits --format dense -o ./model-dense      in 32-bit floats, exact"
@@ -150,11 +155,9 @@ pub enum Scoring {
     LlamaCpp,
 }
 
-/// Arguments of `eval`.
+/// What models are measured on.
 #[derive(Debug, Args)]
-pub struct Eval {
-    /// Folder of a checkpoint, original or compressed, or a GGUF file.
-    pub model: PathBuf,
+pub struct Measuring {
     /// UTF-8 text to measure on [default: built-in evaluation text].
     #[arg(long, value_name = "FILE")]
     pub text: Option<PathBuf>,
@@ -167,6 +170,16 @@ pub struct Eval {
     /// Where the token that begins a text goes: once, window or none.
     #[arg(long, default_value = "once")]
     pub bos: Bos,
+}
+
+/// Arguments of `eval`.
+#[derive(Debug, Args)]
+pub struct Eval {
+    /// Folder of a checkpoint, original or compressed, or a GGUF file.
+    pub model: PathBuf,
+    /// What it is measured on.
+    #[command(flatten)]
+    pub measuring: Measuring,
     /// Which tokens of a window are scored: all that have one before them, or as llama.cpp's perplexity tool does it, the second
     /// half.
     #[arg(long, value_enum, default_value_t = Scoring::All, conflicts_with = "bos")]
@@ -174,6 +187,26 @@ pub struct Eval {
     /// Another checkpoint to compare with, on the same tokens.
     #[arg(long, value_name = "FOLDER")]
     pub reference: Option<PathBuf>,
+    /// auto, cpu, gpu or gpu:N.
+    #[arg(long, default_value = "auto")]
+    pub device: Choice,
+    /// GPU memory to use at most, like 8GB; weights beyond it pass tile by tile.
+    #[arg(long, value_name = "SIZE")]
+    pub gpu_memory: Option<String>,
+}
+
+/// Arguments of `compare`.
+#[derive(Debug, Args)]
+pub struct Compare {
+    /// Folders of checkpoints or GGUF files; the first is the reference.
+    #[arg(required = true, num_args = 2.., value_name = "MODEL")]
+    pub models: Vec<PathBuf>,
+    /// What they are measured on.
+    #[command(flatten)]
+    pub measuring: Measuring,
+    /// Also compare the weights of every linear layer with those of the reference.
+    #[arg(long)]
+    pub layers: bool,
     /// auto, cpu, gpu or gpu:N.
     #[arg(long, default_value = "auto")]
     pub device: Choice,

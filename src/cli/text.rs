@@ -59,8 +59,24 @@ pub fn table(rows: &[Vec<String>]) -> Vec<String> {
     rows.iter().map(line).collect()
 }
 
+/// A name that may be shown, cut in its middle to `width` characters.
+pub fn short(name: &str, width: usize) -> String {
+    let shown: Vec<char> = crate::error::shown(name).chars().collect();
+    if shown.len() <= width {
+        return shown.into_iter().collect();
+    }
+    let (front, back) = ((width - 1) / 2, width - 1 - (width - 1) / 2);
+    shown[..front].iter().chain(&['…']).chain(&shown[shown.len() - back..]).collect()
+}
+
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn long_names_keep_their_ends() {
+        assert_eq!(super::short("model.layers.11.down_proj", 11), "model…_proj");
+        assert_eq!(super::short("short", 11), "short");
+    }
+
     #[test]
     fn tables_are_aligned() {
         let rows = [vec!["a".into(), "10".into()], vec!["long".into(), "7".into(), "x".into()]];

@@ -54,8 +54,8 @@ impl Prediction {
         shrink
     }
 
-    /// ln Σ exp(logit).
-    fn log_total(&self) -> f64 {
+    /// ln Σ exp(logit), over what was seen.
+    pub fn log_total(&self) -> f64 {
         f64::from(self.highest) + self.total.ln()
     }
 

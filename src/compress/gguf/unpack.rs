@@ -361,7 +361,7 @@ impl Unpacked {
 }
 
 /// The GGUF file that a path is, or that a folder without config.json holds.
-fn file_of(path: &Path) -> Option<std::path::PathBuf> {
+pub fn file_of(path: &Path) -> Option<std::path::PathBuf> {
     if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) && path.is_file() {
         return Some(path.to_path_buf());
     }
