@@ -2,6 +2,7 @@
 
 pub mod allocator;
 pub mod arguments;
+pub mod check;
 pub mod compare;
 pub mod compress;
 pub mod device;
@@ -10,6 +11,7 @@ pub mod export;
 pub mod inspect;
 pub mod look;
 pub mod progress;
+pub mod sensitivity;
 pub mod text;
 
 use std::ffi::OsString;
@@ -97,6 +99,8 @@ fn run(arguments: Arguments) -> Result<()> {
         Command::Compress(arguments) => compress::run(&arguments, &invocation, arguments.dry_run),
         Command::Plan(arguments) => compress::run(&arguments, &invocation, true),
         Command::Eval(arguments) => eval::run(&arguments, &invocation),
+        Command::Check(arguments) => check::run(&arguments, &invocation),
+        Command::Sensitivity(arguments) => sensitivity::run(&arguments, &invocation),
         Command::Compare(arguments) => compare::run(&arguments, &invocation),
         Command::Export(arguments) => export::run(&arguments, &invocation),
         Command::Inspect(arguments) => inspect::run(&arguments, &invocation),

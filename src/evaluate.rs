@@ -3,11 +3,13 @@
 
 pub mod kept;
 pub mod scores;
+pub mod slope;
 pub mod sweep;
 
 use std::path::Path;
 use std::str::FromStr;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::calibrate::tokens::Tokenizer;
@@ -19,7 +21,7 @@ use crate::model::Model;
 use crate::run::Run;
 
 /// Where the token that begins a text goes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Bos {
     /// The tokenizer's own special tokens, once, around the text.
@@ -82,7 +84,7 @@ pub struct Protocol {
 }
 
 /// What was measured, in nats. Standard errors are over windows, because tokens of a window are not independent.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
 pub struct Quality {
     /// exp(nll).
     pub perplexity: f64,
@@ -104,7 +106,7 @@ pub struct Quality {
 }
 
 /// The comparison with a reference model on the same tokens.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
 pub struct Against {
     /// Perplexity of the reference.
     pub reference_perplexity: f64,

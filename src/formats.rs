@@ -146,6 +146,20 @@ pub fn open(checkpoint: &Checkpoint) -> Result<Box<dyn Source>> {
     }
 }
 
+/// The format in which this program would write what a checkpoint holds; `None` where it writes no such thing.
+pub fn of(checkpoint: &Checkpoint) -> Option<&'static Format> {
+    let Some(config) = quantization(checkpoint) else { return Some(&dense::FORMAT) };
+    match config["quant_method"].as_str()? {
+        "compressed-tensors" if !float8_groups(config) => Some(&compressed_tensors::FORMAT),
+        "gptq" if config["checkpoint_format"] == "gptq_v2" => Some(&gptq::SECOND),
+        "gptq" => Some(&gptq::FORMAT),
+        "auto-round" => Some(&gptq::AUTO_ROUND),
+        "awq" => Some(&awq::FORMAT),
+        "tritplane" => Some(&tritplane::FORMAT),
+        _ => None,
+    }
+}
+
 /// Whether all groups of a compressed-tensors section are floats of 8 bits.
 fn float8_groups(config: &Value) -> bool {
     let float8 = |group: &Value| {

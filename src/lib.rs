@@ -60,6 +60,7 @@
 //! The tests `layering` and `tidy` check most of these.
 
 pub mod calibrate;
+pub mod check;
 pub mod checkpoint;
 pub mod cli;
 pub mod compare;
@@ -77,6 +78,7 @@ pub mod model;
 pub mod plan;
 pub mod report;
 pub mod run;
+pub mod sensitivity;
 pub mod statistics;
 pub mod subject;
 pub mod weight;

@@ -39,6 +39,8 @@ pub struct Layer<'a> {
     pub float: Float,
     /// Bits to use instead of the method's own, where the plan says so.
     pub bits: Option<u8>,
+    /// Share of weights to prune instead of the method's own, where the plan says so.
+    pub sparsity: Option<f64>,
     /// Ranges that a pre-calibration chose for the grids.
     pub bounds: Option<&'a Bounds>,
     /// For methods that aim at the float model's output: the corrected weight, dense even where the weight is pruned.
@@ -176,6 +178,8 @@ pub struct BlockLayer {
     pub float: Float,
     /// Bits to use instead of the method's own, where the plan says so.
     pub bits: Option<u8>,
+    /// Share of weights to prune instead of the method's own, where the plan says so.
+    pub sparsity: Option<f64>,
     /// Ranges that a pre-calibration chose for the grids.
     pub bounds: Option<Bounds>,
 }

@@ -11,6 +11,7 @@ pub mod generate;
 pub mod hidden;
 pub mod rotation;
 pub mod seen;
+pub mod slopes;
 pub mod walk;
 
 use std::ops::Range;

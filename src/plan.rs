@@ -1,5 +1,6 @@
 //! A recipe and a model to a plan: what happens to every linear layer, decided before any weight is read.
 
+pub mod allocate;
 pub mod recipe;
 
 use globset::Glob;
@@ -40,6 +41,8 @@ pub struct Planned {
     pub stages: Vec<usize>,
     /// Bits that replace those of quantizing stages.
     pub bits: Option<u8>,
+    /// Share of weights that replaces that of pruning stages.
+    pub sparsity: Option<f64>,
 }
 
 /// Everything that is decided before the work.
@@ -60,7 +63,7 @@ impl Plan {
     /// When a pattern matches nothing, or a method cannot take a layer.
     pub fn resolve(recipe: &Recipe, candidates: &[Candidate]) -> Result<Self> {
         let skip = patterns(&recipe.skip.iter().map(|skip| skip.pattern.clone()).collect::<Vec<_>>(), candidates)?;
-        let keep = recipe.overrides.iter().map(|one| Ok((pattern(&one.pattern, candidates)?, one.bits))).collect::<Result<Vec<_>>>()?;
+        let keep = recipe.overrides.iter().map(|one| Ok((pattern(&one.pattern, candidates)?, one))).collect::<Result<Vec<_>>>()?;
         let mut stages = Vec::new();
         let mut targets = Vec::new();
         for stage in &recipe.stages {
@@ -74,7 +77,8 @@ impl Plan {
         let mut layers = Vec::new();
         let mut notes = Vec::new();
         for candidate in candidates {
-            let bits = keep.iter().rfind(|(matcher, _)| matches(matcher, &candidate.name)).map(|&(_, bits)| bits);
+            let kept = || keep.iter().rev().filter(|(matcher, _)| matches(matcher, &candidate.name));
+            let (bits, sparsity) = (kept().find_map(|(_, one)| one.bits), kept().find_map(|(_, one)| one.sparsity));
             let skipped = skip.iter().any(|matcher| matches(matcher, &candidate.name)) || bits == Some(16);
             let wanted =
                 |stage: &usize| targets[*stage].is_empty() || targets[*stage].iter().any(|matcher| matches(matcher, &candidate.name));
@@ -91,7 +95,7 @@ impl Plan {
                 storage: (!chosen.is_empty()).then_some(storage),
                 float: candidate.float,
             };
-            layers.push(Planned { outlined, stages: chosen, bits });
+            layers.push(Planned { outlined, stages: chosen, bits, sparsity });
         }
         if layers.iter().all(|layer| layer.stages.is_empty()) && !stages.iter().any(|stage| stage.method.norms()) {
             return Err(Error::input("nothing is left to compress: every linear layer is skipped"));

@@ -27,6 +27,22 @@ pub struct Silent;
 
 impl Observer for Silent {}
 
+/// An observer that passes on nothing but the wish to stop: for work inside a stage that is already watched.
+#[derive(Clone, Copy)]
+pub struct Muted<'a>(pub &'a dyn Observer);
+
+impl std::fmt::Debug for Muted<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Muted")
+    }
+}
+
+impl Observer for Muted<'_> {
+    fn stopped(&self) -> Option<u8> {
+        self.0.stopped()
+    }
+}
+
 /// The surroundings of a computation.
 #[derive(Clone, Copy)]
 pub struct Run<'a> {

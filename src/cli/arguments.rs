@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::check::gate::Limits;
 use crate::device::Choice;
 use crate::evaluate::Bos;
 use crate::formats::targets::Engine;
@@ -58,6 +59,16 @@ pub enum Command {
         after_help = "Examples:\n  drawknife compare ./Qwen3-0.6B ./Qwen3-0.6B-w4 ./Qwen3-0.6B-w3.gguf\n  drawknife compare ./Qwen3-0.6B ./a ./b --layers --json"
     )]
     Compare(Compare),
+    /// Measure what every way to store every layer costs: the map that --target-bpw is solved on.
+    #[command(
+        after_help = "Examples:\n  drawknife sensitivity ./model                              writes sensitivity.json\n  drawknife sensitivity ./model --quick                      predictions only, a few percent of the time\n  drawknife compress ./model -o ./out --preset w4 --target-bpw 3.5 --sensitivity sensitivity.json\n\nThe file is written block by block; the same command goes on where it was stopped."
+    )]
+    Sensitivity(Sensitivity),
+    /// Decide whether a model is whole and as good as it was: for build pipelines.
+    #[command(
+        after_help = "Examples:\n  drawknife check ./model-w4                                          are the files whole?\n  drawknife check ./model-w4 --reference ./model --text eval.txt --baseline baseline.json --update-baseline\n  drawknife check ./model-w4 --reference ./model --text eval.txt --baseline baseline.json --junit check.xml\n  drawknife check ./model-w4 --reference ./model --max 'ppl_ratio<=1.01,kld_mean<=0.02,top1>=0.95,size<=5.8GB'\n\nExit codes: 0 pass, 3 fail, 4 inconclusive, 5 the files are not whole, 2 measured on something else\nthan the baseline was. A check needs at least eight windows of tokens to pass."
+    )]
+    Check(Check),
     /// Write a compressed checkpoint in another format, where that holds exactly the same weights.
     #[command(
         after_help = "Examples:\n  drawknife export ./model-w4 --format gguf -o ./model-w4-gguf\n  drawknife export ./model-trits --format dense -o ./model-dense      in 32-bit floats, exact"
@@ -207,6 +218,92 @@ pub struct Compare {
     /// Also compare the weights of every linear layer with those of the reference.
     #[arg(long)]
     pub layers: bool,
+    /// auto, cpu, gpu or gpu:N.
+    #[arg(long, default_value = "auto")]
+    pub device: Choice,
+    /// GPU memory to use at most, like 8GB; weights beyond it pass tile by tile.
+    #[arg(long, value_name = "SIZE")]
+    pub gpu_memory: Option<String>,
+}
+
+/// Arguments of `sensitivity`.
+#[derive(Debug, Args)]
+pub struct Sensitivity {
+    /// Folder of a checkpoint, or a GGUF file.
+    pub model: PathBuf,
+    /// The file to write, and to go on with.
+    #[arg(long, short, value_name = "FILE.json", default_value = "sensitivity.json")]
+    pub output: PathBuf,
+    /// Ways to store a layer: w2 to w8 with groups of 128, or like w3g64; s50 for half of the weights zero; 2:4; trit.
+    #[arg(long, value_name = "NAMES", default_value = crate::sensitivity::schemes::DEFAULT)]
+    pub schemes: String,
+    /// What makes integers: round-to-nearest or gptq.
+    #[arg(long, value_name = "NAME", default_value = "round-to-nearest")]
+    pub method: String,
+    /// Only predict from one walk back; leave out the exact measurement.
+    #[arg(long)]
+    pub quick: bool,
+    /// builtin:mix or .txt and .jsonl files, comma-separated.
+    #[arg(long, value_name = "SOURCE", default_value = "builtin:mix")]
+    pub calibration: String,
+    /// Windows.
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    pub samples: usize,
+    /// Tokens per window, or as many as the model takes.
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub seq: usize,
+    /// auto, cpu, gpu or gpu:N.
+    #[arg(long, default_value = "auto")]
+    pub device: Choice,
+    /// GPU memory to use at most, like 8GB; weights beyond it pass tile by tile.
+    #[arg(long, value_name = "SIZE")]
+    pub gpu_memory: Option<String>,
+}
+
+/// How `check` prints.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum CheckFormat {
+    /// Tables.
+    Human,
+    /// Annotations for GitHub Actions, and a summary of the step.
+    Github,
+}
+
+/// Arguments of `check`.
+#[derive(Debug, Args)]
+pub struct Check {
+    /// Folder of a checkpoint, or a GGUF file.
+    pub model: PathBuf,
+    /// The model before compression, or the file that --save-reference wrote of it.
+    #[arg(long, value_name = "MODEL|FILE")]
+    pub reference: Option<PathBuf>,
+    /// What it is measured on.
+    #[command(flatten)]
+    pub measuring: Measuring,
+    /// The accepted measurement to compare with.
+    #[arg(long, value_name = "FILE.json")]
+    pub baseline: Option<PathBuf>,
+    /// Accept this measurement: write it to --baseline. Tolerances that stand there are kept.
+    #[arg(long)]
+    pub update_baseline: bool,
+    /// Limits: ppl_ratio, ppl, kld_mean, kld_p99, top1, size or bits with <= or >=, comma-separated.
+    #[arg(long, value_name = "LIMITS", value_parser = crate::cli::check::limits)]
+    pub max: Option<Limits>,
+    /// Time that measuring may take, like 2m; it stops as soon as everything is decided.
+    #[arg(long, value_name = "TIME", value_parser = crate::cli::check::duration)]
+    pub budget: Option<std::time::Duration>,
+    /// Keep the reference's predictions (the 64 likeliest tokens) in a file that can take its place.
+    #[arg(long, value_name = "FILE.safetensors")]
+    pub save_reference: Option<PathBuf>,
+    /// Engine that must load the model: vllm, transformers, sglang or llama.cpp.
+    #[arg(long = "for", value_name = "ENGINE")]
+    pub engine: Option<Engine>,
+    /// Write the result as JUnit's XML too.
+    #[arg(long, value_name = "FILE.xml")]
+    pub junit: Option<PathBuf>,
+    /// How to print.
+    #[arg(long, value_enum, default_value_t = CheckFormat::Human)]
+    pub format: CheckFormat,
     /// auto, cpu, gpu or gpu:N.
     #[arg(long, default_value = "auto")]
     pub device: Choice,

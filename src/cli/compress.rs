@@ -110,7 +110,7 @@ fn recipe(arguments: &Compress, invocation: &Invocation) -> Result<Recipe> {
         if !(2..=8).contains(&bits) && bits != 16 {
             return Err(wrong());
         }
-        recipe.overrides.push(Override { pattern: pattern.into(), bits });
+        recipe.overrides.push(Override { pattern: pattern.into(), bits: Some(bits), sparsity: None });
     }
     for gate in &arguments.gate {
         let wrong = || Error::input(format!("--gate {gate}: use kld_mean=LIMIT or ppl_ratio=LIMIT"));

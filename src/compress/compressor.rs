@@ -94,6 +94,7 @@ impl<'a> Compressor<'a> {
                     name: linear.name.clone(),
                     float: planned.outlined.float,
                     bits: planned.bits,
+                    sparsity: planned.sparsity,
                     bounds,
                 });
             }
@@ -223,6 +224,7 @@ fn apply(
         statistics,
         float: outlined.float,
         bits: planned.bits,
+        sparsity: planned.sparsity,
         bounds: handed.bounds.as_ref(),
         goal: None,
         gpu,

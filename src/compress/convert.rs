@@ -45,7 +45,7 @@ pub fn convert(model: &Path, format: &str, destination: Destination, run: &Run<'
         run.check_stop()?;
         let weight = source.weight(&checkpoint, &candidate.name, candidate.shape)?;
         let outlined = outlined(&candidate.name, weight, format).map_err(|what| Error::input(what).tensor(&candidate.name))?;
-        layers.push(Planned { outlined, stages: Vec::new(), bits: None });
+        layers.push(Planned { outlined, stages: Vec::new(), bits: None, sparsity: None });
         run.observer.step(1, &candidate.name);
     }
     run.observer.end();

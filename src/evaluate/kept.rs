@@ -118,6 +118,23 @@ impl Kept {
         KEPT.min(self.identity.vocabulary)
     }
 
+    /// What is kept of some of the windows; windows beyond the last are left out.
+    #[must_use]
+    pub fn part(&self, windows: std::ops::Range<usize>) -> Self {
+        let (scored, width) = (self.identity.seq - 1, self.width());
+        let windows = windows.start.min(self.windows.len())..windows.end.min(self.windows.len());
+        let tokens = windows.start * scored..windows.end * scored;
+        let listed = tokens.start * width..tokens.end * width;
+        Self {
+            identity: self.identity.clone(),
+            windows: self.windows[windows].to_vec(),
+            ids: self.ids[listed.clone()].to_vec(),
+            logs: self.logs[listed].to_vec(),
+            tails: self.tails[tokens.clone()].to_vec(),
+            nlls: self.nlls[tokens].to_vec(),
+        }
+    }
+
     /// Writes a safetensors file.
     ///
     /// # Errors

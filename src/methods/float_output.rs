@@ -166,8 +166,16 @@ pub fn by_site(bench: &mut Bench<'_>, layers: &[BlockLayer], method: &dyn Method
             let original = bench.original(one.role).ok_or_else(|| Error::run("the original block was not kept").tensor(&one.name))?;
             let linear = bench.linear(one.role).ok_or_else(|| Error::run("not part of the block").tensor(&one.name))?;
             let weight = std::mem::replace(&mut linear.weight, Weight::Dense(Matrix::new(0, 0, Vec::new())));
-            let layer =
-                Layer { name: &one.name, statistics: None, float: one.float, bits: one.bits, bounds: one.bounds.as_ref(), goal: None, gpu };
+            let layer = Layer {
+                name: &one.name,
+                statistics: None,
+                float: one.float,
+                bits: one.bits,
+                sparsity: one.sparsity,
+                bounds: one.bounds.as_ref(),
+                goal: None,
+                gpu,
+            };
             let (applied, strength) = prepared.apply(method, weight, &original, &layer).map_err(|error| error.tensor(&one.name))?;
             linear.weight = applied.weight;
             notes.extend(applied.notes.into_iter().map(|note| (one.role, note)));

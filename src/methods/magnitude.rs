@@ -39,9 +39,9 @@ impl Method for Magnitude {
         Ok(Storage::Sparse(self.pattern))
     }
 
-    fn apply(&self, weight: Weight, _: &Layer<'_>) -> Result<Applied> {
+    fn apply(&self, weight: Weight, layer: &Layer<'_>) -> Result<Applied> {
         let mut matrix = weight.into_matrix();
-        let change = prune(&mut matrix, share(self.sparsity, self.pattern)?, self.pattern, self.reference_code);
+        let change = prune(&mut matrix, share(layer.sparsity.or(self.sparsity), self.pattern)?, self.pattern, self.reference_code);
         Ok(Applied::new(Weight::Sparse(Sparse { matrix, pattern: self.pattern }), change))
     }
 

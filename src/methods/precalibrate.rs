@@ -132,7 +132,7 @@ mod tests {
     }
 
     fn layer() -> Layer<'static> {
-        Layer { name: "layer", statistics: None, float: Float::BF16, bits: None, bounds: None, goal: None, gpu: None }
+        Layer { name: "layer", statistics: None, float: Float::BF16, bits: None, sparsity: None, bounds: None, goal: None, gpu: None }
     }
 
     fn wavy() -> Matrix {

@@ -138,7 +138,7 @@ mod tests {
     }
 
     fn layer(statistics: Option<&Statistics>) -> Layer<'_> {
-        Layer { name: "a", statistics, float: Float::BF16, bits: None, bounds: None, goal: None, gpu: None }
+        Layer { name: "a", statistics, float: Float::BF16, bits: None, sparsity: None, bounds: None, goal: None, gpu: None }
     }
 
     #[test]

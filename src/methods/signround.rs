@@ -242,6 +242,7 @@ impl SignRound {
                 statistics: None,
                 float: layer.float,
                 bits: layer.bits,
+                sparsity: None,
                 bounds: layer.bounds.as_ref(),
                 goal: None,
                 gpu: None,

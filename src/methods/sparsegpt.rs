@@ -82,6 +82,9 @@ impl Method for SparseGpt {
     }
 
     fn apply(&self, weight: Weight, layer: &Layer<'_>) -> Result<Applied> {
+        if layer.sparsity.is_some() {
+            return Self { sparsity: layer.sparsity, ..self.clone() }.apply(weight, &Layer { sparsity: None, ..*layer });
+        }
         let gram = layer.gram()?;
         let exact = weight.into_matrix();
         let mut pruned = self.prune(&exact, gram)?;

@@ -58,6 +58,9 @@ impl Method for Wanda {
     }
 
     fn apply(&self, weight: Weight, layer: &Layer<'_>) -> Result<Applied> {
+        if layer.sparsity.is_some() {
+            return Self { sparsity: layer.sparsity, ..self.clone() }.apply(weight, &Layer { sparsity: None, ..*layer });
+        }
         let statistics = layer.statistics.ok_or_else(|| Error::run("wanda needs calibration").tensor(layer.name))?;
         let mut matrix = weight.into_matrix();
         let exact = (self.needs() == Needs::Gram).then(|| matrix.clone());
@@ -256,7 +259,16 @@ pub(crate) mod tests {
         let (exact, gram) = methods::admm::tests::layer(16, 48, 300, 3);
         let squares = (0..48).map(|j| gram[j * 49]).collect();
         let statistics = Statistics::new(300, squares, Some(gram.clone()));
-        let layer = Layer { name: "x", statistics: Some(&statistics), float: Float::F32, bits: None, bounds: None, goal: None, gpu: None };
+        let layer = Layer {
+            name: "x",
+            statistics: Some(&statistics),
+            float: Float::F32,
+            bits: None,
+            sparsity: None,
+            bounds: None,
+            goal: None,
+            gpu: None,
+        };
         for pattern in [Pattern::Unstructured, Pattern::Blocks { kept: 2, of: 4 }] {
             let run = |swaps, refit| {
                 let wanda = Wanda { sparsity: None, pattern, swaps, refit };

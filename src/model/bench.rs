@@ -230,6 +230,30 @@ impl Bench<'_> {
         Ok(sum / entries.max(1) as f64)
     }
 
+    /// The original block's outputs for all windows with another weight in one place, each: output c of window w goes to
+    /// window w · (number of weights) + c of `outputs`.
+    ///
+    /// # Errors
+    /// When hidden states cannot be read or written, or the original block is not there.
+    pub fn with_others(&self, others: &[(Role, Matrix)], outputs: &mut Hidden) -> Result<()> {
+        let original = self.original.as_ref().ok_or_else(|| Error::run("the original block was not kept"))?;
+        for (number, (role, matrix)) in others.iter().enumerate() {
+            self.run.check_stop()?;
+            let mut parameters = original.clone();
+            parameters.set_weight(*role, tensor(matrix.data.clone(), [matrix.rows, matrix.columns], &self.run.device.burn));
+            let runs = crate::model::walk::runs(self.model, self.hidden);
+            let results = self.hidden.map(&runs, |windows, x| Ok(self.forward(&parameters, self.hidden.tokens(windows.start), x)))?;
+            for (windows, y) in runs.into_iter().zip(results) {
+                let each = y.len() / windows.len();
+                for (window, y) in windows.zip(y.chunks(each)) {
+                    let place = window * others.len() + number;
+                    outputs.write(place..place + 1, y)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn forward(&self, parameters: &Parameters, seq: usize, x: Vec<f32>) -> Vec<f32> {
         let spec = Spec::new(&self.model.config, self.block.index, seq);
         values(forward::block(&spec, parameters, self.tensor(x), &mut |_, _| {}))

@@ -36,6 +36,11 @@ impl Keeping {
     /// In 16 bits once they are over the budget.
     pub const HALVED: Self = Self { budget_bytes: BUDGET_BYTES, exact: false };
 
+    /// In f32 in any case, with as much memory as is left when `stores` of them share it.
+    pub fn shared(stores: usize) -> Self {
+        Self { budget_bytes: 4 * BUDGET_BYTES / stores.max(1) as u64, exact: true }
+    }
+
     /// Bytes in memory of a store of `tokens × width` states.
     pub fn memory_bytes(self, tokens: u64, width: u64) -> u64 {
         (4 * tokens * width).min(self.budget_bytes)
@@ -103,7 +108,16 @@ impl Hidden {
     /// # Errors
     /// When the temporary file cannot be made or read.
     pub fn copy(&self, scratch: &Path) -> Result<Self> {
-        let mut copy = self.like(self.width, scratch)?;
+        self.copy_as(self.keeping, scratch)
+    }
+
+    /// As [`Self::copy`], kept in another way.
+    ///
+    /// # Errors
+    /// As [`Self::copy`].
+    pub fn copy_as(&self, keeping: Keeping, scratch: &Path) -> Result<Self> {
+        let lengths: Vec<usize> = (0..self.len()).map(|window| self.tokens(window)).collect();
+        let mut copy = Self::new(&lengths, self.width, keeping, scratch)?;
         for window in 0..self.len() {
             copy.write(window..window + 1, &self.read(window..window + 1)?)?;
         }

@@ -82,13 +82,28 @@ pub fn embed(model: &Model<'_>, windows: &[Vec<u32>], keeping: Keeping, run: &Ru
 /// # Errors
 /// When a block cannot be read, an output is not finite, a signal asks to stop, or the visitor fails.
 pub fn walk(model: &Model<'_>, hidden: &mut Hidden, stage: &str, run: &Run<'_>, visitor: &mut dyn Visitor) -> Result<()> {
+    walk_from(model, 0, hidden, stage, run, visitor)
+}
+
+/// As [`walk`], from block `first` on; `hidden` enters with the inputs of that block.
+///
+/// # Errors
+/// As [`walk`].
+pub fn walk_from(
+    model: &Model<'_>,
+    first: usize,
+    hidden: &mut Hidden,
+    stage: &str,
+    run: &Run<'_>,
+    visitor: &mut dyn Visitor,
+) -> Result<()> {
     let layers = model.config.layers.len();
     let needs = visitor.needs();
     let calibrated = needs > Needs::Nothing && !hidden.is_empty();
     let passes = if calibrated { 2 } else { 1 };
-    run.observer.begin(stage, (layers * (passes * hidden.len()).max(1)) as u64);
+    run.observer.begin(stage, ((layers - first) * (passes * hidden.len()).max(1)) as u64);
     let mut float = if calibrated && needs == Needs::Streams { Some(FloatStream::new(model, hidden, run)?) } else { None };
-    for index in 0..layers {
+    for index in first..layers {
         run.check_stop()?;
         let note = format!("block {index}");
         let mut block = model.load_block(index)?;
@@ -125,6 +140,22 @@ pub fn walk(model: &Model<'_>, hidden: &mut Hidden, stage: &str, run: &Run<'_>, 
     }
     run.observer.end();
     Ok(())
+}
+
+/// A block on the workbench with what it was seen doing, away from the walk: `hidden` are its inputs.
+///
+/// # Errors
+/// When the block cannot be read.
+pub fn opened<'a>(model: &'a Model<'a>, index: usize, hidden: &'a Hidden, needs: Needs, run: &'a Run<'a>) -> Result<Bench<'a>> {
+    let mut block = model.load_block(index)?;
+    let parameters = Parameters::take(&mut block, run.device);
+    let original = Some(parameters.clone());
+    let (seen, wanted) = match needs {
+        Needs::Nothing => Default::default(),
+        _ => observe(model, index, &parameters, hidden, needs, run, "")?,
+    };
+    parameters.give_back(&mut block);
+    Ok(Bench { model, block, seen, run, hidden, original, streams: None, wanted, settled: false })
 }
 
 /// Memory for what must have been seen of so many tokens, in bytes, beside the block and the hidden states: Gram matrices

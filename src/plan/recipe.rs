@@ -169,7 +169,11 @@ pub struct Override {
     #[serde(rename = "match")]
     pub pattern: String,
     /// Bits of quantizing stages, 2..=8; 16 leaves the layer as it is.
-    pub bits: u8,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bits: Option<u8>,
+    /// Share of weights that unstructured pruning stages make zero, at least 0 and below 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sparsity: Option<f64>,
 }
 
 /// `[[skip]]`.
@@ -257,12 +261,18 @@ impl Recipe {
                 return Err(Error::input(format!("gate: {name} is {limit}, it must be a number above 0")));
             }
         }
-        match self.overrides.iter().find(|one| !(2..=8).contains(&one.bits) && one.bits != 16) {
-            Some(one) => {
-                Err(Error::input(format!("override {}: {} bits; use 2 to 8, or 16 to leave the layers as they are", one.pattern, one.bits)))
+        for Override { pattern, bits, sparsity } in &self.overrides {
+            if let Some(bits) = bits.filter(|bits| !(2..=8).contains(bits) && *bits != 16) {
+                return Err(Error::input(format!("override {pattern}: {bits} bits; use 2 to 8, or 16 to leave the layers as they are")));
             }
-            None => Ok(()),
+            if let Some(sparsity) = sparsity.filter(|sparsity| !(0.0..1.0).contains(sparsity)) {
+                return Err(Error::input(format!("override {pattern}: sparsity {sparsity}; use at least 0 and below 1")));
+            }
+            if bits.is_none() && sparsity.is_none() {
+                return Err(Error::input(format!("override {pattern}: changes nothing; give it bits or sparsity")));
+            }
         }
+        Ok(())
     }
 
     /// Reads a recipe file.

@@ -1,0 +1,167 @@
+//! `sensitivity`.
+
+use std::time::Duration;
+
+use serde_json::json;
+
+use crate::calibrate::corpus;
+use crate::cli::Invocation;
+use crate::cli::arguments::Sensitivity as Arguments;
+use crate::cli::device::pick_device;
+use crate::cli::text::{say, say_json, short, table};
+use crate::error::{Error, Result, shown_path};
+use crate::plan::recipe::Recipe;
+use crate::run::Run;
+use crate::sensitivity::file::{Candidate, Sensitivity};
+use crate::sensitivity::schemes::Scheme;
+use crate::sensitivity::{Options, Times, sensitivity};
+use crate::subject::Subject;
+
+/// Layers that are listed.
+const LISTED: usize = 10;
+
+/// Runs the verb.
+///
+/// # Errors
+/// Whatever went wrong, in one line.
+pub fn run(arguments: &Arguments, invocation: &Invocation) -> Result<()> {
+    let device = pick_device(arguments.device, arguments.gpu_memory.as_deref())?;
+    let scratch = std::env::temp_dir();
+    let schemes = Scheme::parse_all(&arguments.schemes, &arguments.method)?;
+    let subject = Subject::open(&arguments.model, &scratch)?;
+    let source = arguments.calibration.clone();
+    let options = options(&subject, schemes, &arguments.method, !arguments.quick, &source, (arguments.samples, arguments.seq), invocation)?;
+    let run = Run { device: &device, seed: invocation.seed.unwrap_or(0), observer: &invocation.progress, scratch: &scratch };
+    let (found, times) = sensitivity(&subject, &options, Some(&arguments.output), &run)?;
+    if invocation.json {
+        let mut object = serde_json::to_value(&found).map_err(|error| Error::run(error.to_string()))?;
+        object["seconds"] = json!({"predicted": times.predicted.as_secs_f64(), "exact": times.exact.as_secs_f64()});
+        say_json(&object);
+        return Ok(());
+    }
+    if !invocation.quiet {
+        show(&found, &options, times, invocation.verbose);
+    }
+    say(&format!("wrote     {}", shown_path(&arguments.output)));
+    Ok(())
+}
+
+/// What to measure, with windows of a calibration text.
+///
+/// # Errors
+/// When the text cannot be read or is too short.
+pub fn options(
+    subject: &Subject,
+    schemes: Vec<Scheme>,
+    method: &str,
+    exact: bool,
+    source: &str,
+    (samples, seq): (usize, usize),
+    invocation: &Invocation,
+) -> Result<Options> {
+    let model = subject.model()?;
+    let mut recipe = Recipe::parse("version = 1")?;
+    recipe.calibration.source = crate::plan::recipe::OneOrMany(vec![source.into()]);
+    (recipe.calibration.samples, recipe.calibration.seq) = (samples, Some(seq.min(model.config.max_positions)));
+    recipe.calibration.seed = invocation.seed.unwrap_or(0);
+    recipe.check()?;
+    let packing = recipe.packing(model.config.max_positions)?;
+    if packing.sources == [corpus::Source::Own] {
+        return Err(Error::input("--calibration self: a sensitivity needs text that is there; use builtin:mix or files"));
+    }
+    let packed = corpus::pack(&packing, || subject.tokenizer(), model.config.eos.first().copied(), model.config.vocabulary)?;
+    let mut windows = packed.windows;
+    // Lines of token numbers may have any length; what is compared between windows needs one.
+    let length = windows.iter().map(Vec::len).max().unwrap_or(0);
+    windows.retain(|window| window.len() == length);
+    if length < 2 {
+        return Err(Error::input("the calibration text gives no window of two tokens; give more text"));
+    }
+    Ok(Options { schemes, method: method.into(), exact, windows, source: packed.counts.sources.join(", ") })
+}
+
+fn show(found: &Sensitivity, options: &Options, times: Times, all: bool) {
+    let identity = &found.identity;
+    say(&format!("text      {} · {} windows of {} tokens", identity.source, identity.windows, identity.seq));
+    say(&format!("layers    {} · schemes {} · integers by {}", found.layers.len(), found.schemes.join(", "), identity.method));
+    say("");
+    let mut rows = vec![
+        ["scheme", "bits", "weight error", "layer error", "divergence: median", "worst", "sum", "worst layer"].map(String::from).to_vec(),
+    ];
+    rows.extend(found.schemes.iter().filter_map(|scheme| overview(found, scheme)));
+    table(&rows).iter().for_each(|line| say(line));
+    say(if options.exact {
+        "divergence in nats, one layer compressed at a time"
+    } else {
+        "divergence in nats, predicted from slopes of the loss"
+    });
+    say("");
+    layers(found, all);
+    if let Some(of) = &found.rank_correlation {
+        let by_scheme =
+            |list: &[(String, f64)]| list.iter().map(|(scheme, of)| format!("{scheme} {of:.2}")).collect::<Vec<_>>().join(" · ");
+        say("");
+        say("rank correlation with the exact divergence (Spearman)");
+        say(&format!("  Σ |gradient · change|     {:.3} · within {}", of.gradient, by_scheme(&of.gradient_by_scheme)));
+        say(&format!("  predicted divergence      {:.3} · within {}", of.predicted_kld, by_scheme(&of.predicted_kld_by_scheme)));
+        say(&format!("  weight error              {:.3}", of.weight_error));
+    }
+    let seconds = |time: Duration| format!("{:.1} s", time.as_secs_f64());
+    if options.exact {
+        let share = times.predicted.as_secs_f64() / times.exact.as_secs_f64().max(1e-9);
+        say(&format!("time      predictions {} · exact {} · {:.0} % of it", seconds(times.predicted), seconds(times.exact), 100.0 * share));
+    } else {
+        say(&format!("time      {}", seconds(times.predicted)));
+    }
+}
+
+fn candidates<'a>(found: &'a Sensitivity, scheme: &'a str) -> impl Iterator<Item = (&'a str, &'a Candidate, usize)> {
+    found.layers.iter().filter_map(move |layer| {
+        let candidate = layer.candidates.iter().find(|candidate| candidate.scheme == scheme)?;
+        Some((layer.name.as_str(), candidate, layer.shape[0] * layer.shape[1]))
+    })
+}
+
+fn overview(found: &Sensitivity, scheme: &str) -> Option<Vec<String>> {
+    let mut costs: Vec<f64> = candidates(found, scheme).map(|(_, candidate, _)| candidate.cost()).collect();
+    costs.sort_by(f64::total_cmp);
+    let worst = candidates(found, scheme).max_by(|a, b| a.1.cost().total_cmp(&b.1.cost()))?;
+    let mean =
+        |of: &dyn Fn(&Candidate) -> f64| candidates(found, scheme).map(|(_, candidate, _)| of(candidate)).sum::<f64>() / costs.len() as f64;
+    let bits: f64 = candidates(found, scheme).map(|(_, candidate, _)| candidate.bits as f64).sum();
+    let weights: f64 = candidates(found, scheme).map(|(.., weights)| weights as f64).sum();
+    Some(vec![
+        scheme.into(),
+        format!("{:.2}", bits / weights),
+        format!("{:.2e}", mean(&|candidate| candidate.weight_error)),
+        format!("{:.2e}", mean(&|candidate| candidate.layer_error.unwrap_or(0.0))),
+        format!("{:.6}", costs[costs.len() / 2]),
+        format!("{:.6}", costs[costs.len() - 1]),
+        format!("{:.5}", costs.iter().sum::<f64>()),
+        short(worst.0, 28),
+    ])
+}
+
+/// The most sensitive layers, by what the narrowest integers cost; the first scheme where there are none.
+fn layers(found: &Sensitivity, all: bool) {
+    let Some(first) = found.schemes.first() else { return };
+    let mut order: Vec<(&str, &Candidate, usize)> = candidates(found, first).collect();
+    order.sort_by(|a, b| b.1.cost().total_cmp(&a.1.cost()));
+    let kept = if all { order.len() } else { LISTED.min(order.len()) };
+    let shown: Vec<&String> = found.schemes.iter().take(5).collect();
+    let head = std::iter::once(format!("the {kept} most sensitive layers")).chain(shown.iter().map(|scheme| (*scheme).clone()));
+    let mut rows = vec![head.collect::<Vec<_>>()];
+    for (name, ..) in &order[..kept] {
+        let cost = |scheme: &&String| {
+            let layer = found.layer(name).and_then(|layer| layer.candidates.iter().find(|candidate| candidate.scheme == **scheme));
+            layer.map_or("-".into(), |candidate| match candidate.kld_stderr {
+                Some(error) => format!("{:.6} ±{error:.6}", candidate.cost()),
+                None => format!("{:.6}", candidate.cost()),
+            })
+        };
+        // Errors would make the table wider than a screen.
+        let cells = shown.iter().map(cost).map(|cell| if shown.len() > 2 { cell.split(" ±").next().unwrap_or("").into() } else { cell });
+        rows.push(std::iter::once(short(name, 40)).chain(cells).collect());
+    }
+    table(&rows).iter().for_each(|line| say(line));
+}

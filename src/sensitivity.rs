@@ -1,0 +1,258 @@
+//! The verb `sensitivity`: what every way to store every layer costs the model. Measured exactly, one layer compressed at a
+//! time and the divergence of the whole model from itself taken; and predicted from one walk back, by the slopes of the
+//! loss at the weights. The file that holds it is enough to solve any target afterwards.
+
+pub mod file;
+pub mod schemes;
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use crate::calibrate::corpus::hash_tokens;
+use crate::error::{Error, Result};
+use crate::evaluate::scores::{Beside, Scores};
+use crate::evaluate::slope;
+use crate::evaluate::sweep::Stream;
+use crate::evaluate::{Bos, Protocol};
+use crate::matrix::Matrix;
+use crate::methods;
+use crate::model::Model;
+use crate::model::bench::Bench;
+use crate::model::block::Role;
+use crate::model::hidden::{Hidden, Keeping};
+use crate::model::seen::Needs;
+use crate::model::slopes::{BackVisitor, Inputs, Slope, walk_back};
+use crate::model::walk::{Pass, embed, walk, walk_from};
+use crate::run::{Muted, Run};
+use crate::sensitivity::file::{Candidate, Identity, LayerSensitivity, SCHEMA, Sensitivity};
+use crate::sensitivity::schemes::Scheme;
+use crate::statistics;
+use crate::subject::Subject;
+use crate::weight::Float;
+
+/// What to measure.
+#[derive(Debug)]
+pub struct Options {
+    /// Ways to store a layer.
+    pub schemes: Vec<Scheme>,
+    /// What makes integers.
+    pub method: String,
+    /// Whether the exact measurement is made too.
+    pub exact: bool,
+    /// Windows of tokens, of one length.
+    pub windows: Vec<Vec<u32>>,
+    /// Where they come from, in words.
+    pub source: String,
+}
+
+/// All tokens of a window are scored.
+const PROTOCOL: Protocol = Protocol { seq: 2, max_tokens: None, bos: Bos::None, second_half: false };
+
+/// How long the parts took.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Times {
+    /// The walks, the slopes and all predictions.
+    pub predicted: Duration,
+    /// The exact measurement.
+    pub exact: Duration,
+}
+
+/// Measures a model. What stands at `path` already and was measured on the same is kept, and every block that is done is
+/// written there at once.
+///
+/// # Errors
+/// When the model cannot be computed, or `path` holds another measurement.
+pub fn sensitivity(subject: &Subject, options: &Options, path: Option<&Path>, run: &Run<'_>) -> Result<(Sensitivity, Times)> {
+    let model = subject.model()?;
+    let windows = &options.windows;
+    let mut found = Sensitivity {
+        schema: SCHEMA,
+        drawknife: env!("CARGO_PKG_VERSION").into(),
+        identity: identity(subject, options, run)?,
+        complete: false,
+        schemes: options.schemes.iter().map(|scheme| scheme.name.clone()).collect(),
+        layers: Vec::new(),
+        rank_correlation: None,
+    };
+    if let Some(path) = path.filter(|path| path.exists()) {
+        found.layers = Sensitivity::open(path)?.resumed(&found, options.exact).map_err(|error| error.file(path))?;
+    }
+    let blocks = model.config.layers.len();
+    let steps: usize = (0..blocks).map(|block| Role::ALL.len() * options.schemes.len() * work(&model, block, options.exact)).sum();
+    run.observer.begin("sensitivity", steps as u64);
+    let muted = Muted(run.observer);
+    let quiet = Run { observer: &muted, ..*run };
+    let started = Instant::now();
+    let mut keeper = Inputs::new(blocks, &quiet);
+    let mut hidden = embed(&model, windows, Keeping::EXACT, &quiet)?;
+    walk(&model, &mut hidden, "", &quiet, &mut keeper)?;
+    let inputs = keeper.blocks;
+    let stream = Stream { model: &model, hidden };
+    let mut slope = slope::slope(&stream, windows, &quiet)?;
+    let scored = windows.iter().map(|window| window.len() - 1).sum::<usize>();
+    let mut times = Times::default();
+    let mut visitor =
+        Measuring { stream: &stream, windows, options, scored, run, quiet: &quiet, found: &mut found, path, exact: &mut times.exact };
+    walk_back(&model, &inputs, &mut slope, &quiet, &mut visitor)?;
+    run.observer.end();
+    times.predicted = started.elapsed() - times.exact;
+    found.finish();
+    if let Some(path) = path {
+        found.write(path)?;
+    }
+    Ok((found, times))
+}
+
+/// Steps of the progress of one candidate in a block: the exact measurement goes through all blocks after it and the head.
+fn work(model: &Model<'_>, block: usize, exact: bool) -> usize {
+    if exact { 1 + (model.config.layers.len() - block) } else { 1 }
+}
+
+fn identity(subject: &Subject, options: &Options, run: &Run<'_>) -> Result<Identity> {
+    Ok(Identity {
+        model: subject.fingerprint()?,
+        tokens: hash_tokens(&options.windows),
+        source: options.source.clone(),
+        seq: options.windows.first().map_or(0, Vec::len),
+        windows: options.windows.len(),
+        device: if run.device.gpu.is_some() { "gpu" } else { "cpu" }.into(),
+        method: options.method.clone(),
+    })
+}
+
+/// Measures block by block, on the walk back.
+struct Measuring<'a> {
+    stream: &'a Stream<'a, 'a>,
+    windows: &'a [Vec<u32>],
+    options: &'a Options,
+    /// Tokens scored.
+    scored: usize,
+    run: &'a Run<'a>,
+    quiet: &'a Run<'a>,
+    found: &'a mut Sensitivity,
+    path: Option<&'a Path>,
+    exact: &'a mut Duration,
+}
+
+impl BackVisitor for Measuring<'_> {
+    fn needs(&mut self, index: usize) -> Needs {
+        let model = self.stream.model;
+        let done = Role::ALL.iter().all(|&role| self.found.layer(&model.linear_name(index, role)).is_some());
+        if done {
+            let steps = Role::ALL.len() * self.options.schemes.len() * work(model, index, self.options.exact);
+            self.run.observer.step(steps as u64, &format!("block {index}, known"));
+        }
+        if done { Needs::Nothing } else { self.options.schemes.iter().map(Scheme::needs).max().unwrap_or(Needs::Nothing).max(Needs::Gram) }
+    }
+
+    fn visit(&mut self, bench: &mut Bench<'_>, slopes: &[Slope]) -> Result<()> {
+        let index = bench.index();
+        let (mut layers, mut others) = (Vec::new(), Vec::new());
+        for role in Role::ALL {
+            let (layer, matrices) = self.layer(bench, role, &slopes[role as usize])?;
+            layers.push(layer);
+            others.extend(matrices.into_iter().map(|matrix| (role, matrix)));
+        }
+        if self.options.exact {
+            let started = Instant::now();
+            let effects = self.effects(bench, &others, index)?;
+            let candidates = layers.iter_mut().flat_map(|layer| &mut layer.candidates);
+            candidates.zip(effects).for_each(|(candidate, effect)| effect.into(candidate));
+            *self.exact += started.elapsed();
+        }
+        self.run.observer.step((others.len() * work(self.stream.model, index, self.options.exact)) as u64, &format!("block {index}"));
+        self.found.layers.extend(layers);
+        self.found.sort();
+        self.path.map_or(Ok(()), |path| self.found.write(path))
+    }
+}
+
+/// What the exact measurement says of one candidate.
+#[derive(Debug, Clone, Copy)]
+struct Effect {
+    kld: f64,
+    kld_stderr: Option<f64>,
+    nll: f64,
+    nll_stderr: Option<f64>,
+}
+
+impl Effect {
+    fn into(self, candidate: &mut Candidate) {
+        candidate.kld = Some(self.kld);
+        candidate.kld_stderr = self.kld_stderr;
+        candidate.nll = Some(self.nll);
+        candidate.nll_stderr = self.nll_stderr;
+    }
+}
+
+impl Measuring<'_> {
+    /// Every scheme on one layer: what is known without another forward, and the weights themselves.
+    fn layer(&self, bench: &Bench<'_>, role: Role, slope: &Slope) -> Result<(LayerSensitivity, Vec<Matrix>)> {
+        let model = self.stream.model;
+        let name = model.linear_name(bench.index(), role);
+        let original = bench.original(role).ok_or_else(|| Error::run("the original block was not kept").tensor(&name))?;
+        let (shape, float) = (model.shape(role), Float::BF16);
+        let (mut candidates, mut matrices) = (Vec::new(), Vec::new());
+        for scheme in &self.options.schemes {
+            self.quiet.check_stop()?;
+            let (Some(storage), Some(bits)) = (scheme.leaves(shape), scheme.bits(shape, float)) else { continue };
+            let statistics = bench.seen.at(role.site()).map_err(|error| error.tensor(&name))?;
+            let matrix = scheme.compress(&name, &original, Some(statistics), float, self.run.device.gpu.as_ref())?.into_matrix();
+            let share = |[change, total]: [f64; 2]| if total > 0.0 { change / total } else { 0.0 };
+            candidates.push(Candidate {
+                scheme: scheme.name.clone(),
+                storage: storage.to_string(),
+                bits,
+                weight_error: share(methods::change(&original.data, &matrix.data)),
+                layer_error: bench.seen.layer_error(role.site(), &original, &matrix).map(share),
+                gradient: predicted(slope, &original, &matrix, self.scored)[0],
+                predicted_kld: predicted(slope, &original, &matrix, self.scored)[1],
+                kld: None,
+                kld_stderr: None,
+                nll: None,
+                nll_stderr: None,
+            });
+            matrices.push(matrix);
+        }
+        Ok((LayerSensitivity { name, block: bench.index(), shape, candidates }, matrices))
+    }
+
+    /// The whole model with one layer compressed, for every candidate of a block.
+    fn effects(&self, bench: &Bench<'_>, others: &[(Role, Matrix)], index: usize) -> Result<Vec<Effect>> {
+        let count = others.len();
+        let lengths: Vec<usize> = self.windows.iter().flat_map(|window| vec![window.len(); count]).collect();
+        let mut hidden = Hidden::new(&lengths, self.stream.model.config.hidden, Keeping::EXACT, self.run.scratch)?;
+        bench.with_others(others, &mut hidden)?;
+        walk_from(self.stream.model, index + 1, &mut hidden, "", self.quiet, &mut Pass)?;
+        let own = Stream { model: self.stream.model, hidden };
+        let scores = Scores::new(&own, Beside::Stream(self.stream), self.windows, PROTOCOL, self.quiet)?;
+        let (klds, nlls) = (scores.means(|score| score.divergence), scores.means(|score| score.nll - score.reference_nll));
+        let of =
+            |values: &[f64], candidate: usize| statistics::mean(&values.iter().skip(candidate).step_by(count).copied().collect::<Vec<_>>());
+        let effect = |candidate| {
+            let ((kld, kld_stderr), (nll, nll_stderr)) = (of(&klds, candidate), of(&nlls, candidate));
+            Effect { kld, kld_stderr, nll, nll_stderr }
+        };
+        Ok((0..count).map(effect).collect())
+    }
+}
+
+/// Two predictions of what a change of a weight does: Σ |dL/dW ⊙ (W − Ŵ)|, and in nats ½ Σ F ⊙ (W − Ŵ)² with the diagonal of
+/// the Fisher matrix F, estimated by squares of the gradients of windows.
+fn predicted(slope: &Slope, original: &Matrix, compressed: &Matrix, scored: usize) -> [f64; 2] {
+    use rayon::prelude::*;
+    const CHUNK: usize = 1 << 14;
+    let parts: Vec<[f64; 2]> = (slope.gradient.par_chunks(CHUNK).zip(slope.squares.par_chunks(CHUNK)))
+        .zip(original.data.par_chunks(CHUNK).zip(compressed.data.par_chunks(CHUNK)))
+        .map(|((gradient, squares), (w, q))| {
+            let terms = gradient.iter().zip(squares).zip(w.iter().zip(q));
+            terms.fold([0.0f64; 2], |[first, second], ((&gradient, &square), (w, q))| {
+                let change = f64::from(w - q);
+                [first + (f64::from(gradient) * change).abs(), second + f64::from(square) * change * change]
+            })
+        })
+        .collect();
+    let [first, second] = parts.iter().fold([0.0; 2], |total, part| [total[0] + part[0], total[1] + part[1]]);
+    // A window's gradient is that of its share of the mean over all tokens: its square is F / scored² per token.
+    [first, 0.5 * second * scored as f64]
+}
