@@ -91,7 +91,7 @@ fn gram_methods(weight: &Weight, peak: f64) {
 }
 
 fn layer(statistics: Option<&Statistics>) -> Layer<'_> {
-    Layer { name: "layer", statistics, float: Float::BF16, bits: None, bounds: None, goal: None, gpu: None }
+    Layer { name: "layer", statistics, float: Float::BF16, bits: None, sparsity: None, bounds: None, goal: None, gpu: None }
 }
 
 fn rate(name: &str, operations: f64, seconds: f64, peak: f64) {

@@ -36,7 +36,7 @@ use crate::model::walk::{self, embed, walk};
 use crate::model::{Model, config};
 use crate::plan::Plan;
 use crate::plan::recipe::Recipe;
-use crate::report::{Evaluation, ModelFacts, Report, SCHEMA, Size};
+use crate::report::{Allocated, Evaluation, ModelFacts, Report, SCHEMA, Size};
 use crate::run::Run;
 use crate::weight::Outlined;
 
@@ -51,6 +51,10 @@ pub struct Job {
     pub engine: Option<Engine>,
     /// How to measure at the end; `None` for not at all.
     pub quality: Option<QualityOptions>,
+    /// How a target was spread over the layers, where the recipe had one.
+    pub allocation: Option<Allocated>,
+    /// Further files of the output, by name.
+    pub beside: Vec<(String, Vec<u8>)>,
 }
 
 /// How quality is measured.
@@ -201,6 +205,7 @@ impl Prepared {
             format: self.exports.iter().map(|export| export.format.name).collect::<Vec<_>>().join(", "),
             size: self.size,
             calibration: self.calibration.map(|packed| packed.counts),
+            allocation: self.job.allocation,
             layers,
             blocks,
             quality,
@@ -209,6 +214,9 @@ impl Prepared {
         };
         for export in &self.exports {
             card::write(&report, export, &self.checkpoint, &folder)?;
+        }
+        for (name, bytes) in &self.job.beside {
+            std::fs::write(folder.join(name), bytes).map_err(|error| Error::io(&folder.join(name), &error))?;
         }
         write_json(&folder.join("report.json"), &report)?;
         destination.publish()?;

@@ -59,6 +59,7 @@
 //!
 //! The tests `layering` and `tidy` check most of these.
 
+pub mod allocation;
 pub mod calibrate;
 pub mod check;
 pub mod checkpoint;

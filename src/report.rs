@@ -1,6 +1,9 @@
 //! The report of a run as data, with a schema version. It holds nothing that changes between equal runs: no time, no
 //! path, no number of threads.
 
+use std::collections::BTreeMap;
+
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::calibrate::corpus::Counts;
@@ -27,6 +30,8 @@ pub struct Report {
     pub size: Size,
     /// What calibration was made of.
     pub calibration: Option<Counts>,
+    /// How a target was spread over the layers.
+    pub allocation: Option<Allocated>,
     /// One row per compressed linear layer.
     pub layers: Vec<LayerReport>,
     /// One row per block, after calibrated methods.
@@ -37,6 +42,27 @@ pub struct Report {
     pub evaluation: Option<Evaluation>,
     /// Deviations and warnings, each a sentence.
     pub notes: Vec<String>,
+}
+
+/// What was allocated.
+#[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
+pub struct Allocated {
+    /// The target, in words.
+    pub target: String,
+    /// What is reached: bits per weight, bytes, or share of zeros.
+    pub reached: f64,
+    /// Sum over layers of what each costs alone, in nats.
+    pub predicted_kld: f64,
+    /// Whether costs were measured exactly, or predicted.
+    pub measured: bool,
+    /// Whether nothing better exists for these costs.
+    pub optimal: bool,
+    /// How many layers got what.
+    pub counts: BTreeMap<String, usize>,
+    /// The predicted divergence with the next 0.1 bit per weight; absent for a target in sparsity, or where nothing larger is left.
+    pub next_kld: Option<f64>,
+    /// The best that every target reaches: bits per weight or share of zeros, and predicted divergence.
+    pub curve: Vec<(f64, f64)>,
 }
 
 /// What a model is.

@@ -88,12 +88,13 @@ pub fn sensitivity(subject: &Subject, options: &Options, path: Option<&Path>, ru
     walk(&model, &mut hidden, "", &quiet, &mut keeper)?;
     let inputs = keeper.blocks;
     let stream = Stream { model: &model, hidden };
-    let mut slope = slope::slope(&stream, windows, &quiet)?;
+    let drawn = slope::drawn(&stream, windows, &quiet)?;
+    let mut slopes = [slope::slope(&stream, windows, &quiet)?, slope::slope(&stream, &drawn, &quiet)?];
     let scored = windows.iter().map(|window| window.len() - 1).sum::<usize>();
     let mut times = Times::default();
     let mut visitor =
         Measuring { stream: &stream, windows, options, scored, run, quiet: &quiet, found: &mut found, path, exact: &mut times.exact };
-    walk_back(&model, &inputs, &mut slope, &quiet, &mut visitor)?;
+    walk_back(&model, &inputs, &mut slopes, &quiet, &mut visitor)?;
     run.observer.end();
     times.predicted = started.elapsed() - times.exact;
     found.finish();
@@ -238,7 +239,7 @@ impl Measuring<'_> {
 }
 
 /// Two predictions of what a change of a weight does: Σ |dL/dW ⊙ (W − Ŵ)|, and in nats ½ Σ F ⊙ (W − Ŵ)² with the diagonal of
-/// the Fisher matrix F, estimated by squares of the gradients of windows.
+/// the Fisher matrix F, estimated by squares of the gradients of windows whose tokens the model drew itself.
 fn predicted(slope: &Slope, original: &Matrix, compressed: &Matrix, scored: usize) -> [f64; 2] {
     use rayon::prelude::*;
     const CHUNK: usize = 1 << 14;

@@ -133,6 +133,21 @@ pub struct Compress {
     /// Other bits for layers whose name matches, like '*.down_proj=8'; 16 leaves them; may be repeated.
     #[arg(long, value_name = "GLOB=BITS")]
     pub keep: Vec<String>,
+    /// Bits per weight of all compressed layers together, scales included; each layer gets the bits that it needs.
+    #[arg(long, value_name = "X", conflicts_with_all = ["target_size", "target_sparsity"])]
+    pub target_bpw: Option<f64>,
+    /// Size of the whole output, like 5.5GB.
+    #[arg(long, value_name = "SIZE", conflicts_with = "target_sparsity")]
+    pub target_size: Option<String>,
+    /// Share of zeros of all compressed layers together, for recipes that prune; each block gets its own.
+    #[arg(long, value_name = "SHARE")]
+    pub target_sparsity: Option<f64>,
+    /// Fewest bits of a layer under a target.
+    #[arg(long, value_name = "BITS")]
+    pub min_bits: Option<u8>,
+    /// File of `drawknife sensitivity` that a target is solved on [default: a quick measurement is made first].
+    #[arg(long, value_name = "FILE.json")]
+    pub sensitivity: Option<PathBuf>,
     /// Text to measure quality on [default: built-in evaluation text].
     #[arg(long, value_name = "FILE")]
     pub eval_text: Option<PathBuf>,

@@ -5,9 +5,11 @@ use std::time::Instant;
 
 use serde_json::json;
 
+use crate::allocation::Target;
 use crate::cli::Invocation;
 use crate::cli::arguments::Compress;
 use crate::cli::device::pick_device;
+use crate::cli::sensitivity;
 use crate::cli::text::{say, say_json, table};
 use crate::compress::destination::Destination;
 use crate::compress::{Job, Prepared, QualityOptions};
@@ -15,9 +17,12 @@ use crate::device::Device;
 use crate::error::{Error, Fault, Result, shown, shown_path};
 use crate::evaluate::{Bos, Protocol, Quality};
 use crate::formats::targets::{Engine, loaders};
-use crate::plan::recipe::{Gate, OneOrMany, Override, Recipe, Skip};
-use crate::report::{Report, bytes};
+use crate::plan::recipe::{Allocate, Gate, OneOrMany, Override, Recipe, Skip};
+use crate::report::{Allocated, Report, bytes};
 use crate::run::Run;
+use crate::sensitivity::file::Sensitivity;
+use crate::sensitivity::schemes::Scheme;
+use crate::subject::Subject;
 
 /// Runs the verb.
 ///
@@ -34,7 +39,11 @@ pub fn run(arguments: &Compress, invocation: &Invocation, dry_run: bool) -> Resu
         // Checked first and claimed later, so that nothing lies beside the destination while inputs are examined.
         drop(Destination::claim(target, model, arguments.force)?);
     }
-    let job = Job { model: model.to_path_buf(), recipe, engine: arguments.engine, quality: quality(arguments)? };
+    let quality = quality(arguments)?;
+    let mut job = Job { model: model.to_path_buf(), recipe, engine: arguments.engine, quality, allocation: None, beside: Vec::new() };
+    if let Some(wish) = job.recipe.allocate.take() {
+        allocate(&mut job, &wish, &device, invocation)?;
+    }
     let prepared = Prepared::new(job)?;
     if invocation.json && dry_run {
         say_json(&plan_json(&prepared));
@@ -122,11 +131,75 @@ fn recipe(arguments: &Compress, invocation: &Invocation) -> Result<Recipe> {
             _ => return Err(wrong()),
         }
     }
+    wish(arguments, &mut recipe)?;
     recipe.check()?;
     if !recipe.gate.is_empty() && arguments.no_eval {
         return Err(Error::input("a gate needs the measurement that --no-eval leaves out"));
     }
     Ok(recipe)
+}
+
+/// The target of the flags, which replaces that of the recipe.
+fn wish(arguments: &Compress, recipe: &mut Recipe) -> Result<()> {
+    let targets = (arguments.target_bpw, arguments.target_size.clone(), arguments.target_sparsity);
+    if targets != (None, None, None) {
+        let wish = recipe.allocate.get_or_insert_default();
+        (wish.target_bpw, wish.target_size, wish.target_sparsity) = targets;
+    }
+    match &mut recipe.allocate {
+        Some(wish) => {
+            wish.min_bits = arguments.min_bits.or(wish.min_bits);
+            wish.sensitivity = arguments.sensitivity.clone().or(wish.sensitivity.take());
+            Target::of(wish).map(drop)
+        }
+        None if arguments.min_bits.is_some() || arguments.sensitivity.is_some() => {
+            Err(Error::input("--min-bits and --sensitivity belong to a target; give --target-bpw, --target-size or --target-sparsity"))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Spreads a target over the layers of a job, on a measurement that is there or is made now.
+fn allocate(job: &mut Job, wish: &Allocate, device: &Device, invocation: &Invocation) -> Result<()> {
+    let target = Target::of(wish)?;
+    let scratch = std::env::temp_dir();
+    let subject = Subject::open(&job.model, &scratch)?;
+    let found = match &wish.sensitivity {
+        Some(path) => {
+            let found = Sensitivity::open(path)?;
+            let model = subject.fingerprint()?;
+            if found.identity.model != model {
+                let what = "was measured on another model; measure this one with drawknife sensitivity";
+                return Err(Error::input(what).file(path));
+            }
+            if !found.complete {
+                return Err(Error::input("is not complete; go on with the same drawknife sensitivity command").file(path));
+            }
+            found
+        }
+        None => {
+            let names = match target {
+                Target::Sparsity(share) => around(share),
+                _ => "w2,w3,w4,w8".into(),
+            };
+            let method = "round-to-nearest";
+            let schemes = Scheme::parse_all(&names, method)?;
+            let options = sensitivity::options(&subject, schemes, method, false, "builtin:mix", (16, 256), invocation)?;
+            let run = Run { device, seed: job.recipe.calibration.seed, observer: &invocation.progress, scratch: &scratch };
+            crate::sensitivity::sensitivity(&subject, &options, None, &run)?.0
+        }
+    };
+    job.allocation = Some(crate::allocation::solve(job, &found, target, wish.min_bits.unwrap_or(2))?);
+    let bytes = serde_json::to_vec_pretty(&found).map_err(|error| Error::run(error.to_string()))?;
+    job.beside.push(("sensitivity.json".into(), bytes));
+    Ok(())
+}
+
+/// Shares of zeros around a target, in steps of a twentieth.
+fn around(share: f64) -> String {
+    let percent = (100.0 * share).round() as i64;
+    let names = [-15, -10, -5, 0, 5, 10, 15].map(|step| percent + step).into_iter().filter(|percent| (1..=95).contains(percent));
+    names.map(|percent| format!("s{percent}")).collect::<Vec<_>>().join(",")
 }
 
 fn quality(arguments: &Compress) -> Result<Option<QualityOptions>> {
@@ -165,6 +238,9 @@ fn show_plan(prepared: &Prepared, device: &Device, invocation: &Invocation, embe
     }
     let kinds: Vec<String> = kinds.iter().map(|(kind, count)| format!("{count} {kind}")).collect();
     say(&format!("layers    {} of {} tensors: {}", facts.linears, facts.tensors, kinds.join(", ")));
+    if let Some(allocation) = &prepared.job.allocation {
+        allocation_lines(allocation).iter().for_each(|line| say(line));
+    }
     say(&format!(
         "size      {} -> {} · {:.3} bits per weight in compressed layers",
         bytes(size.bytes_before),
@@ -198,6 +274,27 @@ fn show_plan(prepared: &Prepared, device: &Device, invocation: &Invocation, embe
             say(&format!("  {} {:?} {storage}", shown(&layer.outlined.name), layer.outlined.shape));
         }
     }
+}
+
+/// How a target was spread, and what more would buy.
+fn allocation_lines(allocation: &Allocated) -> Vec<String> {
+    let counts = allocation.counts.iter().map(|(label, count)| format!("{count} layers {label}")).collect::<Vec<_>>().join(", ");
+    let reached = match allocation.reached {
+        share if share < 1.0 => format!("{:.1} % zeros", 100.0 * share),
+        bits if bits <= 16.0 => format!("{bits:.3} bits per weight"),
+        size => bytes(size as u64),
+    };
+    let how = if allocation.measured { "measured one by one" } else { "predicted" };
+    let best = if allocation.optimal { "" } else { " (close to the best)" };
+    let mut lines = vec![
+        format!("allocate  {} -> {reached}{best}: {counts}", allocation.target),
+        format!("          sum of the layers' divergences, {how}: {:.5} nats", allocation.predicted_kld),
+    ];
+    if let Some(next) = allocation.next_kld {
+        let less = 100.0 * (1.0 - next / allocation.predicted_kld.max(f64::MIN_POSITIVE));
+        lines.push(format!("          the next 0.1 bit per weight would bring it to {next:.5} ({less:.0} % less)"));
+    }
+    lines
 }
 
 fn formats(prepared: &Prepared) -> String {

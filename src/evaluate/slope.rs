@@ -3,10 +3,11 @@
 use burn::tensor::Tensor;
 use rayon::prelude::*;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::evaluate::sweep::{Stream, sweep};
 use crate::kernels::likelihood::Prediction;
 use crate::kernels::rms_norm::rms_norm_adjoint;
+use crate::kernels::sampling::{self, Choice};
 use crate::kernels::{tensor, values};
 use crate::model::architecture::NormKind;
 use crate::model::forward;
@@ -16,11 +17,36 @@ use crate::run::Run;
 /// Tokens whose logits exist at once, per thread.
 const TOKENS_AT_ONCE: usize = 512;
 
-/// dL/dh of the last hidden states h, for L the mean over all scored tokens of −ln p(token that came).
+/// Windows of the same first tokens, where every other token is drawn from what the model predicts for it after the windows'
+/// own tokens. The slopes of their likelihood are those whose squares make the Fisher matrix.
+///
+/// # Errors
+/// As [`slope`].
+pub fn drawn(stream: &Stream<'_, '_>, windows: &[Vec<u32>], run: &Run<'_>) -> Result<Vec<Vec<u32>>> {
+    let numbers = sampling::Stream::new(run.seed);
+    let choices = |(number, window): (usize, &Vec<u32>)| -> Vec<Choice> {
+        (1..window.len()).map(|token| Choice::sampled(numbers.child(number as u64).child(token as u64))).collect()
+    };
+    let mut states: Vec<Vec<Choice>> = windows.iter().enumerate().map(choices).collect();
+    sweep(&[stream], windows, &mut states, run, |states, logits| {
+        let width = logits.of[0].len() / states.len().max(1);
+        states.par_iter_mut().zip(logits.of[0].par_chunks(width.max(1))).for_each(|(state, row)| state.add(row, logits.first));
+    })?;
+    let lost = || Error::run("the model gives predictions that are not finite; it is damaged");
+    let drawn = windows.iter().zip(&states).map(|(window, states)| {
+        let tokens = states.iter().map(|state| state.token().ok_or_else(lost));
+        std::iter::once(Ok(window[0])).chain(tokens).collect::<Result<Vec<u32>>>()
+    });
+    drawn.collect()
+}
+
+/// dL/dh of the last hidden states h of windows, for L the mean over all scored tokens of −ln p(token that came): those of
+/// `came`, which are the windows themselves or as [`drawn`] makes them.
 ///
 /// # Errors
 /// When the head or hidden states cannot be read, or a signal asks to stop.
-pub fn slope(stream: &Stream<'_, '_>, windows: &[Vec<u32>], run: &Run<'_>) -> Result<Hidden> {
+pub fn slope(stream: &Stream<'_, '_>, came: &[Vec<u32>], run: &Run<'_>) -> Result<Hidden> {
+    let windows = came;
     let mut totals: Vec<Vec<Prediction>> = windows.iter().map(|window| vec![Prediction::default(); window.len() - 1]).collect();
     sweep(&[stream], windows, &mut totals, run, |states, logits| {
         let width = logits.of[0].len() / states.len().max(1);

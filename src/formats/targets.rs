@@ -191,17 +191,24 @@ impl Facts {
     }
 }
 
+/// The set of layers that engines fuse a layer with, in words; `None` where they fuse it with nothing.
+pub fn fusion(name: &str) -> Option<String> {
+    let (parent, last) = name.rsplit_once('.').unwrap_or(("", name));
+    let set = match last {
+        "q_proj" | "k_proj" | "v_proj" => "q_proj, k_proj and v_proj",
+        "gate_proj" | "up_proj" => "gate_proj and up_proj",
+        _ => return None,
+    };
+    Some(format!("{set} of {}", shown(parent)))
+}
+
 /// Sets of layers that engines fuse but that have different schemes.
 pub fn unfused(layers: &[Outlined]) -> Vec<String> {
     let mut sets: BTreeMap<String, Vec<Option<Storage>>> = BTreeMap::new();
     for layer in layers {
-        let (parent, last) = layer.name.rsplit_once('.').unwrap_or(("", &layer.name));
-        let set = match last {
-            "q_proj" | "k_proj" | "v_proj" => "q_proj, k_proj and v_proj",
-            "gate_proj" | "up_proj" => "gate_proj and up_proj",
-            _ => continue,
-        };
-        sets.entry(format!("{set} of {}", shown(parent))).or_default().push(layer.storage);
+        if let Some(set) = fusion(&layer.name) {
+            sets.entry(set).or_default().push(layer.storage);
+        }
     }
     sets.into_iter().filter(|(_, storages)| storages.iter().any(|one| one != &storages[0])).map(|(set, _)| set).collect()
 }

@@ -45,7 +45,7 @@ impl Visitor for Inputs<'_> {
 pub struct Slope {
     /// dL/dW over all windows, `[outputs, inputs]`.
     pub gradient: Vec<f32>,
-    /// Σ over windows of the square of the window's own dL/dW.
+    /// Σ over windows of the square of the window's own dL/dW, of the second loss.
     pub squares: Vec<f32>,
 }
 
@@ -61,20 +61,26 @@ pub trait BackVisitor {
     fn visit(&mut self, bench: &mut Bench<'_>, slopes: &[Slope]) -> Result<()>;
 }
 
-/// Walks from the last block to the first. `inputs` are those of every block, `slope` enters with the gradient of the loss at
-/// the last hidden states.
+/// Walks from the last block to the first. `inputs` are those of every block, `slopes` enter with the gradients of two losses
+/// at the last hidden states: of the first the gradients of all windows are summed, of the second their squares.
 ///
 /// # Errors
 /// When a block cannot be read, or the visitor fails.
-pub fn walk_back(model: &Model<'_>, inputs: &[Hidden], slope: &mut Hidden, run: &Run<'_>, visitor: &mut dyn BackVisitor) -> Result<()> {
+pub fn walk_back(
+    model: &Model<'_>,
+    inputs: &[Hidden],
+    slopes: &mut [Hidden; 2],
+    run: &Run<'_>,
+    visitor: &mut dyn BackVisitor,
+) -> Result<()> {
     for (index, hidden) in inputs.iter().enumerate().rev() {
         run.check_stop()?;
         let needs = visitor.needs(index);
         let mut bench = opened(model, index, hidden, needs, run)?;
         let Some(parameters) = bench.original.clone() else { continue };
-        let slopes = through(model, index, &parameters, hidden, slope, needs > Needs::Nothing, run)?;
+        let found = through(model, index, &parameters, hidden, slopes, needs > Needs::Nothing, run)?;
         if needs > Needs::Nothing {
-            visitor.visit(&mut bench, &slopes)?;
+            visitor.visit(&mut bench, &found)?;
         }
     }
     Ok(())
@@ -86,7 +92,7 @@ fn through(
     index: usize,
     parameters: &Parameters,
     hidden: &Hidden,
-    slope: &mut Hidden,
+    streams: &mut [Hidden; 2],
     weights: bool,
     run: &Run<'_>,
 ) -> Result<Vec<Slope>> {
@@ -98,22 +104,20 @@ fn through(
         run.check_stop()?;
         let spec = Spec::new(&model.config, index, hidden.tokens(window));
         let x = hidden.read(window..window + 1)?;
-        let dy = slope.read(window..window + 1)?;
-        gradients.clear();
-        backward::block(&spec, parameters, &x, wanted, &mut gradients, &mut upstream(&dy));
-        if index > 0 {
-            slope.write(window..window + 1, gradients.input())?;
-        }
-        for (slope, role) in slopes.iter_mut().zip(Role::ALL).filter(|_| weights) {
-            let own = gradients.fetched_weight(role);
-            slope.gradient.resize(own.len(), 0.0);
-            slope.squares.resize(own.len(), 0.0);
-            slope.gradient.par_iter_mut().zip(&mut slope.squares).zip(own.par_iter()).with_min_len(1 << 13).for_each(
-                |((sum, squares), own)| {
-                    *sum += own;
-                    *squares += own * own;
-                },
-            );
+        for (number, stream) in streams.iter_mut().enumerate() {
+            let dy = stream.read(window..window + 1)?;
+            gradients.clear();
+            backward::block(&spec, parameters, &x, wanted, &mut gradients, &mut upstream(&dy));
+            if index > 0 {
+                stream.write(window..window + 1, gradients.input())?;
+            }
+            for (slope, role) in slopes.iter_mut().zip(Role::ALL).filter(|_| weights) {
+                let own = gradients.fetched_weight(role);
+                let total = if number == 0 { &mut slope.gradient } else { &mut slope.squares };
+                total.resize(own.len(), 0.0);
+                let pairs = total.par_iter_mut().zip(own.par_iter()).with_min_len(1 << 13);
+                pairs.for_each(|(total, own)| *total += if number == 0 { *own } else { own * own });
+            }
         }
     }
     Ok(slopes)

@@ -97,6 +97,9 @@ pub struct Recipe {
     /// Layers to leave as they are.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub skip: Vec<Skip>,
+    /// What the whole model shall have, from which bits or sparsity of every layer follow.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allocate: Option<Allocate>,
     /// What to write.
     #[serde(default)]
     pub export: Export,
@@ -183,6 +186,27 @@ pub struct Skip {
     /// Glob over layer names.
     #[serde(rename = "match")]
     pub pattern: String,
+}
+
+/// `[allocate]`: one target, solved on what a sensitivity measurement says of every layer.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Allocate {
+    /// Stored bits per weight of the compressed layers, scales included.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_bpw: Option<f64>,
+    /// Bytes of the output's tensors, like `"5.5GB"`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_size: Option<String>,
+    /// Share of zeros in the compressed layers, chosen block by block.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_sparsity: Option<f64>,
+    /// Fewest bits of a layer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub min_bits: Option<u8>,
+    /// A file of `drawknife sensitivity`; without one the cheap measurement is made first.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sensitivity: Option<std::path::PathBuf>,
 }
 
 /// `[export]`.
