@@ -20,6 +20,7 @@ use crate::evaluate::kept::{self, Kept};
 use crate::evaluate::scores::{Beside, Score, Scores};
 use crate::evaluate::sweep::Stream;
 use crate::evaluate::{self, Bos, Protocol, Quality, Text};
+use crate::formats::output::write_whole;
 use crate::formats::targets::Engine;
 use crate::kernels::sampling;
 use crate::model::Model;
@@ -306,7 +307,7 @@ impl Looks<'_> {
                 seq: self.protocol.seq,
                 vocabulary: other.model.config.vocabulary,
             };
-            Kept::new(other, windows, identity, self.run)?.write(path)?;
+            write_whole(path, &Kept::new(other, windows, identity, self.run)?.to_bytes()?)?;
         }
         let beside = other.as_ref().map_or(Beside::Nothing, Beside::Stream);
         Scores::new(&own, beside, windows, self.protocol, self.run)
@@ -318,12 +319,8 @@ fn gates(options: &Options, scores: Option<(&Scores, Protocol)>, checked: &Check
     let mut gates: Vec<Gate> = options.limits.iter().map(|limit| judged(limit, scores, checked, level, seed)).collect();
     if let (Some(baseline), Some((scores, protocol))) = (&options.baseline, scores) {
         // A window that was cut short is none of the baseline's.
-        let now = if protocol.seq == options.protocol.seq {
-            PerWindow::of(scores)
-        } else {
-            PerWindow { kld: vec![0.0; usize::from(scores.paired)], ..PerWindow::default() }
-        };
-        gates.extend(baseline.gates(&now, checked.bytes, level, sampling::Stream::new(seed).child(100)));
+        let now = (protocol.seq == options.protocol.seq).then(|| PerWindow::of(scores));
+        gates.extend(baseline.gates(now.as_ref(), checked.bytes, level, sampling::Stream::new(seed).child(100)));
     }
     gates
 }
@@ -341,6 +338,9 @@ fn judged(limit: &Limit, scores: Option<(&Scores, Protocol)>, checked: &Checked,
     let (about, found) = match limit.metric {
         Metric::PerplexityRatio => ("perplexity over that of the reference", exponential(mean(|score| score.nll - score.reference_nll))),
         Metric::Perplexity => ("perplexity", exponential(mean(|score| score.nll))),
+        Metric::KldMean if scores.is_some_and(|(scores, _)| scores.bound) => {
+            ("divergence from the reference, nats, a lower bound", mean(|score| score.divergence))
+        }
         Metric::KldMean => ("divergence from the reference, nats", mean(|score| score.divergence)),
         Metric::KldP99 => ("divergence, 99th percentile, nats", percentile(scores.map(|(scores, _)| scores), level, stream)),
         Metric::Top1 => ("same most likely token as the reference", mean(|score| f64::from(u8::from(score.agrees)))),

@@ -205,6 +205,20 @@ impl Checkpoint {
         Ok(out)
     }
 
+    /// blake3 of what the model is made of: its configuration and every file of weights.
+    ///
+    /// # Errors
+    /// When a file cannot be read.
+    pub fn fingerprint(&self) -> Result<String> {
+        let config = self.folder.join("config.json");
+        let files = std::iter::once(config.as_path()).chain(self.shards.iter().map(|shard| shard.path.as_path()));
+        let mut all = blake3::Hasher::new();
+        for path in files {
+            all.update(hash_file(path)?.as_bytes());
+        }
+        Ok(all.finalize().to_hex().to_string())
+    }
+
     /// Side files: everything in the folder that is neither a weight file nor its index, in order of name.
     ///
     /// # Errors
@@ -237,6 +251,17 @@ impl Checkpoint {
     pub fn metadata(&self) -> BTreeMap<String, String> {
         self.shards.iter().flat_map(|shard| shard.header.metadata.clone()).collect()
     }
+}
+
+/// blake3 of a file.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn hash_file(path: &Path) -> Result<blake3::Hash> {
+    let mut hasher = blake3::Hasher::new();
+    let file = std::fs::File::open(path).map_err(|error| Error::unreadable(path, &error))?;
+    hasher.update_reader(file).map_err(|error| Error::io(path, &error))?;
+    Ok(hasher.finalize())
 }
 
 fn is_side_file(path: &Path) -> bool {

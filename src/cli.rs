@@ -11,6 +11,7 @@ pub mod export;
 pub mod inspect;
 pub mod look;
 pub mod progress;
+pub mod report;
 pub mod sensitivity;
 pub mod text;
 
@@ -101,6 +102,8 @@ fn run(arguments: Arguments) -> Result<()> {
         Command::Eval(arguments) => eval::run(&arguments, &invocation),
         Command::Check(arguments) => check::run(&arguments, &invocation),
         Command::Sensitivity(arguments) => sensitivity::run(&arguments, &invocation),
+        Command::Report(arguments) => report::run(&arguments, &invocation),
+        Command::Schema(arguments) => report::schema(&arguments),
         Command::Compare(arguments) => compare::run(&arguments, &invocation),
         Command::Export(arguments) => export::run(&arguments, &invocation),
         Command::Inspect(arguments) => inspect::run(&arguments, &invocation),

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use rayon::prelude::*;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::error::{Error, Result};
@@ -20,7 +21,7 @@ use crate::subject::{Subject, Weights};
 pub const SCHEMA: u32 = 1;
 
 /// Models beside each other.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, JsonSchema)]
 pub struct Comparison {
     /// Version of this shape.
     pub schema: u32,
@@ -39,7 +40,7 @@ pub struct Comparison {
 }
 
 /// A model.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, JsonSchema)]
 pub struct Row {
     /// Its name.
     pub name: String,
@@ -64,7 +65,7 @@ pub struct Row {
 }
 
 /// Where the figures lie with 95 % confidence, by the bootstrap over windows.
-#[derive(Debug, Clone, Copy, Serialize)]
+#[derive(Debug, Clone, Copy, Serialize, JsonSchema)]
 pub struct Intervals {
     /// Of the ratio of perplexities.
     pub perplexity_ratio: Interval,

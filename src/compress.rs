@@ -13,20 +13,23 @@ pub mod remarks;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
+use serde_json::Value;
+
 use crate::calibrate::corpus::Source as Origin;
 use crate::calibrate::corpus::{self, Packed};
 use crate::calibrate::tokens::Tokenizer;
-use crate::checkpoint::Checkpoint;
 use crate::checkpoint::source::{Restored, Source};
+use crate::checkpoint::{Checkpoint, read_file};
 use crate::compress::compressor::Compressor;
 use crate::compress::destination::Destination;
 use crate::compress::exports::{Export, Sinks};
 use crate::compress::gguf::unpack::Unpacked;
 use crate::compress::layers::candidates;
 use crate::error::{Error, Result};
+use crate::evaluate::contexts::TokenView;
 use crate::evaluate::{self, Protocol, Quality, Text};
-use crate::formats::output::write_json;
-use crate::formats::targets::{Engine, unfused};
+use crate::formats::output::{write_json, write_whole};
+use crate::formats::targets::{Engine, loaders, unfused};
 use crate::formats::{self, Format};
 use crate::model::config::known_family;
 use crate::model::generate::{self, BUDGET};
@@ -36,7 +39,11 @@ use crate::model::walk::{self, embed, walk};
 use crate::model::{Model, config};
 use crate::plan::Plan;
 use crate::plan::recipe::Recipe;
-use crate::report::{Allocated, Evaluation, ModelFacts, Report, SCHEMA, Size};
+use crate::report::page::{self, Files};
+use crate::report::{
+    Allocated, Audit, BlockReport, ClassSize, Evaluation, LayerReport, Loads, ModelFacts, Report, RunRecord, SCHEMA, Size, Stopwatch,
+    class_of, peak_memory,
+};
 use crate::run::Run;
 use crate::weight::Outlined;
 
@@ -53,6 +60,8 @@ pub struct Job {
     pub quality: Option<QualityOptions>,
     /// How a target was spread over the layers, where the recipe had one.
     pub allocation: Option<Allocated>,
+    /// The command line, for the record.
+    pub command: Vec<String>,
     /// Further files of the output, by name.
     pub beside: Vec<(String, Vec<u8>)>,
 }
@@ -174,11 +183,46 @@ impl Prepared {
     /// # Errors
     /// When anything fails; the destination is then absent, as before.
     pub fn run(mut self, destination: Destination, run: &Run<'_>) -> Result<Report> {
+        let mut watch = Stopwatch::default();
         let folder = destination.folder().to_path_buf();
         let side: u64 = self.checkpoint.side_files()?.iter().filter_map(|path| path.metadata().ok()).map(|file| file.len()).sum();
         destination.has_room(self.size.bytes_after + side * self.exports.len() as u64)?;
-        let mut sinks = Sinks::create(&self.exports, &self.checkpoint, &folder, self.job.recipe.shard_bytes()?)?;
+        let (layers, blocks) = self.compress(&folder, run, &mut watch)?;
+        for export in &self.exports {
+            export.side_files(&self.checkpoint, &folder)?;
+            export.verify(&folder)?;
+        }
+        watch.ends("verify");
+        let (quality, tokens) = self.measure(&folder, run)?.unzip();
+        watch.ends("measure quality");
+        let report = self.report((layers, blocks), quality, tokens.flatten());
+        for export in &self.exports {
+            card::write(&report, export, &self.checkpoint, &folder)?;
+        }
+        for (name, bytes) in &self.job.beside {
+            std::fs::write(folder.join(name), bytes).map_err(|error| Error::io(&folder.join(name), &error))?;
+        }
+        let record = RunRecord {
+            schema: SCHEMA,
+            command: std::mem::take(&mut self.job.command),
+            device: run.device.name.clone(),
+            threads: rayon::current_num_threads(),
+            model_blake3: report.quality.as_ref().map(|_| self.checkpoint.fingerprint()).transpose()?,
+            stages: watch.stages(),
+            peak_memory_bytes: peak_memory(),
+        };
+        write_json(&folder.join("report.json"), &report)?;
+        write_json(&folder.join("run.json"), &record)?;
+        pages(&folder)?;
+        destination.publish()?;
+        Ok(report)
+    }
+
+    /// Everything up to the last tensor.
+    fn compress(&mut self, folder: &Path, run: &Run<'_>, watch: &mut Stopwatch) -> Result<(Vec<LayerReport>, Vec<BlockReport>)> {
+        let mut sinks = Sinks::create(&self.exports, &self.checkpoint, folder, self.job.recipe.shard_bytes()?)?;
         exports::carry(&self.checkpoint, formats::open(&self.checkpoint)?.as_ref(), &self.plan, &self.norms, &mut sinks, run)?;
+        watch.ends("copy the rest");
         let mut compressor = Compressor::new(&self.plan, sinks, self.job.recipe.report.layer_error);
         let source = Restored(formats::open(&self.checkpoint)?);
         if needs(&self.job.recipe, &self.plan) == Needs::Nothing {
@@ -190,40 +234,43 @@ impl Prepared {
             let mut hidden: Hidden = embed(&model, windows, Keeping::HALVED, run)?;
             walk(&model, &mut hidden, "compress", run, &mut compressor)?;
         }
-        let (layers, blocks) = compressor.finish()?;
-        for export in &self.exports {
-            export.side_files(&self.checkpoint, &folder)?;
-            export.verify(&folder)?;
-        }
-        let quality = self.measure(&folder, run)?;
-        let evaluation = self.evaluation.take().map(|(_, evaluation)| evaluation);
-        let report = Report {
-            schema: SCHEMA,
-            drawknife: env!("CARGO_PKG_VERSION"),
-            model: self.facts,
-            recipe: self.job.recipe,
-            format: self.exports.iter().map(|export| export.format.name).collect::<Vec<_>>().join(", "),
-            size: self.size,
-            calibration: self.calibration.map(|packed| packed.counts),
-            allocation: self.job.allocation,
-            layers,
-            blocks,
-            quality,
-            evaluation,
-            notes: self.notes,
-        };
-        for export in &self.exports {
-            card::write(&report, export, &self.checkpoint, &folder)?;
-        }
-        for (name, bytes) in &self.job.beside {
-            std::fs::write(folder.join(name), bytes).map_err(|error| Error::io(&folder.join(name), &error))?;
-        }
-        write_json(&folder.join("report.json"), &report)?;
-        destination.publish()?;
-        Ok(report)
+        let done = compressor.finish()?;
+        watch.ends("compress");
+        Ok(done)
     }
 
-    fn measure(&self, folder: &Path, run: &Run<'_>) -> Result<Option<Quality>> {
+    fn report(
+        &mut self,
+        (layers, blocks): (Vec<LayerReport>, Vec<BlockReport>),
+        quality: Option<Quality>,
+        tokens: Option<TokenView>,
+    ) -> Report {
+        let audit = match (&self.calibration, &self.evaluation) {
+            (Some(packed), Some((windows, _))) => Some(Audit::of(&packed.windows, windows)),
+            _ => None,
+        };
+        Report {
+            schema: SCHEMA,
+            drawknife: env!("CARGO_PKG_VERSION"),
+            model: self.facts.clone(),
+            recipe: self.job.recipe.clone(),
+            format: self.exports.iter().map(|export| export.format.name).collect::<Vec<_>>().join(", "),
+            size: self.size.clone(),
+            calibration: self.calibration.take().map(|packed| packed.counts),
+            allocation: self.job.allocation.take(),
+            layers,
+            blocks,
+            sizes: sizes(&self.checkpoint, &self.exports[0]),
+            loads: loads(&self.exports),
+            audit,
+            quality,
+            tokens,
+            evaluation: self.evaluation.take().map(|(_, evaluation)| evaluation),
+            notes: std::mem::take(&mut self.notes),
+        }
+    }
+
+    fn measure(&self, folder: &Path, run: &Run<'_>) -> Result<Option<(Quality, Option<TokenView>)>> {
         let (Some((windows, _)), Some(options)) = (&self.evaluation, &self.job.quality) else { return Ok(None) };
         // All exports hold one compression; one that needs no unpacking is read first.
         let export = self.exports.iter().find(|export| export.file.is_none()).unwrap_or(&self.exports[0]);
@@ -233,8 +280,65 @@ impl Prepared {
         let model = Model::open(&written, source.as_ref())?;
         let original = formats::open(&self.checkpoint)?;
         let reference = Model::open(&self.checkpoint, original.as_ref())?;
-        evaluate::measure(&model, Some(&reference), windows, options.protocol, run).map(Some)
+        let tokenizer = Tokenizer::open(&self.job.model)?;
+        evaluate::closely(&model, Some(&reference), windows, options.protocol, Some(&tokenizer), run).map(Some)
     }
+}
+
+/// Makes report.html and report.md from the files of a run that lie in a folder.
+///
+/// # Errors
+/// When report.json is missing or is none, or the pages cannot be written.
+pub fn pages(folder: &Path) -> Result<()> {
+    let report = read_report(&folder.join("report.json"))?;
+    if report["schema"] != SCHEMA || !report["recipe"].is_object() {
+        let what = format!("is no report of version {SCHEMA}, which this program reads; compress again");
+        return Err(Error::input(what).file(&folder.join("report.json")));
+    }
+    let optional = |name: &str| match folder.join(name) {
+        path if path.exists() => read_report(&path),
+        _ => Ok(Value::Null),
+    };
+    let files = Files { report, run: optional("run.json")?, sensitivity: optional("sensitivity.json")? };
+    write_whole(&folder.join("report.html"), page::html(&files)?.as_bytes())?;
+    write_whole(&folder.join("report.md"), page::markdown(&files)?.as_bytes())
+}
+
+fn read_report(path: &Path) -> Result<Value> {
+    let bytes = read_file(path, 256 << 20)?;
+    serde_json::from_slice(&bytes).map_err(|error| Error::input(format!("not JSON: {error}")).file(path))
+}
+
+/// Bytes before and after by kind of layer; kinds of which there is nothing are left out.
+fn sizes(checkpoint: &Checkpoint, export: &Export) -> Vec<ClassSize> {
+    let before = checkpoint.names().filter_map(|name| Some((name, checkpoint.info(name)?.bytes())));
+    let after: Vec<(&str, u64)> = match &export.file {
+        Some(file) => file.sizes().collect(),
+        None => export.entries.iter().map(|entry| (entry.name.as_str(), entry.bytes())).collect(),
+    };
+    let mut sizes =
+        ["attention", "MLP", "embedding", "head", "norms", "rest"].map(|class| ClassSize { class: class.into(), before: 0, after: 0 });
+    for (name, bytes) in before {
+        sizes.iter_mut().filter(|size| size.class == class_of(name)).for_each(|size| size.before += bytes);
+    }
+    for (name, bytes) in after {
+        sizes.iter_mut().filter(|size| size.class == class_of(name)).for_each(|size| size.after += bytes);
+    }
+    sizes.into_iter().filter(|size| size.before + size.after > 0).collect()
+}
+
+/// What every engine does with every export.
+fn loads(exports: &[Export]) -> Vec<Loads> {
+    let of = |export: &Export| -> Vec<Loads> {
+        let told = |(engine, loads): (Engine, Result<Option<String>, String>)| Loads {
+            format: export.format.name.into(),
+            engine: engine.name().into(),
+            ok: loads.is_ok(),
+            detail: loads.map_or_else(|reason| reason, |how| how.unwrap_or_default()),
+        };
+        loaders(export.format, &export.layers).into_iter().map(told).collect()
+    };
+    exports.iter().flat_map(of).collect()
 }
 
 /// What the methods and the report need to have been seen.

@@ -1,6 +1,7 @@
 //! Perplexity and, against a reference model, divergence: paired on the same tokens, streamed block by block and
 //! through the head slice by slice (protocol: methods-pruning §6).
 
+pub mod contexts;
 pub mod kept;
 pub mod scores;
 pub mod slope;
@@ -15,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::calibrate::tokens::Tokenizer;
 use crate::calibrate::{builtin, corpus};
 use crate::error::{Error, Result};
+use crate::evaluate::contexts::TokenView;
 use crate::evaluate::scores::{Beside, Scores};
 use crate::evaluate::sweep::Stream;
 use crate::model::Model;
@@ -181,6 +183,21 @@ pub fn measure(
     protocol: Protocol,
     run: &Run<'_>,
 ) -> Result<Quality> {
+    closely(model, reference, windows, protocol, None, run).map(|(quality, _)| quality)
+}
+
+/// As [`measure`]; with a tokenizer and a reference also where the two differ most.
+///
+/// # Errors
+/// As [`measure`].
+pub fn closely(
+    model: &Model<'_>,
+    reference: Option<&Model<'_>>,
+    windows: &[Vec<u32>],
+    protocol: Protocol,
+    tokenizer: Option<&Tokenizer>,
+    run: &Run<'_>,
+) -> Result<(Quality, Option<TokenView>)> {
     if let Some(reference) = reference {
         comparable(model, reference)?;
     }
@@ -188,7 +205,11 @@ pub fn measure(
     let other = reference.map(|reference| Stream::new(reference, windows, "evaluate reference", run)).transpose()?;
     let beside = other.as_ref().map_or(Beside::Nothing, Beside::Stream);
     let scores = Scores::new(&own, beside, windows, protocol, run)?;
-    Ok(scores.quality(windows[0].len(), protocol.bos))
+    let view = match (&other, tokenizer) {
+        (Some(other), Some(tokenizer)) => Some(contexts::view(&own, other, &scores, windows, tokenizer, run)?),
+        _ => None,
+    };
+    Ok((scores.quality(windows[0].len(), protocol.bos), view))
 }
 
 /// Refuses models that predict different vocabularies.

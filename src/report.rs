@@ -1,6 +1,9 @@
 //! The report of a run as data, with a schema version. It holds nothing that changes between equal runs: no time, no
 //! path, no number of threads.
 
+pub mod charts;
+pub mod page;
+
 use std::collections::BTreeMap;
 
 use schemars::JsonSchema;
@@ -8,13 +11,14 @@ use serde::Serialize;
 
 use crate::calibrate::corpus::Counts;
 use crate::evaluate::Quality;
+use crate::evaluate::contexts::TokenView;
 use crate::plan::recipe::Recipe;
 
 /// Version of the report's shape.
 pub const SCHEMA: u32 = 1;
 
 /// Everything that a compression run found out.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, JsonSchema)]
 pub struct Report {
     /// Version of this shape.
     pub schema: u32,
@@ -36,8 +40,16 @@ pub struct Report {
     pub layers: Vec<LayerReport>,
     /// One row per block, after calibrated methods.
     pub blocks: Vec<BlockReport>,
+    /// Bytes before and after by kind of layer.
+    pub sizes: Vec<ClassSize>,
+    /// What engines do with each format.
+    pub loads: Vec<Loads>,
+    /// How far calibration and evaluation overlap.
+    pub audit: Option<Audit>,
     /// The measured quality, against the original.
     pub quality: Option<Quality>,
+    /// Where the model differs most from the original.
+    pub tokens: Option<TokenView>,
     /// What the quality was measured on.
     pub evaluation: Option<Evaluation>,
     /// Deviations and warnings, each a sentence.
@@ -65,8 +77,127 @@ pub struct Allocated {
     pub curve: Vec<(f64, f64)>,
 }
 
+/// What changes between equal runs: run.json, beside the report.
+#[derive(Debug, Clone, Default, Serialize, JsonSchema)]
+pub struct RunRecord {
+    /// Version of this shape.
+    pub schema: u32,
+    /// The command line.
+    pub command: Vec<String>,
+    /// What computed.
+    pub device: String,
+    /// Threads.
+    pub threads: usize,
+    /// blake3 of the model's configuration and weights; absent where nothing was measured.
+    pub model_blake3: Option<String>,
+    /// How long each stage took, in order.
+    pub stages: Vec<StageTime>,
+    /// Most memory that was resident, in bytes; absent where the system does not tell.
+    pub peak_memory_bytes: Option<u64>,
+}
+
+/// How long a stage took.
+#[derive(Debug, Clone, Serialize, JsonSchema)]
+pub struct StageTime {
+    /// What was done.
+    pub name: String,
+    /// Seconds.
+    pub seconds: f64,
+}
+
+/// Takes the time of stages that follow each other.
+#[derive(Debug)]
+pub struct Stopwatch {
+    since: std::time::Instant,
+    stages: Vec<StageTime>,
+}
+
+impl Default for Stopwatch {
+    fn default() -> Self {
+        Self { since: std::time::Instant::now(), stages: Vec::new() }
+    }
+}
+
+impl Stopwatch {
+    /// The stage that ends now; the next begins.
+    pub fn ends(&mut self, name: &str) {
+        self.stages.push(StageTime { name: name.into(), seconds: self.since.elapsed().as_secs_f64() });
+        self.since = std::time::Instant::now();
+    }
+
+    /// All stages.
+    pub fn stages(self) -> Vec<StageTime> {
+        self.stages
+    }
+}
+
+/// Most memory that this process had resident so far, in bytes, where the system tells.
+pub fn peak_memory() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    Some(1024 * line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?)
+}
+
+/// Bytes of one kind of layer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct ClassSize {
+    /// Attention, MLP, embedding, head, norms or rest.
+    pub class: String,
+    /// Bytes before.
+    pub before: u64,
+    /// Bytes after.
+    pub after: u64,
+}
+
+/// What an engine does with a format.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct Loads {
+    /// The format.
+    pub format: String,
+    /// The engine.
+    pub engine: String,
+    /// Whether it loads it.
+    pub ok: bool,
+    /// How, or why not.
+    pub detail: String,
+}
+
+/// How far calibration and evaluation overlap.
+#[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
+pub struct Audit {
+    /// Share of the evaluation's runs of tokens that occur in the calibration.
+    pub evaluation_overlap: f64,
+    /// Tokens of a run.
+    pub run_length: usize,
+}
+
+impl Audit {
+    /// Compares windows of tokens.
+    pub fn of(calibration: &[Vec<u32>], evaluation: &[Vec<u32>]) -> Self {
+        const RUN: usize = 16;
+        let seen: std::collections::HashSet<&[u32]> = calibration.iter().flat_map(|window| window.windows(RUN)).collect();
+        let runs = || evaluation.iter().flat_map(|window| window.windows(RUN));
+        let shared = runs().filter(|run| seen.contains(run)).count();
+        Self { evaluation_overlap: shared as f64 / runs().count().max(1) as f64, run_length: RUN }
+    }
+}
+
+/// The kind of layer that a tensor belongs to.
+pub fn class_of(tensor: &str) -> &'static str {
+    let kinds: [(&str, &[&str]); 5] = [
+        ("norms", &["norm"]),
+        ("attention", &["attn", "attention"]),
+        ("MLP", &["mlp", "expert", "feed_forward", "ffn"]),
+        ("head", &["lm_head"]),
+        ("embedding", &["embed", "wte"]),
+    ];
+    let linear = tensor.contains("_proj");
+    let found = kinds.iter().find(|(class, pieces)| (!linear || *class != "norms") && pieces.iter().any(|piece| tensor.contains(piece)));
+    found.map_or("rest", |(class, _)| class)
+}
+
 /// What a model is.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, JsonSchema)]
 pub struct ModelFacts {
     /// `model_type` of its config.json.
     pub model_type: String,
@@ -81,7 +212,7 @@ pub struct ModelFacts {
 }
 
 /// Sizes of the weights.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, JsonSchema)]
 pub struct Size {
     /// Bytes of all tensors before.
     pub bytes_before: u64,
@@ -92,7 +223,7 @@ pub struct Size {
 }
 
 /// One compressed linear layer.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, JsonSchema)]
 pub struct LayerReport {
     /// Full name without `.weight`.
     pub name: String,
@@ -115,7 +246,7 @@ pub struct LayerReport {
 }
 
 /// One block.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, JsonSchema)]
 pub struct BlockReport {
     /// Its number.
     pub block: usize,
@@ -128,7 +259,7 @@ pub struct BlockReport {
 /// What a stage did to a block. Errors are relative squared errors of the block's output on the first calibration
 /// windows: against the original block on the same inputs or, when the recipe keeps the float stream, against the
 /// float model's output.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, JsonSchema)]
 pub struct StageReport {
     /// The method.
     pub method: String,
@@ -145,7 +276,7 @@ pub struct StageReport {
 }
 
 /// What quality was measured on.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, JsonSchema)]
 pub struct Evaluation {
     /// Name of the text.
     pub text: String,

@@ -2,6 +2,7 @@
 //! block bootstrap with the window as its block. Nothing here knows what was measured.
 
 use rayon::prelude::*;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::kernels::sampling::Stream;
@@ -16,7 +17,7 @@ pub const LEVEL: f64 = 0.95;
 const RESAMPLES: u64 = 1999;
 
 /// Where a true value lies with the confidence that was asked for; a bound is infinite where the data bound nothing.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Interval {
     /// The lower bound.
     pub low: f64,

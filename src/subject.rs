@@ -1,14 +1,14 @@
 //! A model that is looked at, whatever it is stored as: opened, named, weighed and told apart from others.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::calibrate::corpus;
 use crate::calibrate::tokens::Tokenizer;
-use crate::checkpoint::Checkpoint;
 use crate::checkpoint::source::Source;
+use crate::checkpoint::{Checkpoint, hash_file};
 use crate::compress::gguf::unpack::{Unpacked, file_of};
 use crate::compress::layers::candidates;
 use crate::error::{Error, Result, shown_path};
@@ -30,7 +30,7 @@ pub struct Subject {
 }
 
 /// How large a model is.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, JsonSchema)]
 pub struct Weights {
     /// Bytes of all tensors.
     pub bytes: u64,
@@ -102,17 +102,10 @@ impl Subject {
     /// # Errors
     /// When a file cannot be read.
     pub fn fingerprint(&self) -> Result<String> {
-        let file = file_of(&self.path);
-        let folder = self.checkpoint.folder.join("config.json");
-        let files = match &file {
-            Some(file) => vec![file.as_path()],
-            None => std::iter::once(folder.as_path()).chain(self.checkpoint.shards.iter().map(|shard| shard.path.as_path())).collect(),
-        };
-        let mut all = blake3::Hasher::new();
-        for path in files {
-            all.update(hash_file(path)?.as_bytes());
+        match file_of(&self.path) {
+            Some(file) => Ok(hash_file(&file)?.to_hex().to_string()),
+            None => self.checkpoint.fingerprint(),
         }
-        Ok(all.finalize().to_hex().to_string())
     }
 
     /// blake3 of its tokenizer.json.
@@ -154,11 +147,4 @@ impl Subject {
         let linear_bytes = tensors.map(|name| bytes_of(&name)).sum();
         Ok(Weights { bytes: self.checkpoint.names().map(bytes_of).sum(), linear_bytes, linear_weights })
     }
-}
-
-fn hash_file(path: &Path) -> Result<blake3::Hash> {
-    let mut hasher = blake3::Hasher::new();
-    let file = File::open(path).map_err(|error| Error::unreadable(path, &error))?;
-    hasher.update_reader(file).map_err(|error| Error::io(path, &error))?;
-    Ok(hasher.finalize())
 }

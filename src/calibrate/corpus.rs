@@ -48,6 +48,16 @@ enum Document {
     Tokens(Vec<u32>),
 }
 
+impl Document {
+    fn blake3(&self) -> blake3::Hash {
+        match self {
+            Self::Text(text) => blake3::hash(text.as_bytes()),
+            Self::Chat(messages) => blake3::hash(messages.to_string().as_bytes()),
+            Self::Tokens(tokens) => blake3::hash(&tokens.iter().flat_map(|token| token.to_le_bytes()).collect::<Vec<u8>>()),
+        }
+    }
+}
+
 /// What to make of the documents.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Options {
@@ -62,7 +72,7 @@ pub struct Options {
 }
 
 /// What became of the documents.
-#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, schemars::JsonSchema)]
 pub struct Counts {
     /// Sources, as the recipe names them.
     pub sources: Vec<String>,
@@ -78,6 +88,8 @@ pub struct Counts {
     pub token_windows: usize,
     /// Documents that hold no token.
     pub empty: usize,
+    /// Documents that are equal to an earlier one.
+    pub duplicates: usize,
     /// The token between documents: that of config.json, else that of the tokenizer, else none.
     pub end_of_text: Option<u32>,
     /// Tokens of all documents, end-of-text between documents included.
@@ -126,7 +138,9 @@ pub fn pack(options: &Options, tokenizer: impl Fn() -> Result<Tokenizer>, eos: O
     let tokenizer = if needs_text { Some(tokenizer()?) } else { None };
     let eos = eos.or_else(|| tokenizer.as_ref()?.named_token("eos_token"));
     counts.end_of_text = eos;
+    let mut known = std::collections::HashSet::new();
     for document in documents {
+        counts.duplicates += usize::from(!known.insert(document.blake3()));
         let tokens = match (document, &tokenizer) {
             (Document::Tokens(tokens), _) => {
                 counts.token_windows += 1;

@@ -101,6 +101,14 @@ impl Tokenizer {
         }
     }
 
+    /// The text of some tokens; what cannot be decoded is a replacement character.
+    pub fn decode(&self, tokens: &[u32]) -> String {
+        match catch_unwind(AssertUnwindSafe(|| self.inner.decode(tokens, false))) {
+            Ok(Ok(text)) => text,
+            _ => char::REPLACEMENT_CHARACTER.into(),
+        }
+    }
+
     /// The number of the token that tokenizer_config.json names under `key`, such as `bos_token`.
     pub fn named_token(&self, key: &str) -> Option<u32> {
         self.inner.token_to_id(&self.named_text(key)?)

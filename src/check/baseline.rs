@@ -11,7 +11,7 @@ use crate::checkpoint::read_file;
 use crate::error::{Error, Result};
 use crate::evaluate::Bos;
 use crate::evaluate::scores::Scores;
-use crate::formats::output::write_json;
+use crate::formats::output::write_whole_json;
 use crate::kernels::sampling::Stream;
 use crate::statistics::{self, FEWEST, Interval};
 
@@ -170,10 +170,7 @@ impl Baseline {
     /// # Errors
     /// When it cannot be written.
     pub fn write(&self, path: &Path) -> Result<()> {
-        let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let file = tempfile::NamedTempFile::new_in(folder).map_err(|error| Error::io(folder, &error))?;
-        write_json(file.path(), self)?;
-        file.persist(path).map(drop).map_err(|error| Error::io(path, &error.error))
+        write_whole_json(path, self)
     }
 
     /// Refuses a measurement that has not everything in common.
@@ -206,9 +203,11 @@ impl Baseline {
     }
 
     /// What a new measurement lost, pair by pair over the windows that both have.
-    pub fn gates(&self, now: &PerWindow, bytes: u64, level: f64, stream: Stream) -> Vec<Gate> {
+    /// Nothing of it where the windows now are others.
+    pub fn gates(&self, now: Option<&PerWindow>, bytes: u64, level: f64, stream: Stream) -> Vec<Gate> {
+        let nothing = PerWindow::default();
+        let now = now.unwrap_or(&nothing);
         let common = self.per_window.nll.len().min(now.nll.len());
-        // Windows of one measurement that were cut short are not those of the other.
         let evidence = Evidence { windows: common, seq: self.identity.seq };
         let differences = |was: &[f64], is: &[f64]| -> Vec<f64> { is.iter().zip(was).map(|(is, was)| is - was).collect() };
         let judged = |differences: &[f64], number| {
@@ -219,7 +218,7 @@ impl Baseline {
         let ratio = (value.exp(), interval.map(|interval| interval.map(f64::exp)));
         let limit = (1.0 + tolerances.perplexity_relative, false);
         let mut gates = vec![Gate::decide("baseline.ppl", "perplexity over that of the baseline", ratio, limit, evidence)];
-        if !self.per_window.kld.is_empty() && !now.kld.is_empty() {
+        if !self.per_window.kld.is_empty() {
             let was = statistics::mean(&self.per_window.kld[..common]).0;
             let limit = (tolerances.kld_mean_relative * was).max(tolerances.kld_mean_absolute);
             let judged_kld = judged(&differences(&self.per_window.kld, &now.kld), 1);
@@ -292,7 +291,7 @@ mod tests {
     fn the_same_measurement_passes_a_worse_one_fails_and_few_windows_decide_nothing() {
         let base = baseline(24);
         let verdicts =
-            |now: &PerWindow, bytes| base.gates(now, bytes, 0.95, Stream::new(0)).iter().map(|gate| gate.verdict).collect::<Vec<_>>();
+            |now: &PerWindow, bytes| base.gates(Some(now), bytes, 0.95, Stream::new(0)).iter().map(|gate| gate.verdict).collect::<Vec<_>>();
         assert_eq!(verdicts(&base.per_window, 1000), [Verdict::Pass; 4]);
         let mut worse = base.per_window.clone();
         worse.nll.iter_mut().for_each(|nll| *nll += 0.02);
@@ -306,7 +305,7 @@ mod tests {
         close.per_window.kld.iter_mut().for_each(|kld| *kld = 1e-5);
         let mut now = close.per_window.clone();
         now.kld.iter_mut().for_each(|kld| *kld = 1e-3);
-        assert_eq!(close.gates(&now, 1000, 0.95, Stream::new(0))[1].verdict, Verdict::Pass);
+        assert_eq!(close.gates(Some(&now), 1000, 0.95, Stream::new(0))[1].verdict, Verdict::Pass);
     }
 
     #[test]

@@ -129,8 +129,8 @@ pub struct Gate {
     pub name: String,
     /// What that is, in words.
     pub about: String,
-    /// What was measured.
-    pub value: f64,
+    /// What was measured; absent where nothing was.
+    pub value: Option<f64>,
     /// Lower bound of the interval; absent where it is unbounded or unknown.
     pub low: Option<f64>,
     /// Upper bound of the interval; absent where it is unbounded or unknown.
@@ -169,7 +169,7 @@ impl Gate {
         Self {
             name: name.into(),
             about: about.into(),
-            value,
+            value: finite(value),
             low: interval.and_then(|of| finite(of.low)),
             high: interval.and_then(|of| finite(of.high)),
             limit: bound,

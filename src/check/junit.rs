@@ -56,7 +56,7 @@ pub fn sentence(gate: &Gate) -> String {
         (Verdict::Inconclusive, None) => "; the value lies at the limit, no number of tokens is sure to decide".into(),
         _ => String::new(),
     };
-    format!("{}: {} is {}{interval}, the limit is {sign} {}{more}", gate.verdict.name(), gate.about, figure(gate.value), figure(gate.limit))
+    format!("{}: {} is {}{interval}, the limit is {sign} {}{more}", gate.verdict.name(), gate.about, bound(gate.value), figure(gate.limit))
 }
 
 /// A number with the digits that matter.

@@ -64,6 +64,10 @@ pub enum Command {
         after_help = "Examples:\n  drawknife sensitivity ./model                              writes sensitivity.json\n  drawknife sensitivity ./model --quick                      predictions only, a few percent of the time\n  drawknife compress ./model -o ./out --preset w4 --target-bpw 3.5 --sensitivity sensitivity.json\n\nThe file is written block by block; the same command goes on where it was stopped."
     )]
     Sensitivity(Sensitivity),
+    /// Make report.html and report.md of a compressed model again.
+    Report(ReportOf),
+    /// Print the JSON schema of a file that this program writes.
+    Schema(Schema),
     /// Decide whether a model is whole and as good as it was: for build pipelines.
     #[command(
         after_help = "Examples:\n  drawknife check ./model-w4                                          are the files whole?\n  drawknife check ./model-w4 --reference ./model --text eval.txt --baseline baseline.json --update-baseline\n  drawknife check ./model-w4 --reference ./model --text eval.txt --baseline baseline.json --junit check.xml\n  drawknife check ./model-w4 --reference ./model --max 'ppl_ratio<=1.01,kld_mean<=0.02,top1>=0.95,size<=5.8GB'\n\nExit codes: 0 pass, 3 fail, 4 inconclusive, 5 the files are not whole, 2 measured on something else\nthan the baseline was. A check needs at least eight windows of tokens to pass."
@@ -273,6 +277,20 @@ pub struct Sensitivity {
     /// GPU memory to use at most, like 8GB; weights beyond it pass tile by tile.
     #[arg(long, value_name = "SIZE")]
     pub gpu_memory: Option<String>,
+}
+
+/// Arguments of `report`.
+#[derive(Debug, Args)]
+pub struct ReportOf {
+    /// Folder that `compress` wrote.
+    pub folder: PathBuf,
+}
+
+/// Arguments of `schema`.
+#[derive(Debug, Args)]
+pub struct Schema {
+    /// report, run, sensitivity, baseline, check or compare; without a name they are listed.
+    pub name: Option<String>,
 }
 
 /// How `check` prints.

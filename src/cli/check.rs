@@ -189,7 +189,7 @@ fn rows(checked: &Checked) -> Vec<Vec<String>> {
     rows.extend(checked.gates.iter().map(|gate| {
         let limit = format!("{} {}", if gate.at_least { "≥" } else { "≤" }, figure(gate.limit));
         let more = gate.more_tokens.map(|more| format!(", ~{more} tokens more")).unwrap_or_default();
-        vec![gate.name.clone(), figure(gate.value), bounds(gate), limit, format!("{}{more}", gate.verdict.name())]
+        vec![gate.name.clone(), gate.value.map_or("-".into(), figure), bounds(gate), limit, format!("{}{more}", gate.verdict.name())]
     }));
     rows
 }

@@ -40,7 +40,15 @@ pub fn run(arguments: &Compress, invocation: &Invocation, dry_run: bool) -> Resu
         drop(Destination::claim(target, model, arguments.force)?);
     }
     let quality = quality(arguments)?;
-    let mut job = Job { model: model.to_path_buf(), recipe, engine: arguments.engine, quality, allocation: None, beside: Vec::new() };
+    let mut job = Job {
+        model: model.to_path_buf(),
+        recipe,
+        engine: arguments.engine,
+        quality,
+        allocation: None,
+        command: command(),
+        beside: Vec::new(),
+    };
     if let Some(wish) = job.recipe.allocate.take() {
         allocate(&mut job, &wish, &device, invocation)?;
     }
@@ -66,6 +74,15 @@ pub fn run(arguments: &Compress, invocation: &Invocation, dry_run: bool) -> Resu
         show_result(&report, &target, seconds, invocation);
     }
     check_gate(&gate, report.quality.as_ref())
+}
+
+/// The command line as a shell would take it.
+fn command() -> Vec<String> {
+    let plain = |word: &str| !word.is_empty() && word.chars().all(|c| c.is_alphanumeric() || "-_./=,:+@%".contains(c));
+    let quoted = |word: String| if plain(&word) { word } else { format!("'{}'", word.replace('\'', "'\\''")) };
+    std::iter::once("drawknife".to_string())
+        .chain(std::env::args_os().skip(1).map(|word| quoted(word.to_string_lossy().into_owned())))
+        .collect()
 }
 
 /// The built-in model in a temporary folder, when no model is given.
@@ -341,7 +358,7 @@ fn show_result(report: &Report, target: &Path, seconds: f64, invocation: &Invoca
         _ => say("quality   not measured"),
     }
     say(&format!("wrote     {} ({}) · {seconds:.1} s", shown_path(target), bytes(report.size.bytes_after)));
-    say(&format!("report    {}", shown_path(&target.join("report.json"))));
+    say(&format!("report    {}", shown_path(&target.join("report.html"))));
 }
 
 /// The quality of a model beside its reference.
@@ -355,8 +372,9 @@ pub fn quality_table(quality: &Quality) -> Vec<String> {
     if let Some(against) = &quality.against {
         rows.push(vec!["perplexity of the original".into(), format!("{:.4}", against.reference_perplexity)]);
         rows.push(vec!["ratio".into(), format!("{:.4}", against.perplexity_ratio), plus(against.perplexity_ratio_stderr, 4)]);
-        rows.push(vec!["divergence, mean (nats)".into(), format!("{:.5}", against.kld_mean), plus(against.kld_mean_stderr, 5)]);
-        rows.push(vec!["divergence, 99th percentile".into(), format!("{:.5}", against.kld_p99), plus(against.kld_p99_stderr, 5)]);
+        let bound = if against.kld_is_lower_bound { ", at least" } else { "" };
+        rows.push(vec![format!("divergence, mean (nats){bound}"), format!("{:.5}", against.kld_mean), plus(against.kld_mean_stderr, 5)]);
+        rows.push(vec![format!("divergence, 99th percentile{bound}"), format!("{:.5}", against.kld_p99), plus(against.kld_p99_stderr, 5)]);
         rows.push(vec![
             "same most likely token".into(),
             format!("{:.2} %", 100.0 * against.top1_agreement),

@@ -129,7 +129,8 @@ impl Export {
         let quantized = formats::quantization(checkpoint).is_some();
         for path in checkpoint.side_files()? {
             let name = path.file_name().unwrap_or_default();
-            if name != "report.json" && !(quantized && name == "quantize_config.json") {
+            let own = ["report.json", "report.html", "report.md", "run.json", "sensitivity.json"].iter().any(|own| name == *own);
+            if !own && !(quantized && name == "quantize_config.json") {
                 copy(&path, &folder)?;
             }
         }

@@ -215,6 +215,11 @@ impl File {
         offsets.last().map_or(header.len() as u64, |offset| offset + last)
     }
 
+    /// Bytes of its tensors by their names in the checkpoint.
+    pub fn sizes(&self) -> impl Iterator<Item = (&str, u64)> {
+        self.tensors.iter().map(|(name, placed)| (name.as_str(), placed.tensor.bytes()))
+    }
+
     fn listed(&self) -> Vec<Tensor> {
         let divisors = self.divisors.as_ref().map(|divisors| Tensor {
             name: "rope_freqs.weight".into(),

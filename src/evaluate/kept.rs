@@ -135,11 +135,11 @@ impl Kept {
         }
     }
 
-    /// Writes a safetensors file.
+    /// A safetensors file of it.
     ///
     /// # Errors
-    /// When it cannot be written.
-    pub fn write(&self, path: &Path) -> Result<()> {
+    /// When its tensors do not fit together.
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
         let (predictions, width) = (self.nlls.len(), self.width());
         let tokens: Vec<u32> = self.windows.concat();
         let view = |dtype, shape: &[usize], bytes| TensorView::new(dtype, shape.to_vec(), bytes);
@@ -150,19 +150,16 @@ impl Kept {
             ("log_tail", view(Dtype::F32, &[predictions], bytemuck::cast_slice(&self.tails))),
             ("nll", view(Dtype::F32, &[predictions], bytemuck::cast_slice(&self.nlls))),
         ];
-        let failed = |what: String| Error::run(what).file(path);
+        let failed = |what: String| Error::run(format!("reference file: {what}"));
         let tensors = tensors.into_iter().map(|(name, view)| Ok((name, view?))).collect::<Result<Vec<_>, safetensors::SafeTensorError>>();
         let tensors = tensors.map_err(|error| failed(error.to_string()))?;
         let identity = serde_json::to_string(&self.identity).map_err(|error| failed(error.to_string()))?;
         let bytes = safetensors::serialize(tensors, Some(HashMap::from([(IDENTITY.into(), identity)])));
         let bytes = bytes.map_err(|error| failed(error.to_string()))?;
-        let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let mut file = tempfile::NamedTempFile::new_in(folder).map_err(|error| Error::io(folder, &error))?;
-        std::io::Write::write_all(&mut file, &bytes).map_err(|error| Error::io(path, &error))?;
-        file.persist(path).map(drop).map_err(|error| Error::io(path, &error.error))
+        Ok(bytes)
     }
 
-    /// Reads a file that [`Self::write`] wrote, and checks all of it.
+    /// Reads a file that [`Self::to_bytes`] made, and checks all of it.
     ///
     /// # Errors
     /// When it is something else or damaged.

@@ -209,6 +209,29 @@ pub fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
     std::fs::write(path, text + "\n").map_err(|error| Error::io(path, &error))
 }
 
+/// Writes a file complete or not at all.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    // As any new file: what the mask of the process takes away is not there.
+    let file = tempfile::Builder::new().permissions(std::fs::Permissions::from_mode(0o666)).tempfile_in(folder);
+    let mut file = file.map_err(|error| Error::io(folder, &error))?;
+    std::io::Write::write_all(&mut file, bytes).map_err(|error| Error::io(path, &error))?;
+    file.persist(path).map(drop).map_err(|error| Error::io(path, &error.error))
+}
+
+/// As [`write_whole`], an object as JSON.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn write_whole_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
+    let text = serde_json::to_string_pretty(value).map_err(|error| Error::run(error.to_string()).file(path))?;
+    write_whole(path, (text + "\n").as_bytes())
+}
+
 #[cfg(test)]
 mod tests {
     use safetensors::Dtype;

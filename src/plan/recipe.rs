@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::calibrate::corpus::{Options, Source};
@@ -80,7 +81,7 @@ pub const PRESETS: &[Preset] = &[
 ];
 
 /// A recipe.
-#[derive(Debug, Clone, Deserialize, Serialize)]
+#[derive(Debug, Clone, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
     /// Version of the recipe's language; 1.
@@ -112,7 +113,7 @@ pub struct Recipe {
 }
 
 /// `[calibration]`.
-#[derive(Debug, Clone, Deserialize, Serialize, PartialEq)]
+#[derive(Debug, Clone, Deserialize, Serialize, PartialEq, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Calibration {
     /// `builtin:mix` or files, .txt or .jsonl; or `self` alone for text that the model itself writes.
@@ -133,7 +134,7 @@ impl Default for Calibration {
 }
 
 /// A string or a list of strings.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
 pub struct OneOrMany(pub Vec<String>);
 
 impl<'de> Deserialize<'de> for OneOrMany {
@@ -152,7 +153,7 @@ impl<'de> Deserialize<'de> for OneOrMany {
 }
 
 /// `[[stage]]`: a method, the layers it works on, and its own options.
-#[derive(Debug, Clone, Deserialize, Serialize)]
+#[derive(Debug, Clone, Deserialize, Serialize, JsonSchema)]
 pub struct StageRecipe {
     /// Name of the method.
     pub method: String,
@@ -161,11 +162,12 @@ pub struct StageRecipe {
     pub targets: Vec<String>,
     /// Options of the method.
     #[serde(flatten)]
+    #[schemars(with = "serde_json::Map<String, serde_json::Value>")]
     pub options: toml::Table,
 }
 
 /// `[[override]]`.
-#[derive(Debug, Clone, Deserialize, Serialize)]
+#[derive(Debug, Clone, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Override {
     /// Glob over layer names.
@@ -180,7 +182,7 @@ pub struct Override {
 }
 
 /// `[[skip]]`.
-#[derive(Debug, Clone, Deserialize, Serialize)]
+#[derive(Debug, Clone, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Skip {
     /// Glob over layer names.
@@ -189,7 +191,7 @@ pub struct Skip {
 }
 
 /// `[allocate]`: one target, solved on what a sensitivity measurement says of every layer.
-#[derive(Debug, Clone, Default, PartialEq, Deserialize, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Allocate {
     /// Stored bits per weight of the compressed layers, scales included.
@@ -210,7 +212,7 @@ pub struct Allocate {
 }
 
 /// `[export]`.
-#[derive(Debug, Clone, Default, Deserialize, Serialize)]
+#[derive(Debug, Clone, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Export {
     /// Formats; by default compressed-tensors for integers, dense for the rest.
@@ -225,7 +227,7 @@ pub struct Export {
 }
 
 /// `[gate]`: limits for the measured quality; a run that exceeds one exits with 3.
-#[derive(Debug, Clone, Default, PartialEq, Deserialize, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Gate {
     /// Largest mean divergence from the original, in nats.
@@ -244,7 +246,7 @@ impl Gate {
 }
 
 /// `[report]`.
-#[derive(Debug, Clone, Copy, Default, Deserialize, Serialize)]
+#[derive(Debug, Clone, Copy, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ReportOptions {
     /// Measure ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² of every layer over all calibration tokens, also where no stage needs XᵀX.

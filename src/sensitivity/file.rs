@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::read_file;
 use crate::error::{Error, Result};
-use crate::formats::output::write_json;
+use crate::formats::output::write_whole_json;
 use crate::statistics::rank_correlation;
 
 /// Version of the file's shape.
@@ -142,10 +142,7 @@ impl Sensitivity {
     /// # Errors
     /// When it cannot be written.
     pub fn write(&self, path: &Path) -> Result<()> {
-        let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let file = tempfile::NamedTempFile::new_in(folder).map_err(|error| Error::io(folder, &error))?;
-        write_json(file.path(), self)?;
-        file.persist(path).map(drop).map_err(|error| Error::io(path, &error.error))
+        write_whole_json(path, self)
     }
 
     /// The row of a layer.
