@@ -5,10 +5,13 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 /// Width of a chart in its own units; it is scaled to the page.
-const WIDTH: u32 = 560;
+const WIDTH: u32 = 440;
 
 /// Size of text.
-const TEXT: f64 = 14.0;
+const TEXT: f64 = 13.0;
+
+/// Dashes and gaps of lines, so that they are told apart without colours; the first is whole.
+const DASHES: [(u32, u32); 5] = [(0, 0), (9, 4), (3, 3), (14, 5), (5, 7)];
 
 /// Steps of lightness of a heat map.
 const STEPS: u8 = 9;
@@ -104,7 +107,7 @@ pub fn sizes(parts: &[Part]) -> Option<String> {
             }
             root.draw(&Rectangle::new([(x, y - 6), (x + 12, y + 6)], series(number).filled()))?;
             root.draw(&Text::new(label.clone(), (x + 18, y), words(&INK, HPos::Left)))?;
-            x += 165;
+            x += 125;
         }
         Ok(())
     })
@@ -203,6 +206,7 @@ pub fn lines(lines: &[Line], name: &str, axes: (&str, &str), logarithmic: bool) 
     drawn(name, 300, |root| {
         let mut chart = ChartBuilder::on(root)
             .margin(8)
+            .margin_top(if lines.len() > 1 { 8 + 20 * lines.len().div_ceil(3) as u32 } else { 8 })
             .margin_right(16)
             .x_label_area_size(44)
             .y_label_area_size(74)
@@ -226,19 +230,39 @@ pub fn lines(lines: &[Line], name: &str, axes: (&str, &str), logarithmic: bool) 
             let color = series(number);
             let points: Vec<(f64, f64)> = line.points.iter().filter(usable).map(|&(x, y)| (x, scale(y))).collect();
             if !line.dots {
-                chart.draw_series(LineSeries::new(points.clone(), color.stroke_width(2)))?;
+                match DASHES[number % DASHES.len()] {
+                    (0, _) => chart.draw_series(LineSeries::new(points.clone(), color.stroke_width(2)))?,
+                    (dash, gap) => chart.draw_series(DashedLineSeries::new(points.clone(), dash, gap, color.stroke_width(2)))?,
+                };
             }
             if line.dots || points.len() <= 64 {
                 let size = if line.dots { 6 } else { 3 };
                 chart.draw_series(points.iter().map(|&point| Circle::new(point, size, color.filled())))?;
             }
-            if let (Some(last), true) = (points.last(), lines.len() > 1) {
-                let style = ("sans-serif", TEXT).into_font().color(&color).pos(Pos::new(HPos::Right, VPos::Bottom));
-                chart.draw_series(std::iter::once(Text::new(line.label.clone(), *last, style)))?;
-            }
+        }
+        if lines.len() > 1 {
+            legend(root, lines)?;
         }
         Ok(())
     })
+}
+
+/// Names of lines above their chart, three in a row.
+fn legend(root: &DrawingArea<SVGBackend<'_>, plotters::coord::Shift>, lines: &[Line]) -> Result<(), Failed> {
+    for (number, line) in lines.iter().enumerate() {
+        let (x, y) = (16 + 142 * (number as i32 % 3), 12 + 20 * (number as i32 / 3));
+        if line.dots {
+            root.draw(&Circle::new((x + 6, y), 6, series(number).filled()))?;
+        } else {
+            let (dash, gap) = DASHES[number % DASHES.len()];
+            let (dash, gap) = if dash == 0 { (28, 0) } else { (dash as i32, gap as i32) };
+            for start in (0..28).step_by((dash + gap) as usize) {
+                root.draw(&Rectangle::new([(x + start, y - 1), (x + (start + dash).min(28), y + 1)], series(number).filled()))?;
+            }
+        }
+        root.draw(&Text::new(line.label.clone(), (x + 34, y), words(&INK, HPos::Left)))?;
+    }
+    Ok(())
 }
 
 /// A number on an axis.

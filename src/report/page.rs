@@ -51,6 +51,7 @@ fn rendered(name: &str, template: &str, files: &Files, charts: Value) -> Result<
         value.map_or("–".into(), |value| format!("{:.digits$} %", 100.0 * value))
     });
     environment.add_filter("sci", |value: Option<f64>| value.map_or("–".into(), |value| format!("{value:.2e}")));
+    environment.add_filter("visible", |value: String| value.replace(' ', "␣").replace('\n', "↵").replace('\t', "⇥"));
     environment.add_filter("cell", |value: String| value.replace('|', "\\|").replace('<', "&lt;").replace(['\n', '\r'], " "));
     let wrong = |error: minijinja::Error| Error::run(format!("the report cannot be rendered: {error:#}"));
     environment.add_template(name, template).map_err(wrong)?;
