@@ -4,6 +4,7 @@ pub mod card;
 pub mod compressor;
 pub mod convert;
 pub mod destination;
+pub mod estimate;
 pub mod exports;
 pub mod generation;
 pub mod gguf;
@@ -342,7 +343,7 @@ fn loads(exports: &[Export]) -> Vec<Loads> {
 }
 
 /// What the methods and the report need to have been seen.
-fn needs(recipe: &Recipe, plan: &Plan) -> Needs {
+pub(crate) fn needs(recipe: &Recipe, plan: &Plan) -> Needs {
     if recipe.report.layer_error { plan.needs().max(Needs::Gram) } else { plan.needs() }
 }
 

@@ -9,7 +9,7 @@ use regex::bytes::Regex;
 use crate::error::{Error, Result, shown};
 use crate::methods::{self, Method};
 use crate::model::seen::Needs;
-use crate::plan::recipe::Recipe;
+use crate::plan::recipe::{Override, Recipe, Skip};
 use crate::weight::{Float, Outlined, Storage};
 
 /// One stage of a plan.
@@ -102,6 +102,23 @@ impl Plan {
         }
         summarize(&mut notes);
         Ok(Self { stages, layers, notes })
+    }
+
+    /// The recipe without patterns: layers by their names, so that it says the same of this model whatever else changes.
+    pub fn resolved(&self, recipe: &Recipe) -> Recipe {
+        let exact = |layer: &Planned| globset::escape(&layer.outlined.name);
+        let norms = |stage: usize| self.stages[stage].method.norms();
+        let mut resolved = recipe.clone();
+        for (number, stage) in resolved.stages.iter_mut().enumerate().filter(|(_, stage)| !stage.targets.is_empty()) {
+            let on = self.layers.iter().filter(|layer| layer.stages.contains(&number) || norms(number));
+            stage.targets = on.map(exact).collect();
+        }
+        let untouched = self.layers.iter().filter(|layer| layer.stages.is_empty() && (0..self.stages.len()).any(|stage| !norms(stage)));
+        resolved.skip = untouched.map(|layer| Skip { pattern: exact(layer) }).collect();
+        let changed = self.layers.iter().filter(|layer| !layer.stages.is_empty() && (layer.bits.is_some() || layer.sparsity.is_some()));
+        resolved.overrides = changed.map(|layer| Override { pattern: exact(layer), bits: layer.bits, sparsity: layer.sparsity }).collect();
+        resolved.allocate = None;
+        resolved
     }
 
     /// The most that any stage needs to have been seen.

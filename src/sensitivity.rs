@@ -22,7 +22,7 @@ use crate::model::block::Role;
 use crate::model::hidden::{Hidden, Keeping};
 use crate::model::seen::Needs;
 use crate::model::slopes::{BackVisitor, Inputs, Slope, walk_back};
-use crate::model::walk::{Pass, embed, walk, walk_from};
+use crate::model::walk::{Pass, embed, walk, walk_part};
 use crate::run::{Muted, Run};
 use crate::sensitivity::file::{Candidate, Identity, LayerSensitivity, SCHEMA, Sensitivity};
 use crate::sensitivity::schemes::Scheme;
@@ -224,7 +224,7 @@ impl Measuring<'_> {
         let lengths: Vec<usize> = self.windows.iter().flat_map(|window| vec![window.len(); count]).collect();
         let mut hidden = Hidden::new(&lengths, self.stream.model.config.hidden, Keeping::EXACT, self.run.scratch)?;
         bench.with_others(others, &mut hidden)?;
-        walk_from(self.stream.model, index + 1, &mut hidden, "", self.quiet, &mut Pass)?;
+        walk_part(self.stream.model, index + 1..self.stream.model.config.layers.len(), &mut hidden, "", self.quiet, &mut Pass)?;
         let own = Stream { model: self.stream.model, hidden };
         let scores = Scores::new(&own, Beside::Stream(self.stream), self.windows, PROTOCOL, self.quiet)?;
         let (klds, nlls) = (scores.means(|score| score.divergence), scores.means(|score| score.nll - score.reference_nll));

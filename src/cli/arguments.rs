@@ -47,7 +47,7 @@ pub enum Command {
         after_help = "Examples:\n  drawknife compress                                  the built-in model, to try it out\n  drawknife compress ./Qwen3-0.6B -o ./Qwen3-0.6B-w4 --preset w4-fast\n  drawknife compress ./model -o ./out --recipe recipe.toml --calibration chats.jsonl"
     )]
     Compress(Compress),
-    /// Show what `compress` would do: sizes, memory, layers. Writes nothing.
+    /// Show what `compress` would do: sizes, memory, time, layers. Writes nothing but, with -o FILE.toml, the resolved recipe.
     Plan(Compress),
     /// Measure perplexity, and divergence from a reference model on the same tokens.
     #[command(

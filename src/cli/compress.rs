@@ -12,10 +12,12 @@ use crate::cli::device::pick_device;
 use crate::cli::sensitivity;
 use crate::cli::text::{say, say_json, table};
 use crate::compress::destination::Destination;
+use crate::compress::estimate::{Estimate, estimate};
 use crate::compress::{Job, Prepared, QualityOptions};
 use crate::device::Device;
 use crate::error::{Error, Fault, Result, shown, shown_path};
 use crate::evaluate::{Bos, Protocol, Quality};
+use crate::formats::output::write_whole;
 use crate::formats::targets::{Engine, loaders};
 use crate::plan::recipe::{Allocate, Gate, OneOrMany, Override, Recipe, Skip};
 use crate::report::{Allocated, Report, bytes};
@@ -52,9 +54,25 @@ pub fn run(arguments: &Compress, invocation: &Invocation, dry_run: bool) -> Resu
     if let Some(wish) = job.recipe.allocate.take() {
         allocate(&mut job, &wish, &device, invocation)?;
     }
-    let prepared = Prepared::new(job)?;
-    if invocation.json && dry_run {
-        say_json(&plan_json(&prepared));
+    let preparing = Instant::now();
+    let mut prepared = Prepared::new(job)?;
+    if dry_run {
+        let seed = prepared.job.recipe.calibration.seed;
+        let run = Run { device: &device, seed, observer: &invocation.progress, scratch: &std::env::temp_dir() };
+        let found = estimate(&prepared, preparing.elapsed().as_secs_f64(), &run)?;
+        prepared.memory_bytes = found.memory_bytes;
+        let resolved = prepared.plan.resolved(&prepared.job.recipe);
+        if let Some(path) = arguments.output.as_ref().filter(|path| path.extension().is_some_and(|end| end == "toml")) {
+            let text = toml::to_string(&resolved).map_err(|error| Error::run(format!("recipe: {error}")))?;
+            write_whole(path, text.as_bytes())?;
+        }
+        if invocation.json {
+            say_json(&plan_json(&prepared, &resolved, found));
+        } else if !invocation.quiet {
+            show_plan(&prepared, &device, invocation, embedded.is_some());
+            let how = if found.tried { "by a trial on the first block" } else { "roughly, by counting operations" };
+            say(&format!("time      about {} ({how})", duration(found.seconds)));
+        }
         return Ok(());
     }
     if !invocation.json && !invocation.quiet {
@@ -259,10 +277,11 @@ fn show_plan(prepared: &Prepared, device: &Device, invocation: &Invocation, embe
         allocation_lines(allocation).iter().for_each(|line| say(line));
     }
     say(&format!(
-        "size      {} -> {} · {:.3} bits per weight in compressed layers",
+        "size      {} -> {} · {:.3} bits per weight in compressed layers, {:.3} in the whole file",
         bytes(size.bytes_before),
         bytes(size.bytes_after),
-        size.bits_per_weight
+        size.bits_per_weight,
+        8.0 * size.bytes_after as f64 / (facts.parameters.max(1) * prepared.exports.len().max(1) as u64) as f64
     ));
     say(&format!("needs     about {} of memory · {} of disk · {}", bytes(prepared.memory_bytes), bytes(size.bytes_after), device.name));
     for export in &prepared.exports {
@@ -314,6 +333,15 @@ fn allocation_lines(allocation: &Allocated) -> Vec<String> {
     lines
 }
 
+/// Seconds as a person reads them.
+fn duration(seconds: f64) -> String {
+    match seconds {
+        short if short < 90.0 => format!("{short:.1} s"),
+        long if long < 5400.0 => format!("{:.0} min", long / 60.0),
+        hours => format!("{:.1} h", hours / 3600.0),
+    }
+}
+
 fn formats(prepared: &Prepared) -> String {
     prepared.exports.iter().map(|export| export.format.name).collect::<Vec<_>>().join(", ")
 }
@@ -322,7 +350,7 @@ fn options(options: &toml::Table) -> String {
     options.iter().map(|(key, value)| format!("{key} {}", value.to_string().trim_matches('"'))).collect::<Vec<_>>().join(", ")
 }
 
-fn plan_json(prepared: &Prepared) -> serde_json::Value {
+fn plan_json(prepared: &Prepared, resolved: &Recipe, found: Estimate) -> serde_json::Value {
     let layers: Vec<_> = prepared
         .plan
         .layers
@@ -330,7 +358,7 @@ fn plan_json(prepared: &Prepared) -> serde_json::Value {
         .map(|layer| json!({"name": layer.outlined.name, "shape": layer.outlined.shape, "storage": layer.outlined.storage.map(|storage| storage.to_string())}))
         .collect();
     json!({
-        "model": prepared.facts, "recipe": prepared.job.recipe, "format": formats(prepared), "size": prepared.size,
+        "model": prepared.facts, "recipe": resolved, "seconds": found.seconds, "tried": found.tried, "allocation": prepared.job.allocation, "format": formats(prepared), "size": prepared.size,
         "memory_bytes": prepared.memory_bytes, "calibration": prepared.calibration.as_ref().map(|packed| &packed.counts),
         "layers": layers, "notes": prepared.notes,
     })

@@ -264,6 +264,11 @@ struct Sink<'a> {
 }
 
 impl<'a> Sinks<'a> {
+    /// Files of no export: whatever is written is forgotten.
+    pub fn nowhere() -> Self {
+        Self { sinks: Vec::new() }
+    }
+
     /// Lays out the files of all exports below a folder.
     ///
     /// # Errors

@@ -82,28 +82,27 @@ pub fn embed(model: &Model<'_>, windows: &[Vec<u32>], keeping: Keeping, run: &Ru
 /// # Errors
 /// When a block cannot be read, an output is not finite, a signal asks to stop, or the visitor fails.
 pub fn walk(model: &Model<'_>, hidden: &mut Hidden, stage: &str, run: &Run<'_>, visitor: &mut dyn Visitor) -> Result<()> {
-    walk_from(model, 0, hidden, stage, run, visitor)
+    walk_part(model, 0..model.config.layers.len(), hidden, stage, run, visitor)
 }
 
-/// As [`walk`], from block `first` on; `hidden` enters with the inputs of that block.
+/// As [`walk`], through some blocks only; `hidden` enters with the inputs of the first of them.
 ///
 /// # Errors
 /// As [`walk`].
-pub fn walk_from(
+pub fn walk_part(
     model: &Model<'_>,
-    first: usize,
+    blocks: Range<usize>,
     hidden: &mut Hidden,
     stage: &str,
     run: &Run<'_>,
     visitor: &mut dyn Visitor,
 ) -> Result<()> {
-    let layers = model.config.layers.len();
     let needs = visitor.needs();
     let calibrated = needs > Needs::Nothing && !hidden.is_empty();
     let passes = if calibrated { 2 } else { 1 };
-    run.observer.begin(stage, ((layers - first) * (passes * hidden.len()).max(1)) as u64);
+    run.observer.begin(stage, (blocks.len() * (passes * hidden.len()).max(1)) as u64);
     let mut float = if calibrated && needs == Needs::Streams { Some(FloatStream::new(model, hidden, run)?) } else { None };
-    for index in first..layers {
+    for index in blocks {
         run.check_stop()?;
         let note = format!("block {index}");
         let mut block = model.load_block(index)?;
@@ -345,6 +344,13 @@ fn keep_first(kept: &mut Vec<Vec<f32>>, windows: &Range<usize>, output: Vec<f32>
         let each = output.len() / windows.len();
         kept.push(output[..each * windows.len().min(COMPARED - windows.start)].to_vec());
     }
+}
+
+/// Memory for the activations of so many tokens, in bytes: of one run of windows per thread.
+pub fn activation_bytes(model: &Model<'_>, tokens: u64) -> u64 {
+    let config = &model.config;
+    let floats = 3 * (config.hidden + config.query_width() + config.intermediate) as u64;
+    (4 * floats * tokens).min((rayon::current_num_threads() * RUN_BYTES) as u64)
 }
 
 /// Runs of windows that share matrix products, cut by their size alone.

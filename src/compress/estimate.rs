@@ -1,0 +1,258 @@
+//! How long a run will take and how much memory it will need, from a short trial: the recipe's own stages on the first
+//! block with a few windows, once with fewer and once with more, and a few windows of the measurement of quality. Where the
+//! model is too large for a trial, floating-point operations are counted and divided by what a matrix product reaches here.
+
+use std::time::Instant;
+
+use crate::calibrate::corpus::Packed;
+use crate::compress::Prepared;
+use crate::compress::compressor::Compressor;
+use crate::compress::exports::Sinks;
+use crate::error::Result;
+use crate::evaluate;
+use crate::formats;
+use crate::kernels::gemm::{Sizes, View, product};
+use crate::model::Model;
+use crate::model::block::Role;
+use crate::model::hidden::Keeping;
+use crate::model::seen::Needs;
+use crate::model::walk::{activation_bytes, embed, walk_part};
+use crate::plan::recipe::Recipe;
+use crate::plan::{Candidate, Plan};
+use crate::report::peak_memory;
+use crate::run::{Muted, Run};
+
+/// Floating-point operations that a trial may cost; what is larger is counted.
+const TRIAL_OPERATIONS: f64 = 2e11;
+
+/// Tokens of a trial, about.
+const TRIAL_TOKENS: usize = 4096;
+
+/// A trial of fewer seconds than this is repeated with more windows.
+const SHORTEST: f64 = 0.3;
+
+/// What starts, ends and is written besides, in seconds.
+const OVERHEAD: f64 = 0.1;
+
+/// Iterations of learned rounding in the two trials that tell what one costs.
+const TRIAL_ITERATIONS: [i64; 2] = [4, 16];
+
+/// What a run is expected to need.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Estimate {
+    /// Seconds.
+    pub seconds: f64,
+    /// Bytes of memory.
+    pub memory_bytes: u64,
+    /// Whether a trial was made.
+    pub tried: bool,
+}
+
+/// Estimates a run that was prepared in `preparing` seconds.
+///
+/// # Errors
+/// When the trial fails as the run would.
+pub fn estimate(prepared: &Prepared, preparing: f64, run: &Run<'_>) -> Result<Estimate> {
+    let muted = Muted(run.observer);
+    let trial = Trial { prepared, run: &Run { observer: &muted, ..*run }, source: formats::open(&prepared.checkpoint)? };
+    let bytes = prepared.size.bytes_before + prepared.size.bytes_after;
+    // Reading and writing at what a usual disk sustains.
+    let moving = OVERHEAD + bytes as f64 / 1e9;
+    let known = crate::model::config::known_family(&prepared.checkpoint.config).is_some();
+    let (model, restored);
+    let Some(model) = (if known {
+        restored = crate::checkpoint::source::Restored(formats::open(&prepared.checkpoint)?);
+        model = Model::open(&prepared.checkpoint, &restored)?;
+        Some(&model)
+    } else {
+        None
+    }) else {
+        let stream = trial.stream()?;
+        return Ok(Estimate { seconds: preparing + moving + stream, memory_bytes: trial.memory(0), tried: true });
+    };
+    let needs = crate::compress::needs(&prepared.job.recipe, &prepared.plan);
+    let tokens = |windows: &[Vec<u32>]| windows.iter().map(Vec::len).sum::<usize>();
+    let calibration = prepared.calibration.as_ref().map_or(&[][..], |packed: &Packed| &packed.windows);
+    let evaluation = prepared.evaluation.as_ref().map_or(&[][..], |(windows, _)| windows);
+    let per_token = 2.0 * model.block_bytes() as f64 / 4.0;
+    let widest = Role::ALL.iter().map(|&role| model.shape(role)[1]).max().unwrap_or(1) as f64;
+    let trial_cost = 8.0 * per_token * TRIAL_TOKENS.min(tokens(calibration)) as f64 + 4.0 * widest.powi(3);
+    let whole = 2.0 * prepared.facts.parameters as f64 * 2.0 * 512.0;
+    if trial_cost > TRIAL_OPERATIONS || whole > TRIAL_OPERATIONS || prepared.generation.is_some() {
+        let seconds = trial.counted(model, needs, tokens(calibration), tokens(evaluation));
+        return Ok(Estimate { seconds: preparing + moving + seconds, memory_bytes: prepared.memory_bytes, tried: false });
+    }
+    let mut seconds = preparing + moving;
+    let mut growth = 0;
+    let active = |tokens: usize| activation_bytes(model, tokens as u64);
+    if needs == Needs::Nothing {
+        seconds += trial.stream()?;
+    } else {
+        let (block, tried) = trial.blocks(model, calibration)?;
+        seconds += block * model.config.layers.len() as f64;
+        let width = model.config.hidden as u64;
+        let store = |tokens: usize| Keeping::HALVED.memory_bytes(tokens as u64, width);
+        let stores = if needs == Needs::Streams { 7 } else { 1 };
+        growth = stores * (store(tokens(calibration)) - store(tried)) + active(tokens(calibration)) - active(tried);
+    }
+    if !evaluation.is_empty() {
+        let (measuring, tried) = trial.quality(model, evaluation)?;
+        seconds += measuring;
+        let store = |tokens: usize| Keeping::EXACT.memory_bytes(tokens as u64, model.config.hidden as u64);
+        growth = growth.max(2 * (store(tokens(evaluation)) - store(tried)) + active(tokens(evaluation)) - active(tried));
+    }
+    Ok(Estimate { seconds, memory_bytes: trial.memory(growth), tried: true })
+}
+
+/// A trial of a prepared run.
+struct Trial<'a> {
+    prepared: &'a Prepared,
+    run: &'a Run<'a>,
+    source: Box<dyn crate::checkpoint::source::Source>,
+}
+
+impl Trial<'_> {
+    /// What this process has needed so far, and what the whole run needs beyond.
+    fn memory(&self, growth: u64) -> u64 {
+        peak_memory().map_or(self.prepared.memory_bytes, |peak| peak + growth)
+    }
+
+    /// Seconds for all layers without calibration, from the first ones.
+    fn stream(&self) -> Result<f64> {
+        const SECONDS: f64 = 0.7;
+        let entries = |shape: [usize; 2]| (shape[0] * shape[1]) as f64;
+        let compressed = || self.prepared.plan.layers.iter().filter(|layer| layer.outlined.storage.is_some());
+        let all: f64 = compressed().map(|layer| entries(layer.outlined.shape)).sum();
+        let (started, mut done, mut count) = (Instant::now(), 0.0, 0);
+        for layer in compressed() {
+            if started.elapsed().as_secs_f64() > SECONDS {
+                break;
+            }
+            count += 1;
+            done += entries(layer.outlined.shape);
+            let mut plan = self.plan(None)?;
+            plan.layers.retain(|planned| planned.outlined.name == layer.outlined.name);
+            Compressor::new(&plan, Sinks::nowhere(), false).stream(&self.prepared.checkpoint, self.source.as_ref(), self.run)?;
+        }
+        Ok(if count == 0 { 0.0 } else { started.elapsed().as_secs_f64() * all / done })
+    }
+
+    /// The plan again, with other iterations of learned rounding where it learns.
+    fn plan(&self, iterations: Option<i64>) -> Result<Plan> {
+        let mut recipe: Recipe = self.prepared.job.recipe.clone();
+        if let Some(iterations) = iterations {
+            for stage in recipe.stages.iter_mut().filter(|stage| stage.method == "signround") {
+                stage.options.insert("iters".into(), toml::Value::Integer(iterations));
+            }
+        }
+        let candidates = self.prepared.plan.layers.iter().map(|layer| &layer.outlined);
+        let candidates: Vec<Candidate> =
+            candidates.map(|one| Candidate { name: one.name.clone(), shape: one.shape, float: one.float }).collect();
+        Plan::resolve(&recipe, &candidates)
+    }
+
+    /// Seconds of the first block with some windows, and how many iterations it learned.
+    fn block(&self, model: &Model<'_>, windows: &[Vec<u32>], iterations: Option<i64>) -> Result<f64> {
+        let plan = self.plan(iterations)?;
+        let started = Instant::now();
+        let mut compressor = Compressor::new(&plan, Sinks::nowhere(), self.prepared.job.recipe.report.layer_error);
+        let mut hidden = embed(model, windows, Keeping::HALVED, self.run)?;
+        walk_part(model, 0..1, &mut hidden, "", self.run, &mut compressor)?;
+        Ok(started.elapsed().as_secs_f64())
+    }
+
+    /// Seconds per block with all windows, and the tokens of the larger trial.
+    fn blocks(&self, model: &Model<'_>, windows: &[Vec<u32>]) -> Result<(f64, usize)> {
+        let length = windows.iter().map(Vec::len).max().unwrap_or(1).max(1);
+        // Ten windows or more, so that some are held out as in the run; learned rounding takes eight at a time.
+        let mut more = TRIAL_TOKENS.div_ceil(length).max(12).min(windows.len());
+        let learned = self.prepared.job.recipe.stages.iter().any(|stage| stage.method == "signround");
+        let [few, many] = TRIAL_ITERATIONS;
+        let iterations = learned.then_some(few);
+        self.block(model, &windows[..1], iterations)?;
+        let mut fewer = (more / 2).max(1);
+        let (mut small, mut large) = (self.block(model, &windows[..fewer], iterations)?, self.block(model, &windows[..more], iterations)?);
+        while large < SHORTEST && more < windows.len() {
+            (fewer, small, more) = (more, large, (2 * more).min(windows.len()));
+            large = self.block(model, &windows[..more], iterations)?;
+        }
+        let per_window = if more > fewer { ((large - small) / (more - fewer) as f64).max(0.0) } else { 0.0 };
+        let mut seconds = large + per_window * (windows.len() - more) as f64;
+        if learned {
+            let per_iteration = ((self.block(model, &windows[..more], Some(many))? - large) / (many - few) as f64).max(0.0);
+            seconds += per_iteration * (self.iterations() - few) as f64;
+        }
+        Ok((seconds, windows[..more].iter().map(Vec::len).sum()))
+    }
+
+    /// Iterations of learned rounding in the recipe.
+    fn iterations(&self) -> i64 {
+        let stages = self.prepared.plan.stages.iter().filter(|stage| stage.name == "signround");
+        let of = stages.map(|stage| stage.method.options()).map(|options| match (options.get("iters"), options.get("preset")) {
+            (Some(toml::Value::Integer(iterations)), _) => *iterations,
+            (_, Some(preset)) if preset.as_str() == Some("best") => 1000,
+            (_, Some(preset)) if preset.as_str() == Some("light") => 50,
+            _ => 200,
+        });
+        of.max().unwrap_or(200)
+    }
+
+    /// Seconds of the measurement of quality, and the tokens of the larger trial.
+    fn quality(&self, model: &Model<'_>, windows: &[Vec<u32>]) -> Result<(f64, usize)> {
+        let Some(options) = &self.prepared.job.quality else { return Ok((0.0, 0)) };
+        let mut more = (2 * rayon::current_num_threads()).min(windows.len());
+        let mut fewer = (more / 2).max(1);
+        let time = |count: usize| -> Result<f64> {
+            let started = Instant::now();
+            evaluate::measure(model, Some(model), &windows[..count], options.protocol, self.run)?;
+            Ok(started.elapsed().as_secs_f64())
+        };
+        time(1)?;
+        let (mut small, mut large) = (time(fewer)?, time(more)?);
+        while large < SHORTEST && more < windows.len() {
+            (fewer, small, more) = (more, large, (2 * more).min(windows.len()));
+            large = time(more)?;
+        }
+        let per_window = if more > fewer { ((large - small) / (more - fewer) as f64).max(0.0) } else { 0.0 };
+        Ok((large + per_window * (windows.len() - more) as f64, windows[..more].iter().map(Vec::len).sum()))
+    }
+
+    /// Seconds by counting: forwards, Gram matrices and factors of the calibrated stages, learned iterations, and quality.
+    fn counted(&self, model: &Model<'_>, needs: Needs, calibration: usize, evaluation: usize) -> f64 {
+        let rate = product_rate();
+        let (blocks, weights) = (model.config.layers.len() as f64, model.block_bytes() as f64 / 4.0);
+        let columns = Role::ALL.map(|role| model.shape(role)[1] as f64);
+        let forwards = match needs {
+            Needs::Nothing => 0.0,
+            Needs::SquaredNorms => 2.0,
+            Needs::Gram => 2.0,
+            Needs::Streams => 5.0,
+        };
+        let sites: f64 = [columns[0], columns[3], columns[4], columns[6]].iter().map(|columns| columns * columns).sum();
+        let grams = match needs {
+            Needs::Nothing | Needs::SquaredNorms => 0.0,
+            Needs::Gram => 1.0,
+            Needs::Streams => 3.0,
+        };
+        let gathered = calibration as f64 * (forwards * 2.0 * weights + grams * sites);
+        let solved: f64 = if needs >= Needs::Gram { columns.iter().map(|columns| 4.0 * columns.powi(3)).sum() } else { 0.0 };
+        let learned = self.prepared.job.recipe.stages.iter().any(|stage| stage.method == "signround");
+        let length = self.prepared.calibration.as_ref().and_then(|packed| packed.windows.first()).map_or(2048, Vec::len) as f64;
+        let learning = if learned { self.iterations() as f64 * 8.0 * length * 6.0 * weights } else { 0.0 };
+        let measured = 2.0 * evaluation as f64 * 2.0 * self.prepared.facts.parameters as f64;
+        (blocks * (gathered + solved + learning) + measured) / rate
+    }
+}
+
+/// Floating-point operations per second of a matrix product here.
+fn product_rate() -> f64 {
+    const SIZE: usize = 1024;
+    let (a, b, mut c) = (vec![0.5; SIZE * SIZE], vec![0.25; SIZE * SIZE], vec![0.0; SIZE * SIZE]);
+    let sizes = Sizes { m: SIZE, n: SIZE, k: SIZE };
+    let (started, mut count) = (Instant::now(), 0.0);
+    while started.elapsed().as_secs_f64() < 0.5 {
+        product(sizes, &mut c, SIZE, false, 1.0, View::rows(&a, SIZE), View::transposed(&b, SIZE), true);
+        count += 2.0 * (SIZE as f64).powi(3);
+    }
+    count / started.elapsed().as_secs_f64()
+}
