@@ -60,7 +60,7 @@ pub struct Row {
     /// Whether no other model is both smaller and closer to the reference.
     pub pareto: bool,
     /// ‖W − Ŵ‖² / ‖W‖² of every linear layer, W of the reference, where it was asked for.
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub layers: BTreeMap<String, f64>,
 }
 

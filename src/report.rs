@@ -241,7 +241,7 @@ pub struct LayerReport {
     /// asks for it, else over the first 512 tokens.
     pub layer_error: Option<f64>,
     /// What methods noted about it.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
 }
 
@@ -268,10 +268,10 @@ pub struct StageReport {
     /// Error after the stage.
     pub after: Option<f64>,
     /// What the method noted about the block.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
     /// Loss by iteration, for methods that iterate over blocks.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub curve: Vec<f64>,
 }
 

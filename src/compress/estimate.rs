@@ -16,7 +16,7 @@ use crate::model::Model;
 use crate::model::block::Role;
 use crate::model::hidden::Keeping;
 use crate::model::seen::Needs;
-use crate::model::walk::{activation_bytes, embed, walk_part};
+use crate::model::walk::{activation_bytes, embed, walk_part, windows_at_once};
 use crate::plan::recipe::Recipe;
 use crate::plan::{Candidate, Plan};
 use crate::report::peak_memory;
@@ -29,7 +29,7 @@ const TRIAL_OPERATIONS: f64 = 2e11;
 const TRIAL_TOKENS: usize = 4096;
 
 /// A trial of fewer seconds than this is repeated with more windows.
-const SHORTEST: f64 = 0.3;
+const SHORTEST: f64 = 0.5;
 
 /// What starts, ends and is written besides, in seconds.
 const OVERHEAD: f64 = 0.1;
@@ -97,9 +97,14 @@ pub fn estimate(prepared: &Prepared, preparing: f64, run: &Run<'_>) -> Result<Es
     }
     if !evaluation.is_empty() {
         let (measuring, tried) = trial.quality(model, evaluation)?;
+        // Logits of both models for the tokens that threads score at once; blocks and head do not need memory together.
+        let slice = model.head_slices().next().map_or(0, |slice| slice.len());
+        let scored = rayon::current_num_threads() * evaluation.iter().map(Vec::len).max().unwrap_or(0).min(512);
+        let scoring = (2 * 4 * scored * slice) as u64;
         seconds += measuring;
         let store = |tokens: usize| Keeping::EXACT.memory_bytes(tokens as u64, model.config.hidden as u64);
-        growth = growth.max(2 * (store(tokens(evaluation)) - store(tried)) + active(tokens(evaluation)) - active(tried));
+        growth = growth
+            .max(2 * (store(tokens(evaluation)) - store(tried)) + active(tokens(evaluation)).max(scoring) - active(tried).max(scoring));
     }
     Ok(Estimate { seconds, memory_bytes: trial.memory(growth), tried: true })
 }
@@ -165,18 +170,19 @@ impl Trial<'_> {
     fn blocks(&self, model: &Model<'_>, windows: &[Vec<u32>]) -> Result<(f64, usize)> {
         let length = windows.iter().map(Vec::len).max().unwrap_or(1).max(1);
         // Ten windows or more, so that some are held out as in the run; learned rounding takes eight at a time.
-        let mut more = TRIAL_TOKENS.div_ceil(length).max(12).min(windows.len());
+        let unit = windows_at_once(model, length);
+        let mut more = TRIAL_TOKENS.div_ceil(length).max(12).next_multiple_of(unit).min(windows.len());
         let learned = self.prepared.job.recipe.stages.iter().any(|stage| stage.method == "signround");
         let [few, many] = TRIAL_ITERATIONS;
         let iterations = learned.then_some(few);
         self.block(model, &windows[..1], iterations)?;
-        let mut fewer = (more / 2).max(1);
+        let mut fewer = (more / 2).next_multiple_of(unit).min(more - 1).max(1);
         let (mut small, mut large) = (self.block(model, &windows[..fewer], iterations)?, self.block(model, &windows[..more], iterations)?);
         while large < SHORTEST && more < windows.len() {
             (fewer, small, more) = (more, large, (2 * more).min(windows.len()));
             large = self.block(model, &windows[..more], iterations)?;
         }
-        let per_window = if more > fewer { ((large - small) / (more - fewer) as f64).max(0.0) } else { 0.0 };
+        let per_window = slope((fewer, small), (more, large));
         let mut seconds = large + per_window * (windows.len() - more) as f64;
         if learned {
             let per_iteration = ((self.block(model, &windows[..more], Some(many))? - large) / (many - few) as f64).max(0.0);
@@ -213,7 +219,7 @@ impl Trial<'_> {
             (fewer, small, more) = (more, large, (2 * more).min(windows.len()));
             large = time(more)?;
         }
-        let per_window = if more > fewer { ((large - small) / (more - fewer) as f64).max(0.0) } else { 0.0 };
+        let per_window = slope((fewer, small), (more, large));
         Ok((large + per_window * (windows.len() - more) as f64, windows[..more].iter().map(Vec::len).sum()))
     }
 
@@ -242,6 +248,12 @@ impl Trial<'_> {
         let measured = 2.0 * evaluation as f64 * 2.0 * self.prepared.facts.parameters as f64;
         (blocks * (gathered + solved + learning) + measured) / rate
     }
+}
+
+/// Seconds per window from two trials; hardly less than its share of the larger one, because differences of short times say little.
+fn slope((fewer, small): (usize, f64), (more, large): (usize, f64)) -> f64 {
+    let share = large / more.max(1) as f64;
+    if more > fewer { ((large - small) / (more - fewer) as f64).clamp(0.7 * share, share) } else { share }
 }
 
 /// Floating-point operations per second of a matrix product here.

@@ -346,11 +346,20 @@ fn keep_first(kept: &mut Vec<Vec<f32>>, windows: &Range<usize>, output: Vec<f32>
     }
 }
 
+/// Windows of so many tokens that all threads work on at once.
+pub fn windows_at_once(model: &Model<'_>, length: usize) -> usize {
+    let each = activation_bytes_of(model, length as u64).max(1);
+    (RUN_BYTES as u64 / each).max(1) as usize * rayon::current_num_threads()
+}
+
+fn activation_bytes_of(model: &Model<'_>, tokens: u64) -> u64 {
+    let config = &model.config;
+    4 * 3 * (config.hidden + config.query_width() + config.intermediate) as u64 * tokens
+}
+
 /// Memory for the activations of so many tokens, in bytes: of one run of windows per thread.
 pub fn activation_bytes(model: &Model<'_>, tokens: u64) -> u64 {
-    let config = &model.config;
-    let floats = 3 * (config.hidden + config.query_width() + config.intermediate) as u64;
-    (4 * floats * tokens).min((rayon::current_num_threads() * RUN_BYTES) as u64)
+    activation_bytes_of(model, tokens).min((rayon::current_num_threads() * RUN_BYTES) as u64)
 }
 
 /// Runs of windows that share matrix products, cut by their size alone.

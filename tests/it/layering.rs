@@ -17,8 +17,8 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("methods", &["device", "error", "kernels", "matrix", "model", "run", "weight"]),
     ("formats", &["checkpoint", "error", "lanes", "matrix", "weight"]),
     ("plan", &["calibrate", "checkpoint", "error", "methods", "model", "weight"]),
-    ("evaluate", &["calibrate", "error", "kernels", "model", "run"]),
-    ("report", &["calibrate", "evaluate", "plan"]),
+    ("evaluate", &["calibrate", "error", "kernels", "model", "run", "statistics"]),
+    ("report", &["calibrate", "error", "evaluate", "plan"]),
     (
         "compress",
         &[
@@ -39,6 +39,32 @@ const LAYERS: &[(&str, &[&str])] = &[
         ],
     ),
     ("embedded", &["error"]),
+    ("statistics", &["kernels"]),
+    ("subject", &["calibrate", "checkpoint", "compress", "error", "evaluate", "formats", "model"]),
+    ("compare", &["error", "evaluate", "kernels", "methods", "run", "statistics", "subject"]),
+    (
+        "check",
+        &["checkpoint", "compress", "error", "evaluate", "formats", "kernels", "model", "plan", "run", "statistics", "subject", "weight"],
+    ),
+    (
+        "sensitivity",
+        &[
+            "calibrate",
+            "checkpoint",
+            "device",
+            "error",
+            "evaluate",
+            "formats",
+            "matrix",
+            "methods",
+            "model",
+            "run",
+            "statistics",
+            "subject",
+            "weight",
+        ],
+    ),
+    ("allocation", &["compress", "error", "formats", "plan", "report", "sensitivity", "weight"]),
 ];
 
 /// Modules that may use tensors.

@@ -14,3 +14,4 @@ mod layering;
 mod methods;
 mod shared;
 mod tidy;
+mod truth;
