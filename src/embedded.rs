@@ -12,6 +12,14 @@ const FILES: &[(&str, &[u8])] = &[
     ("model.safetensors", include_bytes!("../calibration/model/model.safetensors")),
 ];
 
+/// What the model is called where a path is expected.
+pub const NAME: &str = "builtin:model";
+
+/// Whether a path is the name of the model that the program carries.
+pub fn is_named(path: &Path) -> bool {
+    path.as_os_str() == NAME
+}
+
 /// Writes the embedded model as a checkpoint into a folder.
 ///
 /// # Errors

@@ -61,6 +61,9 @@ impl Subject {
 
     /// The last part of its path, or the whole where that has none.
     pub fn name(&self) -> String {
+        if crate::embedded::is_named(&self.path) {
+            return crate::embedded::NAME.into();
+        }
         let last = self.path.canonicalize().ok().and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
         last.unwrap_or_else(|| shown_path(&self.path))
     }

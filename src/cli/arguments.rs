@@ -89,7 +89,7 @@ pub enum Command {
 /// Arguments of `compress` and `plan`.
 #[derive(Debug, Args)]
 pub struct Compress {
-    /// Folder of a Hugging Face checkpoint [default: a small built-in model].
+    /// Folder of a Hugging Face checkpoint [default: builtin:model, a small one that the program carries].
     pub model: Option<PathBuf>,
     /// Folder to write; it appears when it is complete.
     #[arg(long, short, value_name = "FOLDER")]

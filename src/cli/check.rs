@@ -27,7 +27,7 @@ pub fn run(arguments: &Check, invocation: &Invocation) -> Result<()> {
     let device = pick_device(arguments.device, arguments.gpu_memory.as_deref())?;
     let scratch = std::env::temp_dir();
     refuse_senseless(arguments)?;
-    if !arguments.model.exists() {
+    if !arguments.model.exists() && !crate::embedded::is_named(&arguments.model) {
         return Err(Error::input("no such file or folder").file(&arguments.model));
     }
     let run = Run { device: &device, seed: invocation.seed.unwrap_or(0), observer: &invocation.progress, scratch: &scratch };
@@ -151,7 +151,12 @@ fn people(checked: &Checked) {
         checked.bits_per_weight
     ));
     for finding in &checked.structure {
-        say(&format!("{:<9} {:<16} {}", if finding.ok { "ok" } else { "BROKEN" }, finding.name, finding.detail));
+        let mark = match (finding.ok, finding.detail.starts_with("does not")) {
+            (false, _) => "BROKEN",
+            (true, true) => "-",
+            (true, false) => "ok",
+        };
+        say(&format!("{mark:<9} {:<16} {}", finding.name, finding.detail));
     }
     if let Some(quality) = &checked.quality {
         say(&format!("quality   {} · {} windows of {} tokens", shown(&checked.text), quality.windows, quality.seq));

@@ -15,6 +15,7 @@ use crate::compress::destination::Destination;
 use crate::compress::estimate::{Estimate, estimate};
 use crate::compress::{Job, Prepared, QualityOptions};
 use crate::device::Device;
+use crate::embedded::is_named;
 use crate::error::{Error, Fault, Result, shown, shown_path};
 use crate::evaluate::{Bos, Protocol, Quality};
 use crate::formats::output::write_whole;
@@ -105,7 +106,7 @@ fn command() -> Vec<String> {
 
 /// The built-in model in a temporary folder, when no model is given.
 fn embedded(arguments: &Compress) -> Result<Option<tempfile::TempDir>> {
-    if arguments.model.is_some() {
+    if arguments.model.as_deref().is_some_and(|model| !is_named(model)) {
         return Ok(None);
     }
     let folder = tempfile::tempdir().map_err(|error| Error::run(format!("temporary folder: {error}")))?;
@@ -117,8 +118,8 @@ fn embedded(arguments: &Compress) -> Result<Option<tempfile::TempDir>> {
 fn target(arguments: &Compress) -> Result<PathBuf> {
     match (&arguments.output, &arguments.model) {
         (Some(output), _) => Ok(output.clone()),
-        (None, Some(_)) => Err(Error::input("no destination; give one with -o FOLDER")),
-        (None, None) => {
+        (None, Some(model)) if !is_named(model) => Err(Error::input("no destination; give one with -o FOLDER")),
+        (None, _) => {
             let names = std::iter::once("drawknife-demo".to_string()).chain((2..).map(|number| format!("drawknife-demo-{number}")));
             let free = names.map(PathBuf::from).find(|name| std::fs::symlink_metadata(name).is_err());
             free.ok_or_else(|| Error::input("no free name for the output; give one with -o FOLDER"))

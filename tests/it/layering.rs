@@ -25,6 +25,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "calibrate",
             "checkpoint",
             "device",
+            "embedded",
             "error",
             "evaluate",
             "formats",
@@ -40,7 +41,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ),
     ("embedded", &["error"]),
     ("statistics", &["kernels"]),
-    ("subject", &["calibrate", "checkpoint", "compress", "error", "evaluate", "formats", "model"]),
+    ("subject", &["calibrate", "checkpoint", "compress", "embedded", "error", "evaluate", "formats", "model"]),
     ("compare", &["error", "evaluate", "kernels", "methods", "run", "statistics", "subject"]),
     (
         "check",

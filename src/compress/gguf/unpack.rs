@@ -9,6 +9,7 @@ use serde_json::{Value as Json, json};
 use crate::checkpoint::decode::{decode, encode};
 use crate::checkpoint::dtype_of;
 use crate::compress::gguf::paired;
+use crate::embedded;
 use crate::error::{Error, Result, shown};
 use crate::formats::gguf::blocks::{self, Kind};
 use crate::formats::gguf::container::{Tensor, Value};
@@ -340,11 +341,16 @@ pub enum Unpacked {
 }
 
 impl Unpacked {
-    /// The folder at a path, or what the GGUF file there holds, unpacked below `scratch`.
+    /// The folder at a path, or what the GGUF file there holds or the program carries, unpacked below `scratch`.
     ///
     /// # Errors
     /// As [`unpack`].
     pub fn open(path: &Path, scratch: &Path) -> Result<Self> {
+        if embedded::is_named(path) {
+            let folder = tempfile::tempdir_in(scratch).map_err(|error| Error::io(scratch, &error))?;
+            embedded::write(folder.path())?;
+            return Ok(Self::File(folder));
+        }
         let Some(file) = file_of(path) else { return Ok(Self::Given(path.to_path_buf())) };
         let folder = tempfile::tempdir_in(scratch).map_err(|error| Error::io(scratch, &error))?;
         unpack(&file, folder.path())?;
