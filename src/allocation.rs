@@ -271,11 +271,11 @@ fn options(
     for candidate in &known.candidates {
         let kind = Scheme::parse(&candidate.scheme, "round-to-nearest")?.kind;
         match (target, kind, outlined.storage) {
-            (Target::Sparsity(share), Kind::Sparsity(own), Some(Storage::Sparse(Pattern::Unstructured) | Storage::Ints { .. })) => {
-                if (own - share).abs() <= SPARSITY_SPREAD + 1e-9 {
-                    let size = ((1.0 - own) * entries(outlined)) as u64;
-                    offers.push(Offer { change: (None, Some(own)), label: candidate.scheme.clone(), size, cost: candidate.cost() });
-                }
+            (Target::Sparsity(share), Kind::Sparsity(own), Some(Storage::Sparse(Pattern::Unstructured) | Storage::Ints { .. }))
+                if (own - share).abs() <= SPARSITY_SPREAD + 1e-9 =>
+            {
+                let size = ((1.0 - own) * entries(outlined)) as u64;
+                offers.push(Offer { change: (None, Some(own)), label: candidate.scheme.clone(), size, cost: candidate.cost() });
             }
             (Target::Bits(_) | Target::Size(_), Kind::Bits(bits), Some(Storage::Ints { group, symmetric, .. })) => {
                 let storage = Storage::Ints { bits, group, symmetric };

@@ -335,7 +335,7 @@ fn loads(exports: &[Export]) -> Vec<Loads> {
             format: export.format.name.into(),
             engine: engine.name().into(),
             ok: loads.is_ok(),
-            detail: loads.map_or_else(|reason| reason, |how| how.unwrap_or_default()),
+            detail: loads.map_or_else(|reason| reason, Option::unwrap_or_default),
         };
         loaders(export.format, &export.layers).into_iter().map(told).collect()
     };

@@ -16,6 +16,9 @@
 //!     ├─ Block ─► forward of the original ─► Seen (Σx², XᵀX) ─► Bench ─► stages of methods ─► Block, compressed
 //! text ─► tokens ─► Hidden ─┴─ forward of the compressed ─► the next block's Hidden
 //! output, opened as a stranger would ─► evaluate against the original ─► report ─► rename into place
+//!
+//! forward walk, keeping what every block reads ─► slopes of the loss ─► walk back ─► what every way to store every layer costs
+//!     ─► sensitivity.json ─► knapsack under a target ─► bits per layer in the recipe
 //! ```
 //!
 //! A [`model::bench::Bench`] lends the block that is being worked on: methods that aim at the float model's outputs see both
@@ -27,12 +30,14 @@
 //! # Code map
 //!
 //! ```text
-//! cli ─► compress · evaluate · report                  the verbs; only compress and cli know methods and formats
+//! cli ─► compress · evaluate · compare · check · sensitivity · report      the verbs; those that open models know formats
+//!           ├─► subject                                a model that is looked at: folder or GGUF file, sizes, hashes
+//!           ├─► allocation ─► plan                     a target to bits or zeros of every layer
 //!           ├─► plan ─► methods ─► model ─► kernels     tensors: kernels, model, device, evaluate, nothing else
 //!           │                                  └─► device    the processor or a GPU: adapters, buffers, launches
 //!           ├─► formats ─► checkpoint                   no tensors here
 //!           └─► calibrate ─► checkpoint                 text to windows of tokens
-//! everything ─► weight · matrix · lanes · error         plain data and plain loops
+//! everything ─► weight · matrix · lanes · error         plain data and plain loops; statistics: intervals and ranks
 //! ```
 //!
 //! Hidden states and statistics ([`model::hidden`], [`model::seen`]) stand beside the walk that owns them, so that
@@ -42,9 +47,11 @@
 //!
 //! - `methods` and `formats` never see each other; `formats` and `checkpoint` hold no tensors; `weight` does no input or
 //!   output. Nothing below `cli` prints, reads the environment or exits.
+//! - A figure that a limit is held against has an interval, by the bootstrap over windows ([`statistics`]); without one nothing
+//!   passes. Everything a report page says is in the files beside it, so that it can be made again ([`report::page`]).
 //! - Only [`model::forward`] holds transformer mathematics; [`model::backward`] is its adjoint, written by hand and tested
-//!   against automatic differentiation of the one forward, which takes its place on a GPU. Only [`model::walk`] loops over
-//!   blocks, and an architecture is a row of data ([`model::architecture`]). One exception: [`model::generate`], where the model writes its own
+//!   against automatic differentiation of the one forward, which takes its place on a GPU. Only [`model::walk`] and the way
+//!   back through them, [`model::slopes`], loop over blocks, and an architecture is a row of data ([`model::architecture`]). One exception: [`model::generate`], where the model writes its own
 //!   calibration text, goes over positions outside and blocks inside, since a position needs the token of the last.
 //! - On the processor, results do not depend on the number of threads: parallel over rows, sums in fixed lanes, and
 //!   windows cut into runs by their size alone. Matrix products may round differently on another kind of processor.

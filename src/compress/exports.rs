@@ -130,7 +130,7 @@ impl Export {
         for path in checkpoint.side_files()? {
             let name = path.file_name().unwrap_or_default();
             let own = ["report.json", "report.html", "report.md", "run.json", "sensitivity.json"].iter().any(|own| name == *own);
-            if !own && !(quantized && name == "quantize_config.json") {
+            if !(own || quantized && name == "quantize_config.json") {
                 copy(&path, &folder)?;
             }
         }

@@ -167,7 +167,7 @@ impl Sensitivity {
     /// Puts the rows into the order of the blocks.
     pub fn sort(&mut self) {
         let order = |name: &str| crate::model::block::Role::ALL.iter().position(|role| name.ends_with(role.name()));
-        self.layers.sort_by(|a, b| (a.block, order(&a.name)).cmp(&(b.block, order(&b.name))));
+        self.layers.sort_by_key(|layer| (layer.block, order(&layer.name)));
     }
 
     /// Marks it as complete and works out the correlations.
