@@ -42,7 +42,7 @@ fn violations(value: &Value, schema: &Value, root: &Value, place: &str, found: &
         "null" => value.is_null(),
         other => panic!("type {other}"),
     };
-    if !types.is_empty() && !types.iter().any(|kind| is(kind)) {
+    if !types.is_empty() && !types.iter().any(is) {
         found.push(format!("{place}: {value} is no {types:?}"));
     }
     let one_of = schema["enum"].as_array().is_none_or(|list| list.contains(value));
