@@ -53,7 +53,7 @@ pub fn examine(subject: &Subject, engine: Option<Engine>, run: &Run<'_>) -> Vec<
     let decoded = decode(subject, run);
     let told = |decoded: &Decoded| {
         let (layers, packed, round_trips) = (decoded.layers.len(), decoded.packed, decoded.round_trips);
-        format!("{layers} linear layers decoded, {packed} packed, {round_trips} of them packed again to the same bytes; scales finite")
+        format!("{layers} linear layers, {packed} packed, {round_trips} the same when packed again; scales finite")
     };
     findings.push(Finding::of("weights", decoded.as_ref().map(told).map_err(copied)));
     findings.push(Finding::of("other tensors", others_finite(subject, run)));

@@ -4,7 +4,7 @@ use crate::cli::Invocation;
 use crate::cli::arguments::Compare;
 use crate::cli::device::pick_device;
 use crate::cli::eval::{measured_on, protocol};
-use crate::cli::text::{say, say_json, short, table};
+use crate::cli::text::{layer, say, say_json, short, table};
 use crate::compare::{Comparison, Row, compare};
 use crate::error::Result;
 use crate::evaluate::{Against, Text};
@@ -65,7 +65,7 @@ fn show(comparison: &Comparison, all: bool) {
     let mut rows = vec![head.collect::<Vec<_>>()];
     rows.extend(names.iter().map(|name| {
         let errors = compared.iter().map(|row| format!("{:.2e}", row.layers[*name]));
-        std::iter::once(short(name, 50)).chain(errors).collect()
+        std::iter::once(layer(name, 50)).chain(errors).collect()
     }));
     table(&rows).iter().for_each(|line| say(line));
 }

@@ -8,8 +8,8 @@ use crate::calibrate::corpus;
 use crate::cli::Invocation;
 use crate::cli::arguments::Sensitivity as Arguments;
 use crate::cli::device::pick_device;
-use crate::cli::text::{say, say_json, short, table};
-use crate::error::{Error, Result, shown_path};
+use crate::cli::text::{layer, say, say_json, table};
+use crate::error::{Error, Fault, Result, shown_path};
 use crate::plan::recipe::Recipe;
 use crate::run::Run;
 use crate::sensitivity::file::{Candidate, Sensitivity};
@@ -32,7 +32,8 @@ pub fn run(arguments: &Arguments, invocation: &Invocation) -> Result<()> {
     let source = arguments.calibration.clone();
     let options = options(&subject, schemes, &arguments.method, !arguments.quick, &source, (arguments.samples, arguments.seq), invocation)?;
     let run = Run { device: &device, seed: invocation.seed.unwrap_or(0), observer: &invocation.progress, scratch: &scratch };
-    let (found, times) = sensitivity(&subject, &options, Some(&arguments.output), &run)?;
+    let measured = sensitivity(&subject, &options, Some(&arguments.output), &run);
+    let (found, times) = measured.map_err(|error| stopped(error, arguments))?;
     if invocation.json {
         let mut object = serde_json::to_value(&found).map_err(|error| Error::run(error.to_string()))?;
         object["seconds"] = json!({"predicted": times.predicted.as_secs_f64(), "exact": times.exact.as_secs_f64()});
@@ -44,6 +45,14 @@ pub fn run(arguments: &Arguments, invocation: &Invocation) -> Result<()> {
     }
     say(&format!("wrote     {}", shown_path(&arguments.output)));
     Ok(())
+}
+
+/// Says what a stop leaves: every block that was done.
+fn stopped(error: Error, arguments: &Arguments) -> Error {
+    let Fault::Interrupted(_) = error.fault else { return error };
+    let done = Sensitivity::open(&arguments.output).map_or(0, |found| found.layers.len());
+    let what = format!("stopped; {done} layers are measured, the same command goes on from there");
+    Error::new(error.fault, what).file(&arguments.output)
 }
 
 /// What to measure, with windows of a calibration text.
@@ -98,13 +107,18 @@ fn show(found: &Sensitivity, options: &Options, times: Times, all: bool) {
     say("");
     layers(found, all);
     if let Some(of) = &found.rank_correlation {
-        let by_scheme =
-            |list: &[(String, f64)]| list.iter().map(|(scheme, of)| format!("{scheme} {of:.2}")).collect::<Vec<_>>().join(" · ");
+        let within = |list: &[(String, f64)]| list.iter().map(|(_, of)| format!("{of:.2}")).collect::<Vec<String>>();
+        let row = |name: &str, all: f64, within: Vec<String>| [vec![name.to_string(), format!("{all:.3}")], within].concat();
+        let head = ["rank correlation with exact", "all"].into_iter().map(String::from).chain(found.schemes.iter().cloned()).collect();
+        let rows = [
+            head,
+            row("  Σ |gradient · change|", of.gradient, within(&of.gradient_by_scheme)),
+            row("  predicted divergence", of.predicted_kld, within(&of.predicted_kld_by_scheme)),
+            row("  weight error", of.weight_error, Vec::new()),
+        ];
         say("");
-        say("rank correlation with the exact divergence (Spearman)");
-        say(&format!("  Σ |gradient · change|     {:.3} · within {}", of.gradient, by_scheme(&of.gradient_by_scheme)));
-        say(&format!("  predicted divergence      {:.3} · within {}", of.predicted_kld, by_scheme(&of.predicted_kld_by_scheme)));
-        say(&format!("  weight error              {:.3}", of.weight_error));
+        table(&rows).iter().for_each(|line| say(line));
+        say("Spearman's correlation, over all layers and schemes and among the layers of one scheme");
     }
     let seconds = |time: Duration| format!("{:.1} s", time.as_secs_f64());
     if options.exact {
@@ -138,7 +152,7 @@ fn overview(found: &Sensitivity, scheme: &str) -> Option<Vec<String>> {
         format!("{:.6}", costs[costs.len() / 2]),
         format!("{:.6}", costs[costs.len() - 1]),
         format!("{:.5}", costs.iter().sum::<f64>()),
-        short(worst.0, 28),
+        layer(worst.0, 28),
     ])
 }
 
@@ -153,15 +167,15 @@ fn layers(found: &Sensitivity, all: bool) {
     let mut rows = vec![head.collect::<Vec<_>>()];
     for (name, ..) in &order[..kept] {
         let cost = |scheme: &&String| {
-            let layer = found.layer(name).and_then(|layer| layer.candidates.iter().find(|candidate| candidate.scheme == **scheme));
-            layer.map_or("-".into(), |candidate| match candidate.kld_stderr {
+            let known = found.layer(name).and_then(|layer| layer.candidates.iter().find(|candidate| candidate.scheme == **scheme));
+            known.map_or("-".into(), |candidate| match candidate.kld_stderr {
                 Some(error) => format!("{:.6} ±{error:.6}", candidate.cost()),
                 None => format!("{:.6}", candidate.cost()),
             })
         };
         // Errors would make the table wider than a screen.
         let cells = shown.iter().map(cost).map(|cell| if shown.len() > 2 { cell.split(" ±").next().unwrap_or("").into() } else { cell });
-        rows.push(std::iter::once(short(name, 40)).chain(cells).collect());
+        rows.push(std::iter::once(layer(name, 40)).chain(cells).collect());
     }
     table(&rows).iter().for_each(|line| say(line));
 }

@@ -59,6 +59,11 @@ pub fn table(rows: &[Vec<String>]) -> Vec<String> {
     rows.iter().map(line).collect()
 }
 
+/// The name of a layer without what all layers of a model begin with.
+pub fn layer(name: &str, width: usize) -> String {
+    short(name.find("layers.").map_or(name, |start| &name[start..]), width)
+}
+
 /// A name that may be shown, cut in its middle to `width` characters.
 pub fn short(name: &str, width: usize) -> String {
     let shown: Vec<char> = crate::error::shown(name).chars().collect();

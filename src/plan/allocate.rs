@@ -177,7 +177,7 @@ mod tests {
     #[test]
     fn too_many_sums_are_left_to_the_lagrangian_which_comes_close() {
         let choice = |group: u64, bits: u64| Choice {
-            size: (1_000_003 + 7919 * group) * bits,
+            size: (1_000_003 + 7919 * group * group) * bits + 97 * group * bits * bits,
             cost: (group % 7 + 1) as f64 * 4f64.powi(-(bits as i32)),
         };
         let groups: Vec<Vec<Choice>> = (0..60).map(|group| [2, 3, 4, 8].map(|bits| choice(group, bits)).to_vec()).collect();

@@ -307,7 +307,7 @@ mod tests {
         ] {
             assert!(page.contains(&format!("id=\"{id}\"")), "{id}");
         }
-        assert!(page.contains("limits kept") && page.contains("&lt;script&gt;") && page.contains("&lt;b&gt;one"));
+        assert!(page.contains("Limits kept") && page.contains("&lt;script&gt;") && page.contains("&lt;b&gt;one"));
         assert!(!page.contains("<script") && !page.contains("<b>one") && !page.contains("src=") && !page.contains("@import"));
         assert!(page.len() < 1 << 20 && page.matches("<svg").count() >= 4);
         let opened = page.matches("<section").count();
