@@ -148,20 +148,19 @@ impl BackVisitor for Measuring<'_> {
 
     fn visit(&mut self, bench: &mut Bench<'_>, slopes: &[Slope]) -> Result<()> {
         let index = bench.index();
-        let (mut layers, mut others) = (Vec::new(), Vec::new());
+        let each = work(self.stream.model, index, self.options.exact);
+        let mut layers = Vec::new();
         for role in Role::ALL {
-            let (layer, matrices) = self.layer(bench, role, &slopes[role as usize])?;
+            let (mut layer, matrices) = self.layer(bench, role, &slopes[role as usize])?;
+            if self.options.exact {
+                let started = Instant::now();
+                let effects = self.effects(bench, &matrices, index)?;
+                layer.candidates.iter_mut().zip(effects).for_each(|(candidate, effect)| effect.into(candidate));
+                *self.exact += started.elapsed();
+            }
+            self.run.observer.step((self.options.schemes.len() * each) as u64, &layer.name);
             layers.push(layer);
-            others.extend(matrices.into_iter().map(|matrix| (role, matrix)));
         }
-        if self.options.exact {
-            let started = Instant::now();
-            let effects = self.effects(bench, &others, index)?;
-            let candidates = layers.iter_mut().flat_map(|layer| &mut layer.candidates);
-            candidates.zip(effects).for_each(|(candidate, effect)| effect.into(candidate));
-            *self.exact += started.elapsed();
-        }
-        self.run.observer.step((others.len() * work(self.stream.model, index, self.options.exact)) as u64, &format!("block {index}"));
         self.found.layers.extend(layers);
         self.found.sort();
         self.path.map_or(Ok(()), |path| self.found.write(path))
@@ -187,8 +186,8 @@ impl Effect {
 }
 
 impl Measuring<'_> {
-    /// Every scheme on one layer: what is known without another forward, and the weights themselves.
-    fn layer(&self, bench: &Bench<'_>, role: Role, slope: &Slope) -> Result<(LayerSensitivity, Vec<Matrix>)> {
+    /// Every scheme on one layer: what is known without another forward and, where they are measured exactly, the weights.
+    fn layer(&self, bench: &Bench<'_>, role: Role, slope: &Slope) -> Result<(LayerSensitivity, Vec<(Role, Matrix)>)> {
         let model = self.stream.model;
         let name = model.linear_name(bench.index(), role);
         let original = bench.original(role).ok_or_else(|| Error::run("the original block was not kept").tensor(&name))?;
@@ -199,6 +198,7 @@ impl Measuring<'_> {
             let (Some(storage), Some(bits)) = (scheme.leaves(shape), scheme.bits(shape, float)) else { continue };
             let statistics = bench.seen.at(role.site()).map_err(|error| error.tensor(&name))?;
             let matrix = scheme.compress(&name, &original, Some(statistics), float, self.run.device.gpu.as_ref())?.into_matrix();
+            let [gradient, predicted_kld] = predicted(slope, &original, &matrix, self.scored);
             let share = |[change, total]: [f64; 2]| if total > 0.0 { change / total } else { 0.0 };
             candidates.push(Candidate {
                 scheme: scheme.name.clone(),
@@ -206,14 +206,16 @@ impl Measuring<'_> {
                 bits,
                 weight_error: share(methods::change(&original.data, &matrix.data)),
                 layer_error: bench.seen.layer_error(role.site(), &original, &matrix).map(share),
-                gradient: predicted(slope, &original, &matrix, self.scored)[0],
-                predicted_kld: predicted(slope, &original, &matrix, self.scored)[1],
+                gradient,
+                predicted_kld,
                 kld: None,
                 kld_stderr: None,
                 nll: None,
                 nll_stderr: None,
             });
-            matrices.push(matrix);
+            if self.options.exact {
+                matrices.push((role, matrix));
+            }
         }
         Ok((LayerSensitivity { name, block: bench.index(), shape, candidates }, matrices))
     }

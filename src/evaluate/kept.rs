@@ -270,3 +270,67 @@ fn divergence(logs: &[f32], tail: f32, state: &Listed) -> f64 {
     }
     sum.max(0.0)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kept() -> Kept {
+        let identity = Identity { schema: 1, model: "m".into(), tokenizer: "t".into(), text: "x".into(), seq: 3, vocabulary: 4 };
+        let logs = [0.5f32, 0.25, 0.15, 0.1].map(f32::ln);
+        Kept {
+            identity,
+            windows: vec![vec![0, 1, 2], vec![3, 0, 1]],
+            ids: [2, 0, 1, 3].repeat(4),
+            logs: logs.repeat(4),
+            tails: vec![f32::NEG_INFINITY; 4],
+            nlls: vec![1.0; 4],
+        }
+    }
+
+    #[test]
+    fn a_reference_comes_back_from_its_bytes_and_its_parts_are_its_windows() {
+        let kept = kept();
+        assert_eq!(Kept::read(&kept.to_bytes().unwrap()).unwrap(), kept);
+        let part = kept.part(1..2);
+        assert_eq!((part.windows.clone(), part.ids.len(), part.tails.len()), (vec![vec![3, 0, 1]], 8, 2));
+        assert_eq!(Kept::read(&part.to_bytes().unwrap()).unwrap(), part);
+    }
+
+    #[test]
+    fn no_cut_and_no_flipped_byte_makes_it_fail_otherwise_than_by_an_error() {
+        let bytes = kept().to_bytes().unwrap();
+        for length in 0..bytes.len() {
+            assert!(Kept::read(&bytes[..length]).is_err(), "{length}");
+        }
+        for at in 0..bytes.len() {
+            let mut damaged = bytes.clone();
+            damaged[at] ^= 0xff;
+            let _ = Kept::read(&damaged);
+        }
+        let mut other = kept();
+        other.ids[3] = 4;
+        assert!(Kept::read(&other.to_bytes().unwrap()).is_err(), "a token beyond the vocabulary");
+        other = kept();
+        other.logs[0] = f32::NAN;
+        assert!(Kept::read(&other.to_bytes().unwrap()).is_err());
+    }
+
+    #[test]
+    fn with_all_tokens_listed_the_divergence_is_the_whole_one_and_merging_lowers_it() {
+        let p = [0.5f64, 0.25, 0.15, 0.1];
+        let q = [0.3f64, 0.4, 0.1, 0.2];
+        let logits: Vec<f32> = q.iter().map(|q| q.ln() as f32 + 3.0).collect();
+        let mut prediction = Prediction::default();
+        prediction.add(&logits, 0, 0);
+        let of = |listed: usize| {
+            let logs: Vec<f32> = p[..listed].iter().map(|p| p.ln() as f32).collect();
+            let rest: f64 = p[listed..].iter().sum();
+            let tail = if listed == 4 { f32::NEG_INFINITY } else { rest.ln() as f32 };
+            divergence(&logs, tail, &Listed { prediction, ids: 0..listed, logits: logits[..listed].to_vec() })
+        };
+        let whole: f64 = p.iter().zip(&q).map(|(p, q)| p * (p / q).ln()).sum();
+        let merged = 0.5 * (0.5f64 / 0.3).ln() + 0.25 * (0.25f64 / 0.4).ln() + 0.25 * (0.25f64 / 0.3).ln();
+        assert!((of(4) - whole).abs() < 1e-6 && (of(2) - merged).abs() < 1e-6 && of(2) < of(4), "{} {whole} {} {merged}", of(4), of(2));
+    }
+}

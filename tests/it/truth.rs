@@ -278,7 +278,17 @@ fn a_target_is_met_keeps_fused_layers_together_and_lies_between_uniform_widths()
         let storage = |at: usize| layers[at]["storage"].as_str().unwrap();
         assert!(storage(0) == storage(1) && storage(1) == storage(2) && storage(4) == storage(5));
     }
-    follows(&read(&out.join("report.json")), "report");
+    let report = read(&out.join("report.json"));
+    follows(&report, "report");
+    let (view, quality) = (&report["tokens"], &report["quality"]);
+    let count = |key: &str| view[key].as_array().unwrap().iter().map(|bin| bin["tokens"].as_u64().unwrap()).sum::<u64>();
+    assert_eq!([count("histogram"), count("by_confidence")], [quality["tokens"].as_u64().unwrap(); 2]);
+    let worst = view["worst"].as_array().unwrap();
+    assert!(worst.len() == 10 && worst[0]["divergence"] == quality["kld_max"]);
+    let likeliest = worst[0]["original"].as_array().unwrap();
+    assert!(likeliest.len() == 5 && likeliest.windows(2).all(|pair| pair[0][1].as_f64() >= pair[1][1].as_f64()));
+    let page = std::fs::read_to_string(out.join("report.html")).unwrap();
+    assert!(page.matches("<svg").count() >= 5 && page.len() < 1 << 20 && !page.contains("http"));
     follows(&read(&out.join("run.json")), "run");
     follows(&read(&out.join("sensitivity.json")), "sensitivity");
     let page = std::fs::read(out.join("report.html")).unwrap();
