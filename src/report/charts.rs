@@ -237,7 +237,7 @@ pub fn lines(lines: &[Line], name: &str, axes: (&str, &str), logarithmic: bool) 
             }
             if line.dots || points.len() <= 64 {
                 let size = if line.dots { 6 } else { 3 };
-                chart.draw_series(points.iter().map(|&point| Circle::new(point, size, color.filled())))?;
+                chart.draw_series(points.iter().map(|&point| Circle::new(point, size, mark(line, number))))?;
             }
         }
         if lines.len() > 1 {
@@ -247,12 +247,17 @@ pub fn lines(lines: &[Line], name: &str, axes: (&str, &str), logarithmic: bool) 
     })
 }
 
+/// Points of a line are filled; of those that stand alone every second one is a ring.
+fn mark(line: &Line, number: usize) -> ShapeStyle {
+    if line.dots && number.is_multiple_of(2) { series(number).stroke_width(3) } else { series(number).filled() }
+}
+
 /// Names of lines above their chart, three in a row.
 fn legend(root: &DrawingArea<SVGBackend<'_>, plotters::coord::Shift>, lines: &[Line]) -> Result<(), Failed> {
     for (number, line) in lines.iter().enumerate() {
         let (x, y) = (16 + 142 * (number as i32 % 3), 12 + 20 * (number as i32 / 3));
         if line.dots {
-            root.draw(&Circle::new((x + 6, y), 6, series(number).filled()))?;
+            root.draw(&Circle::new((x + 6, y), 6, mark(line, number)))?;
         } else {
             let (dash, gap) = DASHES[number % DASHES.len()];
             let (dash, gap) = if dash == 0 { (28, 0) } else { (dash as i32, gap as i32) };
