@@ -108,7 +108,7 @@ pub fn solve(job: &mut Job, found: &Sensitivity, target: Target, least_bits: u8)
         optimal: allocation.exact,
         counts,
         next_kld: (!matches!(target, Target::Sparsity(_))).then(|| next(0.1)).flatten().filter(|next| *next < allocation.cost),
-        curve: curve(&groups, target, entries),
+        curve: curve(&groups, target, (rest, entries), &probe),
     })
 }
 
@@ -322,17 +322,16 @@ fn block(name: &str) -> String {
 }
 
 /// What targets from the smallest to the largest would reach.
-fn curve(groups: &Groups, target: Target, entries: f64) -> Vec<(f64, f64)> {
+fn curve(groups: &Groups, target: Target, rest: (f64, f64), probe: &Prepared) -> Vec<(f64, f64)> {
     const POINTS: u64 = 24;
     let end = |of: fn(u64, u64) -> u64| {
         groups.choices.iter().map(|group| group.iter().map(|choice| choice.size).reduce(of).unwrap_or(0)).sum::<u64>()
     };
     let (low, high) = (end(u64::min), end(u64::max));
     let point = |number: u64| {
-        let found =
-            allocate(&groups.choices, low + (high - low) / POINTS * number + if number == POINTS { (high - low) % POINTS } else { 0 })?;
-        let size = found.size as f64 / entries;
-        Some((if matches!(target, Target::Sparsity(_)) { 1.0 - size } else { size }, found.cost))
+        let limit = low + (high - low) / POINTS * number + if number == POINTS { (high - low) % POINTS } else { 0 };
+        let found = allocate(&groups.choices, limit)?;
+        Some((reached(target, &found, rest, probe), found.cost))
     };
     let mut points: Vec<(f64, f64)> = (0..=POINTS).filter_map(point).collect();
     points.dedup();

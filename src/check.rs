@@ -15,7 +15,7 @@ use serde::Serialize;
 use crate::check::baseline::{Baseline, Figure, Identity, Metrics, PerWindow, Tolerances};
 use crate::check::gate::{Evidence, Gate, Limit, Metric, Verdict};
 use crate::check::structure::Finding;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shown};
 use crate::evaluate::kept::{self, Kept};
 use crate::evaluate::scores::{Beside, Score, Scores};
 use crate::evaluate::sweep::Stream;
@@ -186,19 +186,25 @@ fn measure(subject: &Subject, model: &Model<'_>, options: &Options, run: &Run<'_
         if baseline.device != checked.device {
             checked.notes.push(format!(
                 "the baseline was measured on the {}, this is the {}: sums differ in their last digits",
-                baseline.device, checked.device
+                shown(&baseline.device),
+                checked.device
             ));
         }
         if baseline.drawknife != checked.drawknife {
-            checked.notes.push(format!("the baseline was measured by version {}, this is {}", baseline.drawknife, checked.drawknife));
+            checked.notes.push(format!(
+                "the baseline was measured by version {}, this is {}",
+                shown(&baseline.drawknife),
+                checked.drawknife
+            ));
         }
     }
     let reference = match &options.reference {
         Reference::Model(reference) => Some(reference.model()?),
         _ => None,
     };
-    if let Some(reference) = &reference {
-        evaluate::comparable(model, reference)?;
+    if let (Some(found), Reference::Model(reference)) = (&reference, &options.reference) {
+        evaluate::comparable(model, found)?;
+        reference.shares_tokens(subject, &options.text, protocol, &reference.windows(&options.text, protocol)?)?;
     }
     let judge = |scores: &Scores, level: f64, checked: &Checked| gates(options, Some((scores, protocol)), checked, level, run.seed);
     let mut looks = Looks { model, reference: reference.as_ref(), options, windows: &windows, protocol, run };
@@ -206,11 +212,16 @@ fn measure(subject: &Subject, model: &Model<'_>, options: &Options, run: &Run<'_
     if windows.len() > scores.windows.len() {
         checked.notes.push(format!("stopped after {} of {} windows", scores.windows.len(), windows.len()));
     }
-    if scores.windows.len() < FEWEST {
-        let (found, seq) = (scores.windows.len(), protocol.seq);
+    let evidence = Evidence { windows: scores.windows.len(), seq: protocol.seq };
+    if !evidence.suffices() {
+        let (found, seq, least) = (evidence.windows, protocol.seq, evidence.least_windows());
         checked
             .notes
-            .push(format!("{found} windows of {seq} tokens are too few to tell how certain the figures are; {FEWEST} are the least"));
+            .push(format!("{found} windows of {seq} tokens are too few to tell how certain the figures are; {least} are the least"));
+    }
+    let held = options.baseline.as_ref().map(|baseline| baseline.per_window.nll.len());
+    if let Some(held) = held.filter(|held| *held < scores.windows.len()) {
+        checked.notes.push(format!("the baseline holds {held} windows, no more are compared; accept anew on more with --update-baseline"));
     }
     checked.gates = judge(&scores, level, checked);
     checked.quality = Some(scores.quality(protocol.seq, protocol.bos));
@@ -316,7 +327,8 @@ impl Looks<'_> {
 
 /// Every limit, judged at a level of confidence.
 fn gates(options: &Options, scores: Option<(&Scores, Protocol)>, checked: &Checked, level: f64, seed: u64) -> Vec<Gate> {
-    let mut gates: Vec<Gate> = options.limits.iter().map(|limit| judged(limit, scores, checked, level, seed)).collect();
+    let mut gates: Vec<Gate> =
+        options.limits.iter().map(|limit| judged(limit, scores, options.protocol.seq, checked, level, seed)).collect();
     if let (Some(baseline), Some((scores, protocol))) = (&options.baseline, scores) {
         // A window that was cut short is none of the baseline's.
         let now = (protocol.seq == options.protocol.seq).then(|| PerWindow::of(scores));
@@ -325,9 +337,10 @@ fn gates(options: &Options, scores: Option<(&Scores, Protocol)>, checked: &Check
     gates
 }
 
-fn judged(limit: &Limit, scores: Option<(&Scores, Protocol)>, checked: &Checked, level: f64, seed: u64) -> Gate {
-    let evidence =
-        Evidence { windows: scores.map_or(0, |(scores, _)| scores.windows.len()), seq: scores.map_or(0, |(_, protocol)| protocol.seq) };
+fn judged(limit: &Limit, scores: Option<(&Scores, Protocol)>, wanted: usize, checked: &Checked, level: f64, seed: u64) -> Gate {
+    // A window that was cut short counts for nothing.
+    let whole = scores.filter(|(_, protocol)| protocol.seq == wanted);
+    let evidence = Evidence { windows: whole.map_or(0, |(scores, _)| scores.windows.len()), seq: wanted };
     let stream = sampling::Stream::new(seed).child(limit.metric as u64);
     let exact = |value: f64| (value, Some(Interval { low: value, high: value }));
     let mean = |of: fn(&Score) -> f64| {
@@ -343,11 +356,18 @@ fn judged(limit: &Limit, scores: Option<(&Scores, Protocol)>, checked: &Checked,
         }
         Metric::KldMean => ("divergence from the reference, nats", mean(|score| score.divergence)),
         Metric::KldP99 => ("divergence, 99th percentile, nats", percentile(scores.map(|(scores, _)| scores), level, stream)),
-        Metric::Top1 => ("same most likely token as the reference", mean(|score| f64::from(u8::from(score.agrees)))),
+        Metric::Top1 => ("same most likely token as the reference", agreement(scores.map(|(scores, _)| scores), level, stream)),
         Metric::Size => ("bytes of all tensors", exact(checked.bytes as f64)),
         Metric::Bits => ("bits per weight of linear layers", exact(checked.bits_per_weight)),
     };
+    let found = if limit.metric.is_measured() && !evidence.suffices() { (found.0, None) } else { found };
     Gate::decide(limit.metric.name(), about, found, (limit.bound, limit.at_least), evidence)
+}
+
+fn agreement(scores: Option<&Scores>, level: f64, stream: sampling::Stream) -> (f64, Option<Interval>) {
+    let means = scores.map(|scores| scores.means(|score| f64::from(u8::from(score.agrees)))).unwrap_or_default();
+    let tokens = scores.map_or(0, Scores::tokens);
+    (statistics::mean(&means).0, statistics::share_interval(&means, tokens, level, stream))
 }
 
 fn percentile(scores: Option<&Scores>, level: f64, stream: sampling::Stream) -> (f64, Option<Interval>) {

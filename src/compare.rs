@@ -68,11 +68,27 @@ pub struct Row {
 #[derive(Debug, Clone, Copy, Serialize, JsonSchema)]
 pub struct Intervals {
     /// Of the ratio of perplexities.
-    pub perplexity_ratio: Interval,
+    pub perplexity_ratio: Bounds,
     /// Of the mean divergence.
-    pub kld_mean: Interval,
+    pub kld_mean: Bounds,
     /// Of the share of equal most likely tokens.
-    pub top1_agreement: Interval,
+    pub top1_agreement: Bounds,
+}
+
+/// An interval; a bound is absent where the tokens bound nothing.
+#[derive(Debug, Clone, Copy, Serialize, JsonSchema)]
+pub struct Bounds {
+    /// The lower bound.
+    pub low: Option<f64>,
+    /// The upper bound.
+    pub high: Option<f64>,
+}
+
+impl From<Interval> for Bounds {
+    fn from(of: Interval) -> Self {
+        let finite = |bound: f64| bound.is_finite().then_some(bound);
+        Self { low: finite(of.low), high: finite(of.high) }
+    }
 }
 
 impl Intervals {
@@ -81,10 +97,12 @@ impl Intervals {
         let interval = |of: fn(&Score) -> f64, number| {
             statistics::mean_interval(&scores.means(of), statistics::LEVEL, sampling::Stream::new(seed).child(number))
         };
+        let agrees = scores.means(|score| f64::from(u8::from(score.agrees)));
         Some(Self {
-            perplexity_ratio: interval(|score| score.nll - score.reference_nll, 0)?.map(f64::exp),
-            kld_mean: interval(|score| score.divergence, 1)?,
-            top1_agreement: interval(|score| f64::from(u8::from(score.agrees)), 2)?,
+            perplexity_ratio: interval(|score| score.nll - score.reference_nll, 0)?.map(f64::exp).into(),
+            kld_mean: interval(|score| score.divergence, 1)?.into(),
+            top1_agreement: statistics::share_interval(&agrees, scores.tokens(), statistics::LEVEL, sampling::Stream::new(seed).child(2))?
+                .into(),
         })
     }
 }
@@ -99,9 +117,7 @@ pub fn compare(subjects: &[Subject], text: &Text, protocol: Protocol, layers: bo
     let windows = first.windows(text, protocol)?;
     for other in others {
         evaluate::comparable(&other.model()?, &reference).map_err(|error| error.file(&other.path))?;
-        if other.tokenizer_fingerprint().ok() != first.tokenizer_fingerprint().ok() && other.windows(text, protocol)? != windows {
-            return Err(Error::input("its tokenizer cuts the text into other tokens than that of the first model").file(&other.path));
-        }
+        first.shares_tokens(other, text, protocol, &windows)?;
     }
     let stream = Stream::new(&reference, &windows, "evaluate 1", run)?;
     let scores = Scores::new(&stream, Beside::Nothing, &windows, protocol, run)?;

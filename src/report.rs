@@ -73,7 +73,7 @@ pub struct Allocated {
     pub counts: BTreeMap<String, usize>,
     /// The predicted divergence with the next 0.1 bit per weight; absent for a target in sparsity, or where nothing larger is left.
     pub next_kld: Option<f64>,
-    /// The best that every target reaches: bits per weight or share of zeros, and predicted divergence.
+    /// The best that every target reaches: what it reaches, as `reached` says it, and the predicted divergence.
     pub curve: Vec<(f64, f64)>,
 }
 

@@ -161,6 +161,7 @@ impl BackVisitor for Measuring<'_> {
             self.run.observer.step((self.options.schemes.len() * each) as u64, &layer.name);
             layers.push(layer);
         }
+        self.found.layers.retain(|layer| layer.block != index);
         self.found.layers.extend(layers);
         self.found.sort();
         self.path.map_or(Ok(()), |path| self.found.write(path))

@@ -2,13 +2,14 @@
 //! block bootstrap with the window as its block. Nothing here knows what was measured.
 
 use rayon::prelude::*;
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
 
 use crate::kernels::sampling::Stream;
 
 /// Fewer windows than this carry no interval: their spread says too little about the spread of others.
 pub const FEWEST: usize = 8;
+
+/// Fewer tokens than this carry none either.
+pub const FEWEST_TOKENS: usize = 256;
 
 /// The confidence of intervals where nothing else is asked for.
 pub const LEVEL: f64 = 0.95;
@@ -17,7 +18,7 @@ pub const LEVEL: f64 = 0.95;
 const RESAMPLES: u64 = 1999;
 
 /// Where a true value lies with the confidence that was asked for; a bound is infinite where the data bound nothing.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Interval {
     /// The lower bound.
     pub low: f64,
@@ -78,7 +79,20 @@ pub fn quantile_interval(windows: &[Vec<f64>], rank: f64, level: f64, stream: St
     let mut sorted: Vec<f64> = (0..SELECTIONS).into_par_iter().map(resampled).collect();
     sorted.sort_by(f64::total_cmp);
     let [low, high] = tails(&sorted, level);
-    Some(Interval { low, high })
+    // No resample exceeds the largest value: where too few tokens lie beyond the rank, nothing bounds the quantile from above.
+    let tokens = windows.iter().map(Vec::len).sum::<usize>() as f64;
+    let reach = rank * tokens + 2.0 * (tokens * rank * (1.0 - rank)).sqrt();
+    Some(Interval { low, high: if reach < tokens { high } else { f64::INFINITY } })
+}
+
+/// The interval of a share of tokens, never narrower than that of as many independent tokens (Wilson's at 95 %), because windows
+/// that all agree say nothing of their spread; between 0 and 1.
+pub fn share_interval(windows: &[f64], tokens: usize, level: f64, stream: Stream) -> Option<Interval> {
+    let interval = mean_interval(windows, level, stream)?;
+    let (share, n, z) = (mean(windows).0, tokens.max(1) as f64, 1.96f64);
+    let center = (share + z * z / (2.0 * n)) / (1.0 + z * z / n);
+    let reach = z / (1.0 + z * z / n) * (share * (1.0 - share) / n + z * z / (4.0 * n * n)).sqrt();
+    Some(Interval { low: interval.low.min(center - reach).max(0.0), high: interval.high.max(center + reach).min(1.0) })
 }
 
 /// The value at a rank of 0 to 1 among values, which are reordered; NaN when there is none.
@@ -181,6 +195,16 @@ mod tests {
         let windows: Vec<Vec<f64>> = (0..30).map(|window| (0..100).map(|token| f64::from((token * 37 + window) % 100)).collect()).collect();
         let interval = quantile_interval(&windows, 0.9, LEVEL, Stream::new(1)).unwrap();
         assert!(interval.low <= 90.0 && interval.high >= 90.0 && interval.high - interval.low < 3.0, "{interval:?}");
+    }
+
+    #[test]
+    fn few_tokens_bound_neither_a_share_nor_a_high_quantile() {
+        let stream = Stream::new(2);
+        let all = share_interval(&[1.0; 8], 8, LEVEL, stream).unwrap();
+        assert!(all.low < 0.7 && all.high == 1.0, "{all:?}");
+        assert!(share_interval(&[1.0; 8], 8000, LEVEL, stream).unwrap().low > 0.999);
+        let few: Vec<Vec<f64>> = (0..8).map(|window| vec![f64::from(window); 10]).collect();
+        assert_eq!(quantile_interval(&few, 0.99, LEVEL, stream).unwrap().high, f64::INFINITY);
     }
 
     #[test]

@@ -100,6 +100,19 @@ impl Subject {
         Ok(windows)
     }
 
+    /// Refuses another model whose tokenizer cuts the text into other tokens than `windows`, those of this one.
+    ///
+    /// # Errors
+    /// Naming the other.
+    pub fn shares_tokens(&self, other: &Self, text: &Text, protocol: Protocol, windows: &[Vec<u32>]) -> Result<()> {
+        let same = other.tokenizer_fingerprint().ok() == self.tokenizer_fingerprint().ok();
+        if same || other.windows(text, protocol)? == windows {
+            return Ok(());
+        }
+        let what = format!("its tokenizer cuts the text into other tokens than that of {}", shown_path(&self.path));
+        Err(Error::input(what).file(&other.path))
+    }
+
     /// blake3 of what the model is made of: its configuration and every file of weights.
     ///
     /// # Errors

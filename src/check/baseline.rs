@@ -13,7 +13,7 @@ use crate::evaluate::Bos;
 use crate::evaluate::scores::Scores;
 use crate::formats::output::write_whole_json;
 use crate::kernels::sampling::Stream;
-use crate::statistics::{self, FEWEST, Interval};
+use crate::statistics::{self, Interval};
 
 /// Version of the file's shape.
 pub const SCHEMA: u32 = 1;
@@ -143,8 +143,10 @@ impl Baseline {
         let bytes = read_file(path, 64 << 20)?;
         let baseline: Self = serde_json::from_slice(&bytes).map_err(|error| Error::input(format!("not a baseline: {error}")).file(path))?;
         let windows = baseline.per_window.nll.len();
-        let whole =
-            [&baseline.per_window.kld, &baseline.per_window.agreement].iter().all(|means| means.is_empty() || means.len() == windows);
+        let paired = if baseline.identity.reference.is_some() { windows } else { 0 };
+        let means = &baseline.per_window;
+        let finite = means.nll.iter().chain(&means.kld).chain(&means.agreement).all(|mean| mean.abs() < 1e6);
+        let whole = finite && [&means.kld, &means.agreement].iter().all(|means| means.len() == paired);
         let tolerances = baseline.tolerances;
         let sound = [
             tolerances.perplexity_relative,
@@ -153,8 +155,8 @@ impl Baseline {
             tolerances.top1_absolute,
             tolerances.size_relative,
         ];
-        match sound.iter().find(|tolerance| !(tolerance.is_finite() && **tolerance >= 0.0)) {
-            Some(tolerance) => Err(Error::input(format!("a tolerance is {tolerance}, it must be 0 or more")).file(path)),
+        match sound.iter().find(|tolerance| !(0.0..=1e3).contains(*tolerance)) {
+            Some(tolerance) => Err(Error::input(format!("a tolerance is {tolerance}, it must be 0 to 1000")).file(path)),
             None if baseline.schema != SCHEMA => {
                 Err(Error::input(format!("baseline of version {}, read is {SCHEMA}", baseline.schema)).file(path))
             }
@@ -211,7 +213,10 @@ impl Baseline {
         let evidence = Evidence { windows: common, seq: self.identity.seq };
         let differences = |was: &[f64], is: &[f64]| -> Vec<f64> { is.iter().zip(was).map(|(is, was)| is - was).collect() };
         let judged = |differences: &[f64], number| {
-            (statistics::mean(differences).0, statistics::mean_interval(differences, level, stream.child(number)))
+            (
+                statistics::mean(differences).0,
+                statistics::mean_interval(differences, level, stream.child(number)).filter(|_| evidence.suffices()),
+            )
         };
         let tolerances = &self.tolerances;
         let (value, interval) = judged(&differences(&self.per_window.nll, &now.nll), 0);
@@ -236,7 +241,17 @@ impl Baseline {
             (1.0 + tolerances.size_relative, false),
             evidence,
         ));
+        if now.nll.len() > common {
+            // The baseline has no more windows: more tokens now would be compared with nothing.
+            gates.iter_mut().for_each(|gate| gate.more_tokens = None);
+        }
         gates
+    }
+
+    /// What a baseline tolerates, where as much of it can be read.
+    pub fn tolerances(path: &Path) -> Option<Tolerances> {
+        let value: serde_json::Value = serde_json::from_slice(&read_file(path, 64 << 20).ok()?).ok()?;
+        serde_json::from_value(value.get("tolerances")?.clone()).ok()
     }
 
     /// Refuses to accept what too few windows were measured for.
@@ -244,13 +259,14 @@ impl Baseline {
     /// # Errors
     /// With both numbers.
     pub fn worth_keeping(&self) -> Result<()> {
-        match self.per_window.nll.len() {
-            windows if windows < FEWEST => Err(Error::input(format!(
-                "{windows} windows of {} tokens are too few for a baseline, {FEWEST} are the least; give more text, a larger --max-tokens or a smaller --seq",
-                self.identity.seq
-            ))),
-            _ => Ok(()),
+        let evidence = Evidence { windows: self.per_window.nll.len(), seq: self.identity.seq };
+        if evidence.suffices() {
+            return Ok(());
         }
+        let (windows, seq, least) = (evidence.windows, evidence.seq, evidence.least_windows());
+        Err(Error::input(format!(
+            "{windows} windows of {seq} tokens are too few for a baseline, {least} are the least; give more text or a larger --max-tokens"
+        )))
     }
 }
 
@@ -258,6 +274,7 @@ impl Baseline {
 mod tests {
     use super::*;
     use crate::check::gate::Verdict;
+    use crate::statistics::FEWEST;
 
     fn baseline(windows: usize) -> Baseline {
         let figure = Figure { value: 1.0, stderr: None };

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::error::shown;
 use crate::plan::recipe::size;
-use crate::statistics::{FEWEST, Interval, times_more};
+use crate::statistics::{FEWEST, FEWEST_TOKENS, Interval, times_more};
 
 /// What can be limited.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -154,6 +154,18 @@ pub struct Evidence {
     pub seq: usize,
 }
 
+impl Evidence {
+    /// Windows that are the least: those that carry an interval.
+    pub fn least_windows(self) -> usize {
+        FEWEST.max(FEWEST_TOKENS.div_ceil(self.seq.saturating_sub(1).max(1)))
+    }
+
+    /// Whether it is enough for an interval.
+    pub fn suffices(self) -> bool {
+        self.windows >= self.least_windows()
+    }
+}
+
 impl Gate {
     /// Decides a limit on a value whose interval is known, or is not because there are too few windows.
     pub fn decide(name: &str, about: &str, (value, interval): (f64, Option<Interval>), limit: (f64, bool), evidence: Evidence) -> Self {
@@ -185,7 +197,7 @@ fn more(value: f64, interval: Option<Interval>, bound: f64, evidence: Evidence) 
     /// Beyond so many times the windows the honest answer is that no number of tokens decides.
     const MOST: f64 = 10_000.0;
     let times = interval.map_or(0.0, |interval| times_more(value, interval, bound));
-    let windows = (times * evidence.windows as f64).ceil().max(FEWEST as f64);
+    let windows = (times * evidence.windows as f64).ceil().max(evidence.least_windows() as f64);
     (times < MOST).then(|| (windows as usize).saturating_sub(evidence.windows).max(1) as u64 * evidence.seq as u64)
 }
 
@@ -219,7 +231,7 @@ mod tests {
         let gate = Gate::decide("x", "", (1.0, Some(Interval { low: 0.8, high: 1.2 })), (1.1, false), evidence);
         assert_eq!(gate.more_tokens, Some(60 * 100), "twice too wide: four times the windows");
         let few = Gate::decide("x", "", (1.0, None), (1.1, false), Evidence { windows: 1, seq: 20 });
-        assert_eq!((few.verdict, few.more_tokens), (Verdict::Inconclusive, Some(7 * 20)));
+        assert_eq!((few.verdict, few.more_tokens), (Verdict::Inconclusive, Some(13 * 20)));
         assert_eq!(Gate::decide("x", "", (1.0, Some(Interval { low: 0.8, high: 1.2 })), (1.0, false), evidence).more_tokens, None);
     }
 }

@@ -53,7 +53,7 @@ pub fn sentence(gate: &Gate) -> String {
     };
     let more = match (gate.verdict, gate.more_tokens) {
         (Verdict::Inconclusive, Some(more)) => format!("; about {more} more tokens would decide"),
-        (Verdict::Inconclusive, None) => "; the value lies at the limit, no number of tokens is sure to decide".into(),
+        (Verdict::Inconclusive, None) => "; more tokens alone are not sure to decide".into(),
         _ => String::new(),
     };
     format!("{}: {} is {}{interval}, the limit is {sign} {}{more}", gate.verdict.name(), gate.about, bound(gate.value), figure(gate.limit))

@@ -32,12 +32,13 @@ pub fn run(arguments: &Check, invocation: &Invocation) -> Result<()> {
     }
     let run = Run { device: &device, seed: invocation.seed.unwrap_or(0), observer: &invocation.progress, scratch: &scratch };
     let accepted = match &arguments.baseline {
-        Some(path) if !arguments.update_baseline || path.exists() => Some(Baseline::open(path)?),
+        Some(path) if !arguments.update_baseline => Some(Baseline::open(path)?),
         _ => None,
     };
+    let tolerances = arguments.baseline.as_deref().and_then(Baseline::tolerances);
     let checked = match Subject::open(&arguments.model, &scratch) {
         Ok(subject) => {
-            let options = options(arguments, &subject, accepted.clone(), &scratch)?;
+            let options = options(arguments, &subject, accepted, &scratch)?;
             check(&subject, &options, &run)?
         }
         Err(error) => Checked::unopened(&arguments.model, &error),
@@ -48,7 +49,7 @@ pub fn run(arguments: &Check, invocation: &Invocation) -> Result<()> {
     }
     verdict(&checked)?;
     if let (Some(path), true) = (&arguments.baseline, arguments.update_baseline) {
-        checked.accept(accepted.map(|baseline| baseline.tolerances))?.write(path)?;
+        checked.accept(tolerances)?.write(path)?;
         if !invocation.json && arguments.format == CheckFormat::Human {
             say(&format!("accepted  {}", path.display()));
         }
@@ -80,10 +81,14 @@ fn options(arguments: &Check, subject: &Subject, accepted: Option<Baseline>, scr
         Ok(model) => protocol(measuring, &model)?,
         Err(_) => Protocol { seq: measuring.seq.unwrap_or(512), max_tokens: measuring.max_tokens, bos: measuring.bos, second_half: false },
     };
+    let reference = Reference::open(arguments.reference.as_deref(), scratch)?;
+    if matches!(reference, Reference::Kept(_)) && arguments.save_reference.is_some() {
+        return Err(Error::input("--save-reference needs the model itself as --reference, not what was kept of it"));
+    }
     let limits = arguments.max.clone().unwrap_or_default().0;
     let measured = limits.iter().any(|limit| limit.metric.is_measured());
     Ok(Options {
-        reference: Reference::open(arguments.reference.as_deref(), scratch)?,
+        reference,
         text: Text::open(measuring.text.as_deref())?,
         measure: measured || arguments.baseline.is_some() || arguments.reference.is_some() || measuring.text.is_some(),
         protocol,

@@ -5,7 +5,7 @@ use crate::cli::arguments::Compare;
 use crate::cli::device::pick_device;
 use crate::cli::eval::{measured_on, protocol};
 use crate::cli::text::{layer, say, say_json, short, table};
-use crate::compare::{Comparison, Row, compare};
+use crate::compare::{Comparison, Intervals, Row, compare};
 use crate::error::Result;
 use crate::evaluate::{Against, Text};
 use crate::report::bytes;
@@ -94,7 +94,9 @@ fn overview(row: &Row) -> Vec<String> {
 }
 
 fn divergences(row: &Row, against: &Against) -> Vec<String> {
-    let interval = row.intervals.map_or("too few windows".to_string(), |of| format!("{:.5} to {:.5}", of.kld_mean.low, of.kld_mean.high));
+    let bound = |bound: Option<f64>| bound.map_or("?".into(), |bound| format!("{bound:.5}"));
+    let interval = |of: Intervals| format!("{} to {}", bound(of.kld_mean.low), bound(of.kld_mean.high));
+    let interval = row.intervals.map_or("too few windows".into(), interval);
     let figures = [against.kld_median, against.kld_p90, against.kld_p99, against.kld_p999, against.kld_max];
     std::iter::once(format!("  {}", short(&row.name, 24))).chain(figures.map(|value| format!("{value:.5}"))).chain([interval]).collect()
 }

@@ -23,7 +23,8 @@ pub fn run(arguments: &Eval, invocation: &Invocation) -> Result<()> {
     let subject = Subject::open(&arguments.model, &scratch)?;
     let model = subject.model()?;
     let reference = arguments.reference.as_deref().map(|path| Subject::open(path, &scratch)).transpose()?;
-    let reference = reference.as_ref().map(Subject::model).transpose()?;
+    let beside = reference;
+    let reference = beside.as_ref().map(Subject::model).transpose()?;
     let second_half = arguments.protocol == Scoring::LlamaCpp;
     let protocol = Protocol { second_half, ..protocol(&arguments.measuring, &model)? };
     if second_half && protocol.seq < 4 {
@@ -31,6 +32,9 @@ pub fn run(arguments: &Eval, invocation: &Invocation) -> Result<()> {
     }
     let text = Text::open(arguments.measuring.text.as_deref())?;
     let windows = subject.windows(&text, protocol)?;
+    if let Some(beside) = &beside {
+        subject.shares_tokens(beside, &text, protocol, &windows)?;
+    }
     let run = Run { device: &device, seed: invocation.seed.unwrap_or(0), observer: &invocation.progress, scratch: &scratch };
     let quality = measure(&model, reference.as_ref(), &windows, protocol, &run)?;
     if invocation.json {

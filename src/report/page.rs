@@ -79,7 +79,9 @@ fn verdict(report: &Value) -> Value {
             () => (1, "undecided"),
         };
         worst = worst.max(rank);
-        lines.push(format!("{name} {value:.5} ± {spread:.5}, limit {limit}: {word}"));
+        let interval =
+            if spread.is_finite() { format!("95 %: {:.5} to {:.5}", value - spread, value + spread) } else { "of unknown error".into() };
+        lines.push(format!("{name} {value:.5} ({interval}), limit {limit}: {word}"));
     }
     let word = match (lines.is_empty(), worst) {
         (true, _) => "no limit was set",
@@ -206,15 +208,16 @@ fn pareto(report: &Value) -> Option<String> {
     let allocation = &report["allocation"];
     let point = |pair: &Value| Some((pair[0].as_f64()?, pair[1].as_f64()?));
     let curve: Vec<(f64, f64)> = array(&allocation["curve"]).iter().filter_map(point).collect();
-    let at = match allocation["reached"].as_f64()? {
-        share_or_bits if share_or_bits <= 16.0 => share_or_bits,
-        _ => report["size"]["bits_per_weight"].as_f64()?,
-    };
+    let at = allocation["reached"].as_f64()?;
     let dot = |label: &str, value: &Value| value.as_f64().map(|value| Line { label: label.into(), points: vec![(at, value)], dots: true });
     let mut lines = vec![Line { label: "best reachable".into(), points: curve, dots: false }];
     lines.extend(dot("chosen", &allocation["predicted_kld"]));
     lines.extend(dot("measured", &report["quality"]["kld_mean"]));
-    let axis = if at < 1.0 { "share of zeros" } else { "bits per weight" };
+    let axis = match at {
+        at if at < 1.0 => "share of zeros",
+        at if at <= 16.0 => "bits per weight",
+        _ => "bytes",
+    };
     charts::lines(&lines, "Divergence by size of the compressed layers", (axis, "divergence, nats"), true)
 }
 

@@ -127,11 +127,11 @@ impl Sensitivity {
         let bytes = read_file(path, 256 << 20)?;
         let found: Self =
             serde_json::from_slice(&bytes).map_err(|error| Error::input(format!("no sensitivity file: {error}")).file(path))?;
-        let sound = |candidate: &Candidate| candidate.cost().is_finite() && candidate.cost() >= 0.0 && candidate.bits > 0;
+        let sound = |candidate: &Candidate| (0.0..1e6).contains(&candidate.cost()) && candidate.bits > 0;
         match () {
             () if found.schema != SCHEMA => Err(Error::input(format!("version {}, read is {SCHEMA}", found.schema)).file(path)),
             () if !found.layers.iter().flat_map(|layer| &layer.candidates).all(sound) => {
-                Err(Error::input("costs must be finite and sizes above 0; measure again").file(path))
+                Err(Error::input("costs must be 0 to a million nats and sizes above 0; measure again").file(path))
             }
             () => Ok(found),
         }

@@ -178,6 +178,39 @@ fn a_check_passes_what_is_as_it_was_fails_what_is_worse_and_says_when_it_cannot_
 }
 
 #[test]
+fn a_model_with_another_tokenizer_is_not_measured_on_its_own_tokens() {
+    let (folder, model, [four, _]) = compressed();
+    let path = four.join("tokenizer.json");
+    let mut tokenizer = read(&path);
+    let vocabulary = tokenizer["model"]["vocab"].as_object_mut().unwrap();
+    for id in vocabulary.values_mut() {
+        let number = id.as_u64().unwrap();
+        if (100..=400).contains(&number) {
+            *id = json!(500 - number);
+        }
+    }
+    std::fs::write(&path, serde_json::to_vec(&tokenizer).unwrap()).unwrap();
+    let four = four.to_str().unwrap();
+    let measured = ["--reference", &model, "--seq", "64", "--max-tokens", "2048"];
+    for command in [&["check", four][..], &["eval", four]] {
+        let output = drawknife(&[command, &measured[..]].concat());
+        let message = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(2) && message.contains("tokenizer cuts the text"), "{command:?} {message}");
+    }
+    // Neither few tokens nor a baseline without its divergences pass.
+    let few = ["check", &model, "--reference", &model, "--seq", "2", "--max-tokens", "16", "--max", "top1>=0.9,kld_p99<=0.1"];
+    assert_eq!(drawknife(&few).status.code(), Some(4));
+    let baseline = folder.path().join("baseline.json");
+    let at = baseline.to_str().unwrap();
+    let check = |more: &[&str]| drawknife(&[&["check", &model], &measured[..], &["--baseline", at], more].concat()).status.code();
+    assert_eq!(check(&["--update-baseline"]), Some(0));
+    let mut edited = read(&baseline);
+    edited["per_window"]["kld"] = json!([]);
+    std::fs::write(&baseline, serde_json::to_vec(&edited).unwrap()).unwrap();
+    assert_eq!((check(&[]), check(&["--update-baseline"]), check(&[])), (Some(2), Some(0), Some(0)));
+}
+
+#[test]
 fn limits_decide_the_exit_code_and_a_budget_stops_early() {
     let (_folder, model, [four, _]) = compressed();
     let four = four.to_str().unwrap();
@@ -255,6 +288,13 @@ fn a_sensitivity_goes_on_where_it_was_stopped_and_ranks_layers_as_the_exact_one_
     std::fs::write(&again, serde_json::to_vec(&part).unwrap()).unwrap();
     assert!(measure(&again, &[]).status.success());
     assert_eq!(std::fs::read(&path).unwrap(), std::fs::read(&again).unwrap());
+    // Layers that no scheme takes are known after a quick measurement, and stand once after a whole one.
+    let some = folder.path().join("some.json");
+    for more in [&["--quick"][..], &[]] {
+        let fixed = ["sensitivity", &model, "-o", some.to_str().unwrap(), "--schemes", "3:7", "--samples", "2", "--seq", "32"];
+        assert!(drawknife(&[&fixed, more].concat()).status.success());
+        assert_eq!(read(&some)["layers"].as_array().unwrap().len(), 21);
+    }
     let other = measure(&again, &["--seed", "1", "--method", "gptq"]);
     assert!(other.status.code() == Some(2) && String::from_utf8_lossy(&other.stderr).contains("another model, text or scheme"));
     assert_eq!(measure(&folder.path().join("x.json"), &["--method", "magic"]).status.code(), Some(2));
