@@ -36,6 +36,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "plan",
             "report",
             "run",
+            "statistics",
             "weight",
         ],
     ),
