@@ -50,8 +50,8 @@
 //! - A figure that a limit is held against has an interval, by the bootstrap over windows ([`statistics`]); without one nothing
 //!   passes. Everything a report page says is in the files beside it, so that it can be made again ([`report::page`]).
 //! - Only [`model::forward`] holds transformer mathematics; [`model::backward`] is its adjoint, written by hand and tested
-//!   against automatic differentiation of the one forward, which takes its place on a GPU. Only [`model::walk`] and the way
-//!   back through them, [`model::slopes`], loop over blocks, and an architecture is a row of data ([`model::architecture`]). One exception: [`model::generate`], where the model writes its own
+//!   against automatic differentiation of the one forward, which takes its place on a GPU. Only [`model::walk`] loops over
+//!   blocks, and an architecture is a row of data ([`model::architecture`]). One exception: [`model::generate`], where the model writes its own
 //!   calibration text, goes over positions outside and blocks inside, since a position needs the token of the last.
 //! - On the processor, results do not depend on the number of threads: parallel over rows, sums in fixed lanes, and
 //!   windows cut into runs by their size alone. Matrix products may round differently on another kind of processor.

@@ -1,5 +1,5 @@
-//! The walk back: from the gradient of a loss at the last hidden states through every block to those of its weights. The
-//! forward walk has kept what every block read.
+//! What the walk back needs of a block: what it read on the way forward, and from the gradients of its output those of its
+//! weights and of its input.
 
 use crate::error::Result;
 use crate::kernels::rough_product::Precision;
@@ -10,7 +10,7 @@ use crate::model::block::{Parameters, Role};
 use crate::model::forward::Spec;
 use crate::model::hidden::{Hidden, Keeping};
 use crate::model::seen::Needs;
-use crate::model::walk::{Visitor, opened};
+use crate::model::walk::Visitor;
 use crate::run::Run;
 
 /// Keeps the hidden states that every block reads.
@@ -49,45 +49,12 @@ pub struct Slope {
     pub squares: Vec<f32>,
 }
 
-/// A visitor of the walk back.
-pub trait BackVisitor {
-    /// What must have been seen at the sites of the block; asked before each block.
-    fn needs(&mut self, index: usize) -> Needs;
-
-    /// Looks at a block with the slopes of its weights, by role.
-    ///
-    /// # Errors
-    /// Whatever stops the walk.
-    fn visit(&mut self, bench: &mut Bench<'_>, slopes: &[Slope]) -> Result<()>;
-}
-
-/// Walks from the last block to the first. `inputs` are those of every block, `slopes` enter with the gradients of two losses
-/// at the last hidden states: of the first the gradients of all windows are summed, of the second their squares.
+/// Turns the gradients of a block's output into those of its input, window by window; gives the slopes of its weights where
+/// `weights` asks for them.
 ///
 /// # Errors
-/// When a block cannot be read, or the visitor fails.
-pub fn walk_back(
-    model: &Model<'_>,
-    inputs: &[Hidden],
-    slopes: &mut [Hidden; 2],
-    run: &Run<'_>,
-    visitor: &mut dyn BackVisitor,
-) -> Result<()> {
-    for (index, hidden) in inputs.iter().enumerate().rev() {
-        run.check_stop()?;
-        let needs = visitor.needs(index);
-        let mut bench = opened(model, index, hidden, needs, run)?;
-        let Some(parameters) = bench.original.clone() else { continue };
-        let found = through(model, index, &parameters, hidden, slopes, needs > Needs::Nothing, run)?;
-        if needs > Needs::Nothing {
-            visitor.visit(&mut bench, &found)?;
-        }
-    }
-    Ok(())
-}
-
-/// Turns the gradient of a block's output into that of its input, window by window; gives the slopes of its weights.
-fn through(
+/// When hidden states cannot be read or written, or a signal asks to stop.
+pub fn through(
     model: &Model<'_>,
     index: usize,
     parameters: &Parameters,

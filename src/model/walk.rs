@@ -1,4 +1,4 @@
-//! The only loop over blocks. Compression, calibration and perplexity are visitors.
+//! The only loops over blocks, forward and back. Compression, calibration and perplexity are visitors.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -17,6 +17,7 @@ use crate::model::block::{Parameters, Site};
 use crate::model::forward::{self, Point, Spec, Tap};
 use crate::model::hidden::{Hidden, Keeping};
 use crate::model::seen::{Needs, Seen, Statistics};
+use crate::model::slopes::{self, Slope};
 use crate::run::Run;
 
 /// Windows whose block outputs are compared before and after the visit.
@@ -141,11 +142,45 @@ pub fn walk_part(
     Ok(())
 }
 
-/// A block on the workbench with what it was seen doing, away from the walk: `hidden` are its inputs.
+/// A visitor of the walk back.
+pub trait BackVisitor {
+    /// What must have been seen at the sites of the block; asked before each block.
+    fn needs(&mut self, index: usize) -> Needs;
+
+    /// Looks at a block with the slopes of its weights, by role.
+    ///
+    /// # Errors
+    /// Whatever stops the walk.
+    fn visit(&mut self, bench: &mut Bench<'_>, slopes: &[Slope]) -> Result<()>;
+}
+
+/// Walks back, from the last block to the first. `inputs` are those of every block, `streams` enter with the gradients of two losses
+/// at the last hidden states: of the first the gradients of all windows are summed, of the second their squares.
 ///
 /// # Errors
-/// When the block cannot be read.
-pub fn opened<'a>(model: &'a Model<'a>, index: usize, hidden: &'a Hidden, needs: Needs, run: &'a Run<'a>) -> Result<Bench<'a>> {
+/// When a block cannot be read, or the visitor fails.
+pub fn walk_back(
+    model: &Model<'_>,
+    inputs: &[Hidden],
+    streams: &mut [Hidden; 2],
+    run: &Run<'_>,
+    visitor: &mut dyn BackVisitor,
+) -> Result<()> {
+    for (index, hidden) in inputs.iter().enumerate().rev() {
+        run.check_stop()?;
+        let needs = visitor.needs(index);
+        let mut bench = opened(model, index, hidden, needs, run)?;
+        let Some(parameters) = bench.original.clone() else { continue };
+        let found = slopes::through(model, index, &parameters, hidden, streams, needs > Needs::Nothing, run)?;
+        if needs > Needs::Nothing {
+            visitor.visit(&mut bench, &found)?;
+        }
+    }
+    Ok(())
+}
+
+/// A block on the workbench of the walk back with what it was seen doing: `hidden` are its inputs.
+fn opened<'a>(model: &'a Model<'a>, index: usize, hidden: &'a Hidden, needs: Needs, run: &'a Run<'a>) -> Result<Bench<'a>> {
     let mut block = model.load_block(index)?;
     let parameters = Parameters::take(&mut block, run.device);
     let original = Some(parameters.clone());
