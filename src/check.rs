@@ -2,7 +2,6 @@
 //! on, and never a pass for want of evidence.
 
 pub mod baseline;
-pub mod gate;
 pub mod junit;
 pub mod structure;
 
@@ -13,7 +12,6 @@ use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::check::baseline::{Baseline, Figure, Identity, Metrics, PerWindow, Tolerances};
-use crate::check::gate::{Evidence, Gate, Limit, Metric, Verdict};
 use crate::check::structure::Finding;
 use crate::error::{Error, Result, shown};
 use crate::evaluate::kept::{self, Kept};
@@ -22,6 +20,7 @@ use crate::evaluate::sweep::Stream;
 use crate::evaluate::{self, Bos, Protocol, Quality, Text};
 use crate::formats::output::write_whole;
 use crate::formats::targets::Engine;
+use crate::gate::{Evidence, Gate, Limit, Metric, Verdict};
 use crate::kernels::sampling;
 use crate::model::Model;
 use crate::run::Run;

@@ -32,6 +32,7 @@ use crate::evaluate::{self, Protocol, Quality, Text};
 use crate::formats::output::{write_json, write_whole};
 use crate::formats::targets::{Engine, loaders, unfused};
 use crate::formats::{self, Format};
+use crate::gate;
 use crate::model::config::known_family;
 use crate::model::generate::{self, BUDGET};
 use crate::model::hidden::{Hidden, Keeping};
@@ -264,6 +265,7 @@ impl Prepared {
             sizes: sizes(&self.checkpoint, &self.exports[0]),
             loads: loads(&self.exports),
             audit,
+            gates: gate::of_recipe(&self.job.recipe.gate, quality.as_ref()),
             quality,
             tokens,
             evaluation: self.evaluation.take().map(|(_, evaluation)| evaluation),

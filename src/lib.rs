@@ -78,6 +78,7 @@ pub mod embedded;
 pub mod error;
 pub mod evaluate;
 pub mod formats;
+pub mod gate;
 pub mod kernels;
 pub mod lanes;
 pub mod matrix;

@@ -12,6 +12,7 @@ use serde::Serialize;
 use crate::calibrate::corpus::Counts;
 use crate::evaluate::Quality;
 use crate::evaluate::contexts::TokenView;
+use crate::gate::Gate;
 use crate::plan::recipe::Recipe;
 
 /// Version of the report's shape.
@@ -52,6 +53,8 @@ pub struct Report {
     pub tokens: Option<TokenView>,
     /// What the quality was measured on.
     pub evaluation: Option<Evaluation>,
+    /// The limits of the recipe, each with its verdict.
+    pub gates: Vec<Gate>,
     /// Deviations and warnings, each a sentence.
     pub notes: Vec<String>,
 }

@@ -6,12 +6,12 @@ use std::path::Path;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::check::gate::{Evidence, Gate};
 use crate::checkpoint::read_file;
 use crate::error::{Error, Result};
 use crate::evaluate::Bos;
 use crate::evaluate::scores::Scores;
 use crate::formats::output::write_whole_json;
+use crate::gate::{Evidence, Gate};
 use crate::kernels::sampling::Stream;
 use crate::statistics::{self, Interval};
 
@@ -273,7 +273,7 @@ impl Baseline {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::check::gate::Verdict;
+    use crate::gate::Verdict;
     use crate::statistics::FEWEST;
 
     fn baseline(windows: usize) -> Baseline {

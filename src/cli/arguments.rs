@@ -4,10 +4,10 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::check::gate::Limits;
 use crate::device::Choice;
 use crate::evaluate::Bos;
 use crate::formats::targets::Engine;
+use crate::gate::Limits;
 
 /// Compresses large language models and measures what that costs.
 #[derive(Debug, Parser)]

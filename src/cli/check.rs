@@ -4,8 +4,7 @@ use std::io::Write;
 use std::path::Path;
 
 use crate::check::baseline::Baseline;
-use crate::check::gate::{Gate, Limits, Verdict};
-use crate::check::junit::{self, figure, sentence};
+use crate::check::junit;
 use crate::check::{Checked, Options, Outcome, Reference, check};
 use crate::cli::Invocation;
 use crate::cli::arguments::{Check, CheckFormat};
@@ -15,6 +14,7 @@ use crate::cli::eval::protocol;
 use crate::cli::text::{say, say_json, table};
 use crate::error::{Error, Fault, Result, shown};
 use crate::evaluate::{Protocol, Text};
+use crate::gate::{Gate, Limits, Verdict, figure};
 use crate::report::bytes;
 use crate::run::Run;
 use crate::subject::Subject;
@@ -103,7 +103,7 @@ fn options(arguments: &Check, subject: &Subject, accepted: Option<Baseline>, scr
 /// The verdict as the program's end.
 fn verdict(checked: &Checked) -> Result<()> {
     let named = |verdict: Verdict| {
-        let gates: Vec<String> = checked.gates.iter().filter(|gate| gate.verdict == verdict).map(sentence).collect();
+        let gates: Vec<String> = checked.gates.iter().filter(|gate| gate.verdict == verdict).map(Gate::sentence).collect();
         gates.join("; ")
     };
     match checked.verdict {
@@ -217,8 +217,8 @@ fn annotations(checked: &Checked) -> Vec<String> {
     for gate in &checked.gates {
         match gate.verdict {
             Verdict::Pass => {}
-            Verdict::Fail => lines.push(line("error", &gate.name, &sentence(gate))),
-            Verdict::Inconclusive => lines.push(line("warning", &gate.name, &sentence(gate))),
+            Verdict::Fail => lines.push(line("error", &gate.name, &gate.sentence())),
+            Verdict::Inconclusive => lines.push(line("warning", &gate.name, &gate.sentence())),
         }
     }
     let passed = checked.gates.iter().filter(|gate| gate.verdict == Verdict::Pass).count();

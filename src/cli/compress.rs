@@ -20,7 +20,8 @@ use crate::error::{Error, Fault, Result, shown, shown_path};
 use crate::evaluate::{Bos, Protocol, Quality};
 use crate::formats::output::write_whole;
 use crate::formats::targets::{Engine, loaders};
-use crate::plan::recipe::{Allocate, Gate, OneOrMany, Override, Recipe, Skip};
+use crate::gate::{Gate, Verdict};
+use crate::plan::recipe::{Allocate, OneOrMany, Override, Recipe, Skip};
 use crate::report::{Allocated, Report, bytes};
 use crate::run::Run;
 use crate::sensitivity::file::Sensitivity;
@@ -82,7 +83,6 @@ pub fn run(arguments: &Compress, invocation: &Invocation, dry_run: bool) -> Resu
     let Some(target) = target else { return Ok(()) };
     let destination = Destination::claim(&target, &prepared.job.model, arguments.force)?;
     let target = destination.target().to_path_buf();
-    let gate = prepared.job.recipe.gate.clone();
     let run =
         Run { device: &device, seed: prepared.job.recipe.calibration.seed, observer: &invocation.progress, scratch: &std::env::temp_dir() };
     let report = prepared.run(destination, &run)?;
@@ -92,7 +92,7 @@ pub fn run(arguments: &Compress, invocation: &Invocation, dry_run: bool) -> Resu
     } else {
         show_result(&report, &target, seconds, invocation);
     }
-    check_gate(&gate, report.quality.as_ref())
+    check_gates(&report.gates)
 }
 
 /// The command line as a shell would take it.
@@ -413,33 +413,12 @@ pub fn quality_table(quality: &Quality) -> Vec<String> {
     table(&rows)
 }
 
-/// Compares the quality with the limits, at 95 % confidence.
-fn check_gate(gate: &Gate, quality: Option<&Quality>) -> Result<()> {
-    if gate.is_empty() {
-        return Ok(());
+/// Ends with what the limits say, where they are not all kept.
+fn check_gates(gates: &[Gate]) -> Result<()> {
+    let of = |verdict: Verdict| gates.iter().find(|gate| gate.verdict == verdict).map(Gate::sentence);
+    match (of(Verdict::Fail), of(Verdict::Inconclusive)) {
+        (Some(what), _) => Err(Error::new(Fault::Gate, format!("gate: {what}; use more bits or a better method"))),
+        (None, Some(what)) => Err(Error::new(Fault::Inconclusive, format!("gate: {what}; measure more with --eval-tokens"))),
+        (None, None) => Ok(()),
     }
-    let against = quality.and_then(|quality| quality.against.as_ref());
-    let against = against.ok_or_else(|| Error::new(Fault::Inconclusive, "gate: quality could not be measured"))?;
-    let mut open = None;
-    for (name, limit, value, error) in [
-        ("kld_mean", gate.kld_mean, against.kld_mean, against.kld_mean_stderr),
-        ("ppl_ratio", gate.ppl_ratio, against.perplexity_ratio, against.perplexity_ratio_stderr),
-    ] {
-        let Some(limit) = limit else { continue };
-        let spread = 1.96 * error.unwrap_or(f64::INFINITY);
-        if value - spread > limit {
-            return Err(Error::new(
-                Fault::Gate,
-                format!("gate: {name} is {value:.5}, the limit is {limit}; use more bits or a better method"),
-            ));
-        }
-        // Only what is surely below the limit passes: a value that is not a number does not.
-        let passes = value + spread <= limit;
-        if !passes {
-            open = Some(format!(
-                "gate: {name} is {value:.5} ± {spread:.5}, which straddles the limit {limit}; measure more with --eval-tokens"
-            ));
-        }
-    }
-    open.map_or(Ok(()), |message| Err(Error::new(Fault::Inconclusive, message)))
 }

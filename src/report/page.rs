@@ -7,6 +7,7 @@ use minijinja::{AutoEscape, Environment};
 use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
+use crate::gate::{Gate, Verdict};
 use crate::report::bytes;
 use crate::report::charts::{self, Grid, Line};
 
@@ -64,32 +65,14 @@ fn rendered(name: &str, template: &str, files: &Files, charts: Value) -> Result<
 
 /// The verdict on the limits of the recipe: its word, and a sentence on each limit.
 fn verdict(report: &Value) -> Value {
-    let quality = &report["quality"];
-    let mut lines = Vec::new();
-    let mut worst = 0;
-    for (gate, value, error, name) in [
-        ("kld_mean", "kld_mean", "kld_mean_stderr", "mean divergence"),
-        ("ppl_ratio", "perplexity_ratio", "perplexity_ratio_stderr", "ratio of perplexities"),
-    ] {
-        let Some(limit) = report["recipe"]["gate"][gate].as_f64() else { continue };
-        let (value, spread) = (quality[value].as_f64().unwrap_or(f64::NAN), 1.96 * quality[error].as_f64().unwrap_or(f64::INFINITY));
-        let (rank, word) = match () {
-            () if value - spread > limit => (2, "broken"),
-            () if value + spread <= limit => (0, "kept"),
-            () => (1, "undecided"),
-        };
-        worst = worst.max(rank);
-        let interval =
-            if spread.is_finite() { format!("95 %: {:.5} to {:.5}", value - spread, value + spread) } else { "of unknown error".into() };
-        lines.push(format!("{name} {value:.5} ({interval}), limit {limit}: {word}"));
-    }
-    let word = match (lines.is_empty(), worst) {
-        (true, _) => "no limit was set",
-        (_, 0) => "limits kept",
-        (_, 1) => "limits undecided",
-        _ => "limits broken",
+    let gates: Vec<Gate> = array(&report["gates"]).iter().filter_map(|gate| serde_json::from_value(gate.clone()).ok()).collect();
+    let (word, kind) = match gates.iter().map(|gate| gate.verdict).max() {
+        None => ("no limit was set", "none"),
+        Some(Verdict::Pass) => ("limits kept", "good"),
+        Some(Verdict::Inconclusive) => ("limits undecided", "open"),
+        Some(Verdict::Fail) => ("limits broken", "bad"),
     };
-    json!({"word": word, "kind": if lines.is_empty() { "none" } else { ["good", "open", "bad"][worst] }, "lines": lines})
+    json!({"word": word, "kind": kind, "lines": gates.iter().map(Gate::sentence).collect::<Vec<_>>()})
 }
 
 fn recipe(report: &Value) -> String {
@@ -281,6 +264,7 @@ mod tests {
             "sizes": [{"class": "attention", "before": 1000, "after": 500}, {"class": "rest", "before": 1000, "after": 500}],
             "layers": [layer("model.layers.0.self_attn.q_proj"), layer("model.layers.0.<script>")], "blocks": [],
             "quality": {"perplexity": 10.0, "nll": 2.3, "tokens": 100, "windows": 10, "seq": 11, "kld_mean": 0.01, "kld_mean_stderr": 0.001, "perplexity_ratio": 1.01, "perplexity_ratio_stderr": 0.01, "reference_perplexity": 9.9, "top1_agreement": 0.9, "kld_median": 0.1, "kld_p90": 0.1, "kld_p99": 0.1, "kld_p999": 0.1, "kld_max": 0.2},
+            "gates": [{"name": "kld_mean", "about": "divergence, nats", "value": 0.01, "low": 0.008, "high": 0.012, "limit": 0.1, "at_least": false, "verdict": "pass", "more_tokens": null}],
             "evaluation": {"text": "text.txt", "blake3": "00"}, "loads": [{"format": "dense", "engine": "vllm", "ok": true, "detail": "loads"}],
             "tokens": {"histogram": [{"low": 0.0, "high": 1.0, "tokens": 5}, {"low": 1.0, "high": null, "tokens": 1}], "by_confidence": [{"low": 0.0, "high": null, "tokens": 6, "kld_mean": 0.1}], "worst": [context]},
         });
@@ -327,8 +311,8 @@ mod tests {
     #[test]
     fn limits_are_kept_broken_or_undecided() {
         let mut report = files().report;
-        for (limit, kind) in [(0.1, "good"), (0.0105, "open"), (0.001, "bad")] {
-            report["recipe"]["gate"]["kld_mean"] = json!(limit);
+        for (verdict_word, kind) in [("pass", "good"), ("inconclusive", "open"), ("fail", "bad")] {
+            report["gates"][0]["verdict"] = json!(verdict_word);
             assert_eq!(verdict(&report)["kind"], kind);
         }
         assert_eq!(verdict(&Value::Null)["kind"], "none");

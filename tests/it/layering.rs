@@ -18,7 +18,8 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("formats", &["checkpoint", "error", "lanes", "matrix", "weight"]),
     ("plan", &["calibrate", "checkpoint", "error", "methods", "model", "weight"]),
     ("evaluate", &["calibrate", "error", "kernels", "model", "run", "statistics"]),
-    ("report", &["calibrate", "error", "evaluate", "plan"]),
+    ("gate", &["error", "evaluate", "plan", "statistics"]),
+    ("report", &["calibrate", "error", "evaluate", "gate", "plan"]),
     (
         "compress",
         &[
@@ -29,6 +30,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "error",
             "evaluate",
             "formats",
+            "gate",
             "kernels",
             "matrix",
             "methods",
@@ -57,6 +59,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "error",
             "evaluate",
             "formats",
+            "gate",
             "matrix",
             "methods",
             "model",

@@ -3,10 +3,11 @@
 use std::str::FromStr;
 
 use schemars::JsonSchema;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::error::shown;
-use crate::plan::recipe::size;
+use crate::evaluate::Quality;
+use crate::plan::recipe::{self, size};
 use crate::statistics::{FEWEST, FEWEST_TOKENS, Interval, times_more};
 
 /// What can be limited.
@@ -100,7 +101,7 @@ impl FromStr for Limit {
 }
 
 /// What can be said of a limit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
     /// The whole interval keeps the limit.
@@ -123,7 +124,7 @@ impl Verdict {
 }
 
 /// A limit with what was measured.
-#[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Gate {
     /// What is limited: a metric's name, or `baseline.` and the name of what is compared with the baseline.
     pub name: String,
@@ -190,6 +191,64 @@ impl Gate {
             more_tokens: (verdict == Verdict::Inconclusive).then(|| more(value, interval, bound, evidence)).flatten(),
         }
     }
+
+    /// A limit and what was measured, in one sentence.
+    pub fn sentence(&self) -> String {
+        let sign = if self.at_least { "at least" } else { "at most" };
+        let bound = |bound: Option<f64>| bound.map_or("unknown".into(), figure);
+        let interval = match (self.low, self.high) {
+            (Some(low), Some(high)) if low == high => String::new(),
+            (low, high) => format!(" (95 %: {} to {})", bound(low), bound(high)),
+        };
+        let more = match (self.verdict, self.more_tokens) {
+            (Verdict::Inconclusive, Some(more)) => format!("; about {more} more tokens would decide"),
+            (Verdict::Inconclusive, None) => "; more tokens alone are not sure to decide".into(),
+            _ => String::new(),
+        };
+        format!(
+            "{}: {} is {}{interval}, the limit is {sign} {}{more}",
+            self.verdict.name(),
+            self.about,
+            bound(self.value),
+            figure(self.limit)
+        )
+    }
+}
+
+/// A number with the digits that matter.
+pub fn figure(value: f64) -> String {
+    match value.abs() {
+        size if size >= 1e5 => format!("{value:.0}"),
+        size if size >= 10.0 => format!("{value:.3}"),
+        size if size >= 0.1 || size == 0.0 => format!("{value:.4}"),
+        _ => format!("{value:.6}"),
+    }
+}
+
+/// The limits of a recipe, held against the quality of what it made: as far as 1.96 standard errors reach.
+pub fn of_recipe(gate: &recipe::Gate, quality: Option<&Quality>) -> Vec<Gate> {
+    let against = quality.and_then(|quality| quality.against.as_ref());
+    let evidence = Evidence { windows: quality.map_or(0, |quality| quality.windows), seq: quality.map_or(0, |quality| quality.seq) };
+    let judged = |metric: Metric, about: &str, limit: Option<f64>, value: Option<f64>, error: Option<f64>| {
+        let value = value.unwrap_or(f64::NAN);
+        let interval = error.map(|error| Interval { low: value - 1.96 * error, high: value + 1.96 * error });
+        limit.map(|limit| Gate::decide(metric.name(), about, (value, interval), (limit, false), evidence))
+    };
+    let kld = judged(
+        Metric::KldMean,
+        "divergence from the original, nats",
+        gate.kld_mean,
+        against.map(|of| of.kld_mean),
+        against.and_then(|of| of.kld_mean_stderr),
+    );
+    let ratio = judged(
+        Metric::PerplexityRatio,
+        "perplexity over that of the original",
+        gate.ppl_ratio,
+        against.map(|of| of.perplexity_ratio),
+        against.and_then(|of| of.perplexity_ratio_stderr),
+    );
+    kld.into_iter().chain(ratio).collect()
 }
 
 /// Tokens that are missing for a decision, in whole windows.
