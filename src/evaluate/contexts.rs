@@ -1,14 +1,13 @@
 //! Where a compressed model differs most: a histogram of divergences, and the contexts of the largest with what both models
 //! expected there.
 
-use burn::tensor::Tensor;
 use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::calibrate::tokens::Tokenizer;
 use crate::error::Result;
 use crate::evaluate::scores::Scores;
-use crate::evaluate::sweep::Stream;
+use crate::evaluate::sweep::{Stream, head, norm};
 use crate::kernels::likelihood::Prediction;
 use crate::kernels::{tensor, values};
 use crate::model::forward;
@@ -151,14 +150,10 @@ fn likeliest(stream: &Stream<'_, '_>, places: &[(usize, usize, f64)], run: &Run<
     for &(window, at, _) in places {
         states.extend_from_slice(&stream.hidden.read(window..window + 1)?[at * width..(at + 1) * width]);
     }
-    let weight = model.final_norm()?;
-    let norm: Tensor<1> = tensor(weight.clone(), [weight.len()], device);
-    let normed = forward::final_norm(&model.config, &tensor(states, [places.len(), width], device), &norm);
+    let normed = forward::final_norm(&model.config, &tensor(states, [places.len(), width], device), &norm(model, device)?);
     let mut found: Vec<(Prediction, Vec<(f32, u32)>)> = vec![(Prediction::default(), Vec::new()); places.len()];
     for slice in model.head_slices() {
-        let rows = model.head_rows(slice.clone())?;
-        let head: Tensor<2> = tensor(rows.data, [rows.rows, rows.columns], device);
-        let logits = values(forward::logits(&model.config, normed.clone(), head));
+        let logits = values(forward::logits(&model.config, normed.clone(), head(model, slice.clone(), device)?));
         for ((prediction, best), row) in found.iter_mut().zip(logits.chunks(slice.len().max(1))) {
             prediction.add(row, slice.start as u32, 0);
             best.extend(row.iter().copied().zip(slice.start as u32..));

@@ -6,14 +6,13 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use rayon::prelude::*;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::evaluate::scores::Score;
-use crate::evaluate::sweep::{Logits, Stream, sweep};
+use crate::evaluate::sweep::{Stream, sweep};
 use crate::kernels::likelihood::Prediction;
 use crate::run::Run;
 
@@ -91,11 +90,8 @@ impl Kept {
     /// When the head cannot be read or predictions are not finite.
     pub fn new(stream: &Stream<'_, '_>, windows: &[Vec<u32>], identity: Identity, run: &Run<'_>) -> Result<Self> {
         let mut states: Vec<Vec<Likeliest>> = windows.iter().map(|window| vec![Likeliest::default(); window.len() - 1]).collect();
-        sweep(&[stream], windows, &mut states, run, |states, Logits { of, first, targets }| {
-            let width = of[0].len() / states.len().max(1);
-            states.par_iter_mut().zip(of[0].par_chunks(width.max(1))).zip(targets).for_each(|((state, logits), &target)| {
-                state.add(logits, first, target);
-            });
+        sweep(&[stream], windows, &mut states, run, |states, logits| {
+            logits.each(states, |state, row, target| state.add(row, logits.first, target));
         })?;
         let mut kept = Self { identity, windows: windows.to_vec(), ids: Vec::new(), logs: Vec::new(), tails: Vec::new(), nlls: Vec::new() };
         for state in states.iter().flatten() {
@@ -235,12 +231,11 @@ pub fn scores(own: &Stream<'_, '_>, kept: &Kept, windows: &[Vec<u32>], run: &Run
     };
     let mut states: Vec<Vec<Listed>> =
         (0..windows.len()).map(|window| (window * scored..(window + 1) * scored).map(listed).collect()).collect();
-    sweep(&[own], windows, &mut states, run, |states, Logits { of, first, targets }| {
-        let width = of[0].len() / states.len().max(1);
-        states.par_iter_mut().zip(of[0].par_chunks(width.max(1))).zip(targets).for_each(|((state, logits), &target)| {
-            state.prediction.add(logits, first, target);
+    sweep(&[own], windows, &mut states, run, |states, logits| {
+        logits.each(states, |state, row, target| {
+            state.prediction.add(row, logits.first, target);
             for (kept, id) in state.logits.iter_mut().zip(&kept.ids[state.ids.clone()]) {
-                if let Some(logit) = id.checked_sub(first).and_then(|index| logits.get(index as usize)) {
+                if let Some(logit) = id.checked_sub(logits.first).and_then(|index| row.get(index as usize)) {
                     *kept = *logit;
                 }
             }

@@ -4,7 +4,7 @@ use burn::tensor::Tensor;
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
-use crate::evaluate::sweep::{Stream, sweep};
+use crate::evaluate::sweep::{Stream, TOKENS_AT_ONCE, head, norm, sweep};
 use crate::kernels::likelihood::Prediction;
 use crate::kernels::rms_norm::rms_norm_adjoint;
 use crate::kernels::sampling::{self, Choice};
@@ -13,9 +13,6 @@ use crate::model::architecture::NormKind;
 use crate::model::forward;
 use crate::model::hidden::Hidden;
 use crate::run::Run;
-
-/// Tokens whose logits exist at once, per thread.
-const TOKENS_AT_ONCE: usize = 512;
 
 /// Windows of the same first tokens, where every other token is drawn from what the model predicts for it after the windows'
 /// own tokens. The slopes of their likelihood are those whose squares make the Fisher matrix.
@@ -29,8 +26,7 @@ pub fn drawn(stream: &Stream<'_, '_>, windows: &[Vec<u32>], run: &Run<'_>) -> Re
     };
     let mut states: Vec<Vec<Choice>> = windows.iter().enumerate().map(choices).collect();
     sweep(&[stream], windows, &mut states, run, |states, logits| {
-        let width = logits.of[0].len() / states.len().max(1);
-        states.par_iter_mut().zip(logits.of[0].par_chunks(width.max(1))).for_each(|(state, row)| state.add(row, logits.first));
+        logits.each(states, |state, row, _| state.add(row, logits.first));
     })?;
     let lost = || Error::run("the model gives predictions that are not finite; it is damaged");
     let drawn = windows.iter().zip(&states).map(|(window, states)| {
@@ -41,27 +37,21 @@ pub fn drawn(stream: &Stream<'_, '_>, windows: &[Vec<u32>], run: &Run<'_>) -> Re
 }
 
 /// dL/dh of the last hidden states h of windows, for L the mean over all scored tokens of −ln p(token that came): those of
-/// `came`, which are the windows themselves or as [`drawn`] makes them.
+/// the windows, which are those that the stream went through or as [`drawn`] makes them.
 ///
 /// # Errors
 /// When the head or hidden states cannot be read, or a signal asks to stop.
-pub fn slope(stream: &Stream<'_, '_>, came: &[Vec<u32>], run: &Run<'_>) -> Result<Hidden> {
-    let windows = came;
+pub fn slope(stream: &Stream<'_, '_>, windows: &[Vec<u32>], run: &Run<'_>) -> Result<Hidden> {
     let mut totals: Vec<Vec<Prediction>> = windows.iter().map(|window| vec![Prediction::default(); window.len() - 1]).collect();
     sweep(&[stream], windows, &mut totals, run, |states, logits| {
-        let width = logits.of[0].len() / states.len().max(1);
-        states.par_iter_mut().zip(logits.of[0].par_chunks(width.max(1))).zip(logits.targets).for_each(|((state, row), &target)| {
-            state.add(row, logits.first, target);
-        });
+        logits.each(states, |state, row, target| state.add(row, logits.first, target));
     })?;
     let (model, device) = (stream.model, &run.device.burn);
     let (config, scored) = (&model.config, windows.iter().map(|window| window.len() - 1).sum::<usize>());
-    let weight = model.final_norm()?;
-    let norm: Tensor<1> = tensor(weight.clone(), [weight.len()], device);
+    let (weight, norm) = (model.final_norm()?, norm(model, device)?);
     let mut slope = stream.hidden.like(config.hidden, run.scratch)?;
     for slice in model.head_slices() {
-        let rows = model.head_rows(slice.clone())?;
-        let head: Tensor<2> = tensor(rows.data, [rows.rows, rows.columns], device);
+        let head = head(model, slice.clone(), device)?;
         for (window, tokens) in windows.iter().enumerate() {
             run.check_stop()?;
             let states = stream.hidden.read(window..window + 1)?;

@@ -14,7 +14,7 @@ use crate::model::{Model, forward};
 use crate::run::Run;
 
 /// Tokens whose logits exist at once, per thread.
-const TOKENS_AT_ONCE: usize = 512;
+pub(crate) const TOKENS_AT_ONCE: usize = 512;
 
 /// A model with its last hidden states on some windows.
 #[derive(Debug)]
@@ -46,6 +46,15 @@ pub struct Logits<'a> {
     pub first: u32,
     /// The tokens that came.
     pub targets: &'a [u32],
+}
+
+impl Logits<'_> {
+    /// Tells `take`, in parallel, what is kept of every token with its logits of the first model and the token that came.
+    pub fn each<T: Send>(&self, states: &mut [T], take: impl Fn(&mut T, &[f32], u32) + Sync) {
+        let width = (self.of[0].len() / states.len().max(1)).max(1);
+        let rows = states.par_iter_mut().zip(self.of[0].par_chunks(width)).zip(self.targets);
+        rows.for_each(|((state, row), &target)| take(state, row, target));
+    }
 }
 
 /// Goes over the predictions of models on the same windows, and tells `visit` the logits of the same tokens of all of them
@@ -104,13 +113,15 @@ pub fn sweep<T: Send>(
     Ok(())
 }
 
-fn norm(model: &Model<'_>, device: &burn::tensor::Device) -> Result<Tensor<1>> {
+/// The weight of the final norm.
+pub(crate) fn norm(model: &Model<'_>, device: &burn::tensor::Device) -> Result<Tensor<1>> {
     let weight = model.final_norm()?;
     let width = weight.len();
     Ok(tensor(weight, [width], device))
 }
 
-fn head(model: &Model<'_>, rows: Range<usize>, device: &burn::tensor::Device) -> Result<Tensor<2>> {
+/// Some rows of the head.
+pub(crate) fn head(model: &Model<'_>, rows: Range<usize>, device: &burn::tensor::Device) -> Result<Tensor<2>> {
     let rows = model.head_rows(rows)?;
     Ok(tensor(rows.data, [rows.rows, rows.columns], device))
 }
