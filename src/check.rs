@@ -2,6 +2,7 @@
 //! on, and never a pass for want of evidence.
 
 pub mod baseline;
+pub mod github;
 pub mod junit;
 pub mod structure;
 
@@ -20,7 +21,7 @@ use crate::evaluate::sweep::Stream;
 use crate::evaluate::{self, Bos, Protocol, Quality, Text};
 use crate::formats::output::write_whole;
 use crate::formats::targets::Engine;
-use crate::gate::{Evidence, Gate, Limit, Metric, Verdict};
+use crate::gate::{Evidence, Gate, Limit, Metric, Verdict, figure};
 use crate::kernels::sampling;
 use crate::model::Model;
 use crate::run::Run;
@@ -94,6 +95,18 @@ pub enum Outcome {
     Broken,
 }
 
+impl Outcome {
+    /// Its word.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Pass => "pass",
+            Self::Fail => "fail",
+            Self::Inconclusive => "inconclusive",
+            Self::Broken => "broken",
+        }
+    }
+}
+
 /// What a check found.
 #[derive(Debug, Clone, Serialize, JsonSchema)]
 pub struct Checked {
@@ -143,7 +156,7 @@ pub fn check(subject: &Subject, options: &Options, run: &Run<'_>) -> Result<Chec
         bytes: weights.map_or(0, |weights| weights.bytes),
         bits_per_weight: weights.map_or(0.0, |weights| weights.bits_per_weight()),
         text: options.text.name.clone(),
-        device: if run.device.gpu.is_some() { "gpu" } else { "cpu" }.into(),
+        device: run.device.kind().into(),
         structure,
         ..Checked::new(subject.name())
     };
@@ -402,6 +415,17 @@ impl Checked {
             notes: Vec::new(),
             per_window: PerWindow::default(),
         }
+    }
+
+    /// The limits as the rows of a table, with a head.
+    pub fn rows(&self) -> Vec<Vec<String>> {
+        let mut rows = vec![["limit on", "value", "95 % interval", "limit", "verdict"].map(String::from).to_vec()];
+        rows.extend(self.gates.iter().map(|gate| {
+            let limit = format!("{} {}", if gate.at_least { "≥" } else { "≤" }, figure(gate.limit));
+            let more = gate.more_tokens.map(|more| format!(", ~{more} tokens more")).unwrap_or_default();
+            vec![gate.name.clone(), gate.value.map_or("-".into(), figure), gate.interval(), limit, format!("{}{more}", gate.verdict.name())]
+        }));
+        rows
     }
 
     /// The measurement as a new baseline; what the old one tolerates stays.

@@ -132,6 +132,11 @@ pub struct Device {
 }
 
 impl Device {
+    /// `cpu` or `gpu`: what measurements that are compared should have in common.
+    pub fn kind(&self) -> &'static str {
+        if self.gpu.is_some() { "gpu" } else { "cpu" }
+    }
+
     /// Picks the device. `auto` is the first real GPU, else the processor; a software adapter must be asked for.
     ///
     /// # Errors

@@ -192,6 +192,15 @@ impl Gate {
         }
     }
 
+    /// The interval as a person reads it.
+    pub fn interval(&self) -> String {
+        match (self.low, self.high) {
+            (Some(low), Some(high)) if low == high => String::new(),
+            (Some(low), Some(high)) => format!("{} to {}", figure(low), figure(high)),
+            _ => "unknown".into(),
+        }
+    }
+
     /// A limit and what was measured, in one sentence.
     pub fn sentence(&self) -> String {
         let sign = if self.at_least { "at least" } else { "at most" };

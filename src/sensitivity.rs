@@ -116,7 +116,7 @@ fn identity(subject: &Subject, options: &Options, run: &Run<'_>) -> Result<Ident
         source: options.source.clone(),
         seq: options.windows.first().map_or(0, Vec::len),
         windows: options.windows.len(),
-        device: if run.device.gpu.is_some() { "gpu" } else { "cpu" }.into(),
+        device: run.device.kind().into(),
         method: options.method.clone(),
     })
 }

@@ -4,17 +4,16 @@ use std::io::Write;
 use std::path::Path;
 
 use crate::check::baseline::Baseline;
-use crate::check::junit;
-use crate::check::{Checked, Options, Outcome, Reference, check};
+use crate::check::{Checked, Options, Outcome, Reference, check, github, junit};
 use crate::cli::Invocation;
 use crate::cli::arguments::{Check, CheckFormat};
 use crate::cli::compress::quality_table;
 use crate::cli::device::pick_device;
 use crate::cli::eval::protocol;
 use crate::cli::text::{say, say_json, table};
-use crate::error::{Error, Fault, Result, shown};
+use crate::error::{Error, Fault, Result, shown, shown_path};
 use crate::evaluate::{Protocol, Text};
-use crate::gate::{Gate, Limits, Verdict, figure};
+use crate::gate::{Gate, Limits, Verdict};
 use crate::report::bytes;
 use crate::run::Run;
 use crate::subject::Subject;
@@ -51,7 +50,7 @@ pub fn run(arguments: &Check, invocation: &Invocation) -> Result<()> {
     if let (Some(path), true) = (&arguments.baseline, arguments.update_baseline) {
         checked.accept(tolerances)?.write(path)?;
         if !invocation.json && arguments.format == CheckFormat::Human {
-            say(&format!("accepted  {}", path.display()));
+            say(&format!("accepted  {}", shown_path(path)));
         }
     }
     Ok(())
@@ -93,7 +92,7 @@ fn options(arguments: &Check, subject: &Subject, accepted: Option<Baseline>, scr
         measure: measured || arguments.baseline.is_some() || arguments.reference.is_some() || measuring.text.is_some(),
         protocol,
         limits,
-        baseline: accepted.filter(|_| !arguments.update_baseline),
+        baseline: accepted,
         engine: arguments.engine,
         budget: arguments.budget,
         keep: arguments.save_reference.clone(),
@@ -126,26 +125,17 @@ fn show(checked: &Checked, arguments: &Check, invocation: &Invocation) -> Result
     match (invocation.json, arguments.format) {
         (true, _) => say_json(checked),
         (false, CheckFormat::Github) => {
-            annotations(checked).iter().for_each(|line| say(line));
+            github::annotations(checked).iter().for_each(|line| say(line));
             if let Some(path) = std::env::var_os("GITHUB_STEP_SUMMARY").filter(|path| !path.is_empty()) {
                 let path = Path::new(&path);
                 let file = std::fs::OpenOptions::new().append(true).create(true).open(path);
-                file.and_then(|mut file| file.write_all(markdown(checked).as_bytes())).map_err(|error| Error::io(path, &error))?;
+                file.and_then(|mut file| file.write_all(github::markdown(checked).as_bytes())).map_err(|error| Error::io(path, &error))?;
             }
         }
-        (false, CheckFormat::Human) if invocation.quiet => say(word(checked.verdict)),
+        (false, CheckFormat::Human) if invocation.quiet => say(checked.verdict.name()),
         (false, CheckFormat::Human) => people(checked),
     }
     Ok(())
-}
-
-fn word(verdict: Outcome) -> &'static str {
-    match verdict {
-        Outcome::Pass => "pass",
-        Outcome::Fail => "fail",
-        Outcome::Inconclusive => "inconclusive",
-        Outcome::Broken => "broken",
-    }
 }
 
 fn people(checked: &Checked) {
@@ -169,7 +159,7 @@ fn people(checked: &Checked) {
     }
     if !checked.gates.is_empty() {
         say("");
-        table(&rows(checked)).iter().for_each(|line| say(line));
+        table(&checked.rows()).iter().for_each(|line| say(line));
         say("");
     }
     for note in &checked.notes {
@@ -183,71 +173,7 @@ fn people(checked: &Checked) {
         Outcome::Pass if gates == 0 => " · the files are whole; no limit was set: give --baseline or --max",
         _ => "",
     };
-    say(&format!("verdict   {}{about}", word(checked.verdict)));
-}
-
-fn bounds(gate: &Gate) -> String {
-    match (gate.low, gate.high) {
-        (Some(low), Some(high)) if low == high => String::new(),
-        (Some(low), Some(high)) => format!("{} to {}", figure(low), figure(high)),
-        _ => "unknown".into(),
-    }
-}
-
-fn rows(checked: &Checked) -> Vec<Vec<String>> {
-    let mut rows = vec![["limit on", "value", "95 % interval", "limit", "verdict"].map(String::from).to_vec()];
-    rows.extend(checked.gates.iter().map(|gate| {
-        let limit = format!("{} {}", if gate.at_least { "≥" } else { "≤" }, figure(gate.limit));
-        let more = gate.more_tokens.map(|more| format!(", ~{more} tokens more")).unwrap_or_default();
-        vec![gate.name.clone(), gate.value.map_or("-".into(), figure), bounds(gate), limit, format!("{}{more}", gate.verdict.name())]
-    }));
-    rows
-}
-
-/// Workflow commands: an annotation per broken part or limit, and one for the verdict.
-fn annotations(checked: &Checked) -> Vec<String> {
-    let data = |text: &str| text.replace('%', "%25").replace('\r', "%0D").replace('\n', "%0A");
-    let property = |text: &str| data(text).replace(':', "%3A").replace(',', "%2C");
-    let line =
-        |kind: &str, title: &str, text: &str| format!("::{kind} title={}::{}", property(&format!("drawknife check: {title}")), data(text));
-    let mut lines = Vec::new();
-    for finding in checked.structure.iter().filter(|finding| !finding.ok) {
-        lines.push(line("error", &finding.name, &finding.detail));
-    }
-    for gate in &checked.gates {
-        match gate.verdict {
-            Verdict::Pass => {}
-            Verdict::Fail => lines.push(line("error", &gate.name, &gate.sentence())),
-            Verdict::Inconclusive => lines.push(line("warning", &gate.name, &gate.sentence())),
-        }
-    }
-    let passed = checked.gates.iter().filter(|gate| gate.verdict == Verdict::Pass).count();
-    let summary = format!("{}: {passed} of {} limits kept, {}", word(checked.verdict), checked.gates.len(), shown(&checked.model));
-    lines.push(line(if checked.verdict == Outcome::Pass { "notice" } else { "error" }, "verdict", &summary));
-    lines
-}
-
-/// The check as Markdown, for the summary of a step or a pull request.
-fn markdown(checked: &Checked) -> String {
-    let cell = |text: &str| text.replace('|', "\\|").replace('<', "&lt;").replace('\n', " ");
-    let mut out = format!("### drawknife check: {} · {}\n\n", word(checked.verdict), cell(&shown(&checked.model)));
-    let broken = checked.structure.iter().filter(|finding| !finding.ok);
-    broken.for_each(|finding| out.push_str(&format!("- **{}**: {}\n", cell(&finding.name), cell(&finding.detail))));
-    if !checked.gates.is_empty() {
-        for (number, row) in rows(checked).iter().enumerate() {
-            out.push_str(&format!("| {} |\n", row.iter().map(|text| cell(text)).collect::<Vec<_>>().join(" | ")));
-            if number == 0 {
-                out.push_str("| --- | ---: | ---: | ---: | --- |\n");
-            }
-        }
-    }
-    if let Some(quality) = &checked.quality {
-        let (text, windows, seq) = (cell(&shown(&checked.text)), quality.windows, quality.seq);
-        out.push_str(&format!("\nperplexity {:.4} on {windows} windows of {seq} tokens of {text}\n", quality.perplexity));
-    }
-    checked.notes.iter().for_each(|note| out.push_str(&format!("\n{}\n", cell(note))));
-    out.push('\n');
-    out
+    say(&format!("verdict   {}{about}", checked.verdict.name()));
 }
 
 /// Reads limits, for the command line.
