@@ -8,12 +8,15 @@ use crate::compress::{Job, Prepared};
 use crate::error::{Error, Result};
 use crate::formats::Format;
 use crate::formats::targets::{Engine, fusion};
-use crate::plan::allocate::{Allocation, Choice, allocate};
+use crate::plan::allocate::{self, Allocation, Choice};
 use crate::plan::recipe::{self, Override, Recipe};
 use crate::plan::{Plan, Planned};
 use crate::report::{Allocated, bytes};
+use crate::run::Run;
 use crate::sensitivity::file::{Candidate, LayerSensitivity, Sensitivity};
 use crate::sensitivity::schemes::{Kind, Scheme};
+use crate::sensitivity::{Options, Windows, sensitivity};
+use crate::subject::Subject;
 use crate::weight::{Outlined, Pattern, Storage};
 
 /// Sparsity differs from the target by at most this much, because costs of very sparse layers do not add up (OWL,
@@ -73,6 +76,49 @@ struct Groups {
     overrides: Vec<Vec<(Option<u8>, Option<f64>)>>,
 }
 
+/// Spreads the target of a recipe over the layers of a job, on a measurement that is there or is quickly made now; the
+/// measurement joins the output.
+///
+/// # Errors
+/// When the measurement is of another model or incomplete, or as [`solve`].
+pub fn allocate(job: &mut Job, wish: &recipe::Allocate, run: &Run<'_>) -> Result<()> {
+    const METHOD: &str = "round-to-nearest";
+    let target = Target::of(wish)?;
+    let subject = Subject::open(&job.model, run.scratch)?;
+    let found = match &wish.sensitivity {
+        Some(path) => {
+            let found = Sensitivity::open(path)?;
+            if found.identity.model != subject.fingerprint()? {
+                return Err(Error::input("was measured on another model; measure this one with drawknife sensitivity").file(path));
+            }
+            if !found.complete {
+                return Err(Error::input("is not complete; go on with the same drawknife sensitivity command").file(path));
+            }
+            found
+        }
+        None => {
+            let names = match target {
+                Target::Sparsity(share) => around(share),
+                _ => "w2,w3,w4,w8".into(),
+            };
+            let text = Windows { source: "builtin:mix".into(), samples: 16, seq: 256, seed: run.seed };
+            let options = Options::new(&subject, Scheme::parse_all(&names, METHOD)?, METHOD, false, text)?;
+            sensitivity(&subject, &options, None, run)?.0
+        }
+    };
+    job.allocation = Some(solve(job, &found, target, wish.min_bits.unwrap_or(2))?);
+    let bytes = serde_json::to_vec_pretty(&found).map_err(|error| Error::run(error.to_string()))?;
+    job.beside.push(("sensitivity.json".into(), bytes));
+    Ok(())
+}
+
+/// Shares of zeros around a target, in steps of a twentieth.
+fn around(share: f64) -> String {
+    let percent = (100.0 * share).round() as i64;
+    let names = [-15, -10, -5, 0, 5, 10, 15].map(|step| percent + step).into_iter().filter(|percent| (1..=95).contains(percent));
+    names.map(|percent| format!("s{percent}")).collect::<Vec<_>>().join(",")
+}
+
 /// Solves a target and puts the result into the recipe of the job.
 ///
 /// # Errors
@@ -85,8 +131,9 @@ pub fn solve(job: &mut Job, found: &Sensitivity, target: Target, least_bits: u8)
     let groups = groups(&variable, found, target, least_bits, &formats, job.engine)?;
     let entries: f64 = variable.iter().map(|layer| entries(&layer.outlined)).sum();
     let (limit, rest) = limit(target, &variable, &probe, &formats);
-    let allocation =
-        limit.and_then(|limit| allocate(&groups.choices, limit)).ok_or_else(|| out_of_reach(&groups, target, (rest, entries), &probe))?;
+    let allocation = limit
+        .and_then(|limit| allocate::allocate(&groups.choices, limit))
+        .ok_or_else(|| out_of_reach(&groups, target, (rest, entries), &probe))?;
     for (group, &choice) in allocation.choices.iter().enumerate() {
         for &member in &groups.members[group] {
             let (bits, sparsity) = groups.overrides[group][choice];
@@ -99,7 +146,8 @@ pub fn solve(job: &mut Job, found: &Sensitivity, target: Target, least_bits: u8)
     }
     let layers = || variable.iter().filter_map(|layer| found.layer(&layer.outlined.name));
     let measured = layers().flat_map(|layer| &layer.candidates).all(|candidate| candidate.kld.is_some());
-    let next = |more: f64| limit.and_then(|limit| allocate(&groups.choices, limit + (more * entries) as u64)).map(|next| next.cost);
+    let next =
+        |more: f64| limit.and_then(|limit| allocate::allocate(&groups.choices, limit + (more * entries) as u64)).map(|next| next.cost);
     Ok(Allocated {
         target: target.to_string(),
         reached: reached(target, &allocation, (rest, entries), &probe),
@@ -269,7 +317,7 @@ fn options(
     })?;
     let mut offers = Vec::new();
     for candidate in &known.candidates {
-        let kind = Scheme::parse(&candidate.scheme, "round-to-nearest")?.kind;
+        let kind = Kind::of(&candidate.scheme);
         match (target, kind, outlined.storage) {
             (Target::Sparsity(share), Kind::Sparsity(own), Some(Storage::Sparse(Pattern::Unstructured) | Storage::Ints { .. }))
                 if (own - share).abs() <= SPARSITY_SPREAD + 1e-9 =>
@@ -307,8 +355,7 @@ fn options(
 
 /// Of several schemes of the same bits, the one with the groups of the recipe counts, else the first.
 fn best_of_its_bits(layer: &LayerSensitivity, candidate: &Candidate, storage: Storage) -> bool {
-    let bits = |of: &Candidate| Scheme::parse(&of.scheme, "round-to-nearest").map(|scheme| scheme.kind).ok();
-    let mut same = layer.candidates.iter().filter(|other| bits(other) == bits(candidate));
+    let mut same = layer.candidates.iter().filter(|other| Kind::of(&other.scheme) == Kind::of(&candidate.scheme));
     let exact = layer.candidates.iter().find(|other| other.storage == storage.to_string());
     exact.or(same.next()).is_some_and(|best| best.scheme == candidate.scheme)
 }
@@ -330,7 +377,7 @@ fn curve(groups: &Groups, target: Target, rest: (f64, f64), probe: &Prepared) ->
     let (low, high) = (end(u64::min), end(u64::max));
     let point = |number: u64| {
         let limit = low + (high - low) / POINTS * number + if number == POINTS { (high - low) % POINTS } else { 0 };
-        let found = allocate(&groups.choices, limit)?;
+        let found = allocate::allocate(&groups.choices, limit)?;
         Some((reached(target, &found, rest, probe), found.cost))
     };
     let mut points: Vec<(f64, f64)> = (0..=POINTS).filter_map(point).collect();

@@ -8,7 +8,7 @@ pub mod schemes;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::calibrate::corpus::hash_tokens;
+use crate::calibrate::corpus::{self, hash_tokens};
 use crate::error::{Error, Result};
 use crate::evaluate::scores::{Beside, Scores};
 use crate::evaluate::slope;
@@ -23,6 +23,7 @@ use crate::model::hidden::{Hidden, Keeping};
 use crate::model::seen::Needs;
 use crate::model::slopes::{Inputs, Slope};
 use crate::model::walk::{BackVisitor, Pass, embed, walk, walk_back, walk_part};
+use crate::plan::recipe::{Calibration, OneOrMany, Recipe};
 use crate::run::{Muted, Run};
 use crate::sensitivity::file::{Candidate, Identity, LayerSensitivity, SCHEMA, Sensitivity};
 use crate::sensitivity::schemes::Scheme;
@@ -43,6 +44,46 @@ pub struct Options {
     pub windows: Vec<Vec<u32>>,
     /// Where they come from, in words.
     pub source: String,
+}
+
+/// Which windows of calibration text to measure on.
+#[derive(Debug, Clone)]
+pub struct Windows {
+    /// `builtin:mix` or files, comma-separated.
+    pub source: String,
+    /// Windows at most.
+    pub samples: usize,
+    /// Tokens per window, or as many as the model takes.
+    pub seq: usize,
+    /// Seed of the choice of windows.
+    pub seed: u64,
+}
+
+impl Options {
+    /// What to measure, with windows of a calibration text.
+    ///
+    /// # Errors
+    /// When the text cannot be read or is too short.
+    pub fn new(subject: &Subject, schemes: Vec<Scheme>, method: &str, exact: bool, text: Windows) -> Result<Self> {
+        let model = subject.model()?;
+        let mut recipe = Recipe::parse("version = 1")?;
+        let seq = Some(text.seq.min(model.config.max_positions));
+        recipe.calibration = Calibration { source: OneOrMany(vec![text.source]), samples: text.samples, seq, seed: text.seed };
+        recipe.check()?;
+        let packing = recipe.packing(model.config.max_positions)?;
+        if packing.sources == [corpus::Source::Own] {
+            return Err(Error::input("--calibration self: a sensitivity needs text that is there; use builtin:mix or files"));
+        }
+        let packed = corpus::pack(&packing, || subject.tokenizer(), model.config.eos.first().copied(), model.config.vocabulary)?;
+        let mut windows = packed.windows;
+        // Lines of token numbers may have any length; what is compared between windows needs one.
+        let length = windows.iter().map(Vec::len).max().unwrap_or(0);
+        windows.retain(|window| window.len() == length);
+        if length < 2 {
+            return Err(Error::input("the calibration text gives no window of two tokens; give more text"));
+        }
+        Ok(Self { schemes, method: method.into(), exact, windows, source: packed.counts.sources.join(", ") })
+    }
 }
 
 /// All tokens of a window are scored.

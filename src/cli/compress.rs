@@ -5,11 +5,10 @@ use std::time::Instant;
 
 use serde_json::json;
 
-use crate::allocation::Target;
+use crate::allocation::{self, Target};
 use crate::cli::Invocation;
 use crate::cli::arguments::Compress;
 use crate::cli::device::pick_device;
-use crate::cli::sensitivity;
 use crate::cli::text::{say, say_json, table};
 use crate::compress::destination::Destination;
 use crate::compress::estimate::{Estimate, estimate};
@@ -21,12 +20,9 @@ use crate::evaluate::{Bos, Protocol, Quality};
 use crate::formats::output::write_whole;
 use crate::formats::targets::{Engine, loaders};
 use crate::gate::{Gate, Verdict};
-use crate::plan::recipe::{Allocate, OneOrMany, Override, Recipe, Skip};
+use crate::plan::recipe::{OneOrMany, Override, Recipe, Skip};
 use crate::report::{Allocated, Report, bytes};
 use crate::run::Run;
-use crate::sensitivity::file::Sensitivity;
-use crate::sensitivity::schemes::Scheme;
-use crate::subject::Subject;
 
 /// Runs the verb.
 ///
@@ -54,7 +50,9 @@ pub fn run(arguments: &Compress, invocation: &Invocation, dry_run: bool) -> Resu
         beside: Vec::new(),
     };
     if let Some(wish) = job.recipe.allocate.take() {
-        allocate(&mut job, &wish, &device, invocation)?;
+        let seed = job.recipe.calibration.seed;
+        let run = Run { device: &device, seed, observer: &invocation.progress, scratch: &std::env::temp_dir() };
+        allocation::allocate(&mut job, &wish, &run)?;
     }
     let preparing = Instant::now();
     let mut prepared = Prepared::new(job)?;
@@ -193,49 +191,6 @@ fn wish(arguments: &Compress, recipe: &mut Recipe) -> Result<()> {
         }
         None => Ok(()),
     }
-}
-
-/// Spreads a target over the layers of a job, on a measurement that is there or is made now.
-fn allocate(job: &mut Job, wish: &Allocate, device: &Device, invocation: &Invocation) -> Result<()> {
-    let target = Target::of(wish)?;
-    let scratch = std::env::temp_dir();
-    let subject = Subject::open(&job.model, &scratch)?;
-    let found = match &wish.sensitivity {
-        Some(path) => {
-            let found = Sensitivity::open(path)?;
-            let model = subject.fingerprint()?;
-            if found.identity.model != model {
-                let what = "was measured on another model; measure this one with drawknife sensitivity";
-                return Err(Error::input(what).file(path));
-            }
-            if !found.complete {
-                return Err(Error::input("is not complete; go on with the same drawknife sensitivity command").file(path));
-            }
-            found
-        }
-        None => {
-            let names = match target {
-                Target::Sparsity(share) => around(share),
-                _ => "w2,w3,w4,w8".into(),
-            };
-            let method = "round-to-nearest";
-            let schemes = Scheme::parse_all(&names, method)?;
-            let options = sensitivity::options(&subject, schemes, method, false, "builtin:mix", (16, 256), invocation)?;
-            let run = Run { device, seed: job.recipe.calibration.seed, observer: &invocation.progress, scratch: &scratch };
-            crate::sensitivity::sensitivity(&subject, &options, None, &run)?.0
-        }
-    };
-    job.allocation = Some(crate::allocation::solve(job, &found, target, wish.min_bits.unwrap_or(2))?);
-    let bytes = serde_json::to_vec_pretty(&found).map_err(|error| Error::run(error.to_string()))?;
-    job.beside.push(("sensitivity.json".into(), bytes));
-    Ok(())
-}
-
-/// Shares of zeros around a target, in steps of a twentieth.
-fn around(share: f64) -> String {
-    let percent = (100.0 * share).round() as i64;
-    let names = [-15, -10, -5, 0, 5, 10, 15].map(|step| percent + step).into_iter().filter(|percent| (1..=95).contains(percent));
-    names.map(|percent| format!("s{percent}")).collect::<Vec<_>>().join(",")
 }
 
 fn quality(arguments: &Compress) -> Result<Option<QualityOptions>> {

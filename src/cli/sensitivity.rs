@@ -4,17 +4,15 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use crate::calibrate::corpus;
 use crate::cli::Invocation;
 use crate::cli::arguments::Sensitivity as Arguments;
 use crate::cli::device::pick_device;
 use crate::cli::text::{layer, say, say_json, table};
 use crate::error::{Error, Fault, Result, shown_path};
-use crate::plan::recipe::Recipe;
 use crate::run::Run;
 use crate::sensitivity::file::{Candidate, Sensitivity};
 use crate::sensitivity::schemes::Scheme;
-use crate::sensitivity::{Options, Times, sensitivity};
+use crate::sensitivity::{Options, Times, Windows, sensitivity};
 use crate::subject::Subject;
 
 /// Layers that are listed.
@@ -29,8 +27,13 @@ pub fn run(arguments: &Arguments, invocation: &Invocation) -> Result<()> {
     let scratch = std::env::temp_dir();
     let schemes = Scheme::parse_all(&arguments.schemes, &arguments.method)?;
     let subject = Subject::open(&arguments.model, &scratch)?;
-    let source = arguments.calibration.clone();
-    let options = options(&subject, schemes, &arguments.method, !arguments.quick, &source, (arguments.samples, arguments.seq), invocation)?;
+    let text = Windows {
+        source: arguments.calibration.clone(),
+        samples: arguments.samples,
+        seq: arguments.seq,
+        seed: invocation.seed.unwrap_or(0),
+    };
+    let options = Options::new(&subject, schemes, &arguments.method, !arguments.quick, text)?;
     let run = Run { device: &device, seed: invocation.seed.unwrap_or(0), observer: &invocation.progress, scratch: &scratch };
     let measured = sensitivity(&subject, &options, Some(&arguments.output), &run);
     let (found, times) = measured.map_err(|error| stopped(error, arguments))?;
@@ -53,40 +56,6 @@ fn stopped(error: Error, arguments: &Arguments) -> Error {
     let done = Sensitivity::open(&arguments.output).map_or(0, |found| found.layers.len());
     let what = format!("stopped; {done} layers are measured, the same command goes on from there");
     Error::new(error.fault, what).file(&arguments.output)
-}
-
-/// What to measure, with windows of a calibration text.
-///
-/// # Errors
-/// When the text cannot be read or is too short.
-pub fn options(
-    subject: &Subject,
-    schemes: Vec<Scheme>,
-    method: &str,
-    exact: bool,
-    source: &str,
-    (samples, seq): (usize, usize),
-    invocation: &Invocation,
-) -> Result<Options> {
-    let model = subject.model()?;
-    let mut recipe = Recipe::parse("version = 1")?;
-    recipe.calibration.source = crate::plan::recipe::OneOrMany(vec![source.into()]);
-    (recipe.calibration.samples, recipe.calibration.seq) = (samples, Some(seq.min(model.config.max_positions)));
-    recipe.calibration.seed = invocation.seed.unwrap_or(0);
-    recipe.check()?;
-    let packing = recipe.packing(model.config.max_positions)?;
-    if packing.sources == [corpus::Source::Own] {
-        return Err(Error::input("--calibration self: a sensitivity needs text that is there; use builtin:mix or files"));
-    }
-    let packed = corpus::pack(&packing, || subject.tokenizer(), model.config.eos.first().copied(), model.config.vocabulary)?;
-    let mut windows = packed.windows;
-    // Lines of token numbers may have any length; what is compared between windows needs one.
-    let length = windows.iter().map(Vec::len).max().unwrap_or(0);
-    windows.retain(|window| window.len() == length);
-    if length < 2 {
-        return Err(Error::input("the calibration text gives no window of two tokens; give more text"));
-    }
-    Ok(Options { schemes, method: method.into(), exact, windows, source: packed.counts.sources.join(", ") })
 }
 
 fn show(found: &Sensitivity, options: &Options, times: Times, all: bool) {

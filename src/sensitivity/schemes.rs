@@ -1,7 +1,5 @@
 //! Ways to store a layer that a sensitivity measurement tries, by short names: `w4`, `w3g64`, `s50`, `2:4`, `trit`.
 
-use std::str::FromStr;
-
 use crate::device::Gpu;
 use crate::error::{Error, Result, shown};
 use crate::matrix::Matrix;
@@ -33,6 +31,18 @@ pub enum Kind {
     Other,
 }
 
+impl Kind {
+    /// What a name stands for, as far as it says: whether it is one is for [`Scheme::parse`] to tell.
+    pub fn of(name: &str) -> Self {
+        let number = |text: &str| text.parse::<u8>().ok();
+        if let Some(bits) = name.strip_prefix('w').and_then(|rest| number(rest.split('g').next()?)).filter(|bits| (2..=8).contains(bits)) {
+            return Self::Bits(bits);
+        }
+        let percent = name.strip_prefix('s').and_then(number).filter(|percent| (1..=95).contains(percent));
+        percent.map_or(Self::Other, |percent| Self::Sparsity(f64::from(percent) / 100.0))
+    }
+}
+
 impl Scheme {
     /// Reads a name; integers are made by `method`, round-to-nearest or gptq.
     ///
@@ -49,24 +59,23 @@ impl Scheme {
         let read = |method: &str, options: String, kind| {
             Ok(Self { name: name.into(), kind, method: methods::read(method, table(options)?).map_err(|_| wrong())? })
         };
-        if let Some(rest) = name.strip_prefix('w') {
-            let (bits, group) = rest.split_once('g').unwrap_or((rest, "128"));
-            let bits: u8 = bits.parse().ok().filter(|bits| (2..=8).contains(bits)).ok_or_else(wrong)?;
-            let group: usize = group.parse().map_err(|_| wrong())?;
-            return read(method, format!("bits = {bits}\ngroup = {group}\nsymmetric = true"), Kind::Bits(bits));
+        let kind = Kind::of(name);
+        match kind {
+            Kind::Bits(bits) => {
+                let group = name.split_once('g').map_or("128", |(_, group)| group);
+                let group: usize = group.parse().map_err(|_| wrong())?;
+                return read(method, format!("bits = {bits}\ngroup = {group}\nsymmetric = true"), kind);
+            }
+            Kind::Sparsity(share) => return read("wanda", format!("sparsity = {share}\npattern = \"unstructured\""), kind),
+            Kind::Other => {}
         }
         if let Some(group) = name.strip_prefix("trit") {
             let group: usize =
                 if group.is_empty() { 128 } else { group.strip_prefix('g').and_then(|group| group.parse().ok()).ok_or_else(wrong)? };
-            return read("ptqtp", format!("group = {group}"), Kind::Other);
-        }
-        if let Some(percent) = name.strip_prefix('s') {
-            let percent = u8::from_str(percent).ok().filter(|percent| (1..=95).contains(percent)).ok_or_else(wrong)?;
-            let share = f64::from(percent) / 100.0;
-            return read("wanda", format!("sparsity = {share}\npattern = \"unstructured\""), Kind::Sparsity(share));
+            return read("ptqtp", format!("group = {group}"), kind);
         }
         match name.split_once(':') {
-            Some(_) => read("wanda", format!("pattern = {name:?}"), Kind::Other),
+            Some(_) => read("wanda", format!("pattern = {name:?}"), kind),
             None => Err(wrong()),
         }
     }

@@ -63,13 +63,14 @@ const LAYERS: &[(&str, &[&str])] = &[
             "matrix",
             "methods",
             "model",
+            "plan",
             "run",
             "statistics",
             "subject",
             "weight",
         ],
     ),
-    ("allocation", &["compress", "error", "formats", "plan", "report", "sensitivity", "weight"]),
+    ("allocation", &["compress", "error", "formats", "plan", "report", "run", "sensitivity", "subject", "weight"]),
 ];
 
 /// Modules that may use tensors.
