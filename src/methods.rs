@@ -158,6 +158,11 @@ pub trait Method: Debug + Send + Sync {
         None
     }
 
+    /// Iterations over a block, where it learns: its option `iters`, or what stands for it.
+    fn iterations(&self) -> Option<usize> {
+        None
+    }
+
     /// Whether it changes norms.
     fn norms(&self) -> bool {
         false

@@ -5,6 +5,7 @@
 use std::time::Instant;
 
 use crate::calibrate::corpus::Packed;
+use crate::checkpoint::source::{Restored, Source};
 use crate::compress::Prepared;
 use crate::compress::compressor::Compressor;
 use crate::compress::exports::Sinks;
@@ -14,6 +15,7 @@ use crate::formats;
 use crate::kernels::gemm::{Sizes, View, product};
 use crate::model::Model;
 use crate::model::block::Role;
+use crate::model::config::known_family;
 use crate::model::hidden::Keeping;
 use crate::model::seen::Needs;
 use crate::model::walk::{activation_bytes, embed, walk_part, windows_at_once};
@@ -21,6 +23,7 @@ use crate::plan::recipe::Recipe;
 use crate::plan::{Candidate, Plan};
 use crate::report::peak_memory;
 use crate::run::{Muted, Run};
+use crate::statistics;
 
 /// Floating-point operations that a trial may cost; what is larger is counted.
 const TRIAL_OPERATIONS: f64 = 2e11;
@@ -58,18 +61,12 @@ pub fn estimate(prepared: &Prepared, preparing: f64, run: &Run<'_>) -> Result<Es
     let bytes = prepared.size.bytes_before + prepared.size.bytes_after;
     // Reading and writing at what a usual disk sustains.
     let moving = OVERHEAD + bytes as f64 / 1e9;
-    let known = crate::model::config::known_family(&prepared.checkpoint.config).is_some();
-    let (model, restored);
-    let Some(model) = (if known {
-        restored = crate::checkpoint::source::Restored(formats::open(&prepared.checkpoint)?);
-        model = Model::open(&prepared.checkpoint, &restored)?;
-        Some(&model)
-    } else {
-        None
-    }) else {
-        let stream = trial.stream()?;
-        return Ok(Estimate { seconds: preparing + moving + stream, memory_bytes: trial.memory(0), tried: true });
-    };
+    if known_family(&prepared.checkpoint.config).is_none() {
+        let seconds = preparing + moving + trial.stream()?;
+        return Ok(Estimate { seconds, memory_bytes: trial.memory(0), tried: true });
+    }
+    let source = Restored(formats::open(&prepared.checkpoint)?);
+    let model = &Model::open(&prepared.checkpoint, &source)?;
     let needs = crate::compress::needs(&prepared.job.recipe, &prepared.plan);
     let tokens = |windows: &[Vec<u32>]| windows.iter().map(Vec::len).sum::<usize>();
     let calibration = prepared.calibration.as_ref().map_or(&[][..], |packed: &Packed| &packed.windows);
@@ -113,7 +110,7 @@ pub fn estimate(prepared: &Prepared, preparing: f64, run: &Run<'_>) -> Result<Es
 struct Trial<'a> {
     prepared: &'a Prepared,
     run: &'a Run<'a>,
-    source: Box<dyn crate::checkpoint::source::Source>,
+    source: Box<dyn Source>,
 }
 
 impl Trial<'_> {
@@ -146,7 +143,8 @@ impl Trial<'_> {
     fn plan(&self, iterations: Option<i64>) -> Result<Plan> {
         let mut recipe: Recipe = self.prepared.job.recipe.clone();
         if let Some(iterations) = iterations {
-            for stage in recipe.stages.iter_mut().filter(|stage| stage.method == "signround") {
+            let learning = recipe.stages.iter_mut().zip(&self.prepared.plan.stages);
+            for (stage, _) in learning.filter(|(_, planned)| planned.method.iterations().is_some()) {
                 stage.options.insert("iters".into(), toml::Value::Integer(iterations));
             }
         }
@@ -172,9 +170,8 @@ impl Trial<'_> {
         // Ten windows or more, so that some are held out as in the run; learned rounding takes eight at a time.
         let unit = windows_at_once(model, length);
         let mut more = TRIAL_TOKENS.div_ceil(length).max(12).next_multiple_of(unit).min(windows.len());
-        let learned = self.prepared.job.recipe.stages.iter().any(|stage| stage.method == "signround");
         let [few, many] = TRIAL_ITERATIONS;
-        let iterations = learned.then_some(few);
+        let iterations = self.iterations().map(|_| few);
         self.block(model, &windows[..1], iterations)?;
         let mut fewer = (more / 2).next_multiple_of(unit).min(more - 1).max(1);
         let (mut small, mut large) = (self.block(model, &windows[..fewer], iterations)?, self.block(model, &windows[..more], iterations)?);
@@ -184,23 +181,16 @@ impl Trial<'_> {
         }
         let per_window = slope((fewer, small), (more, large));
         let mut seconds = large + per_window * (windows.len() - more) as f64;
-        if learned {
+        if let Some(all) = self.iterations() {
             let per_iteration = ((self.block(model, &windows[..more], Some(many))? - large) / (many - few) as f64).max(0.0);
-            seconds += per_iteration * (self.iterations() - few) as f64;
+            seconds += per_iteration * (all - few) as f64;
         }
         Ok((seconds, windows[..more].iter().map(Vec::len).sum()))
     }
 
-    /// Iterations of learned rounding in the recipe.
-    fn iterations(&self) -> i64 {
-        let stages = self.prepared.plan.stages.iter().filter(|stage| stage.name == "signround");
-        let of = stages.map(|stage| stage.method.options()).map(|options| match (options.get("iters"), options.get("preset")) {
-            (Some(toml::Value::Integer(iterations)), _) => *iterations,
-            (_, Some(preset)) if preset.as_str() == Some("best") => 1000,
-            (_, Some(preset)) if preset.as_str() == Some("light") => 50,
-            _ => 200,
-        });
-        of.max().unwrap_or(200)
+    /// Iterations of the stage that learns longest; none where no stage learns.
+    fn iterations(&self) -> Option<i64> {
+        self.prepared.plan.stages.iter().filter_map(|stage| stage.method.iterations()).max().map(|iterations| iterations as i64)
     }
 
     /// Seconds of the measurement of quality, and the tokens of the larger trial.
@@ -241,9 +231,8 @@ impl Trial<'_> {
         };
         let gathered = calibration as f64 * (forwards * 2.0 * weights + grams * sites);
         let solved: f64 = if needs >= Needs::Gram { columns.iter().map(|columns| 4.0 * columns.powi(3)).sum() } else { 0.0 };
-        let learned = self.prepared.job.recipe.stages.iter().any(|stage| stage.method == "signround");
         let length = self.prepared.calibration.as_ref().and_then(|packed| packed.windows.first()).map_or(2048, Vec::len) as f64;
-        let learning = if learned { self.iterations() as f64 * 8.0 * length * 6.0 * weights } else { 0.0 };
+        let learning = self.iterations().unwrap_or(0) as f64 * 8.0 * length * 6.0 * weights;
         let measured = 2.0 * evaluation as f64 * 2.0 * self.prepared.facts.parameters as f64;
         (blocks * (gathered + solved + learning) + measured) / rate
     }
@@ -267,5 +256,5 @@ fn product_rate() -> f64 {
         product(sizes, &mut c, SIZE, false, 1.0, View::rows(&a, SIZE), View::transposed(&b, SIZE), true);
         times.push(one.elapsed().as_secs_f64());
     }
-    2.0 * (SIZE as f64).powi(3) / crate::statistics::quantile(&mut times, 0.5)
+    2.0 * (SIZE as f64).powi(3) / statistics::quantile(&mut times, 0.5)
 }

@@ -152,6 +152,10 @@ impl SignRound {
 }
 
 impl Method for SignRound {
+    fn iterations(&self) -> Option<usize> {
+        Some(SignRound::iterations(self))
+    }
+
     fn needs(&self) -> Needs {
         Needs::Streams
     }
