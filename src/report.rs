@@ -1,5 +1,5 @@
-//! The report of a run as data, with a schema version. It holds nothing that changes between equal runs: no time, no
-//! path, no number of threads.
+//! The report of a run as data, with a schema version. [`Report`] holds nothing that changes between equal runs: no time, no
+//! path, no number of threads; those are in [`RunRecord`].
 
 pub mod charts;
 pub mod page;

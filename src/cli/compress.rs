@@ -370,10 +370,11 @@ pub fn quality_table(quality: &Quality) -> Vec<String> {
 
 /// Ends with what the limits say, where they are not all kept.
 fn check_gates(gates: &[Gate]) -> Result<()> {
-    let of = |verdict: Verdict| gates.iter().find(|gate| gate.verdict == verdict).map(Gate::sentence);
+    let told = |gate: &Gate| format!("gate {}: {}", gate.name, gate.sentence());
+    let of = |verdict: Verdict| gates.iter().find(|gate| gate.verdict == verdict).map(told);
     match (of(Verdict::Fail), of(Verdict::Inconclusive)) {
-        (Some(what), _) => Err(Error::new(Fault::Gate, format!("gate: {what}; use more bits or a better method"))),
-        (None, Some(what)) => Err(Error::new(Fault::Inconclusive, format!("gate: {what}; measure more with --eval-tokens"))),
+        (Some(what), _) => Err(Error::new(Fault::Gate, format!("{what}; use more bits or a better method"))),
+        (None, Some(what)) => Err(Error::new(Fault::Inconclusive, format!("{what}; measure more with --eval-tokens"))),
         (None, None) => Ok(()),
     }
 }
