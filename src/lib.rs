@@ -33,6 +33,7 @@
 //! cli ─► compress · evaluate · compare · check · sensitivity · report      the verbs; those that open models know formats
 //!           ├─► subject                                a model that is looked at: folder or GGUF file, sizes, hashes
 //!           ├─► allocation ─► plan                     a target to bits or zeros of every layer
+//!           ├─► gate                                   limits on figures and what can be said of them
 //!           ├─► plan ─► methods ─► model ─► kernels     tensors: kernels, model, device, evaluate, nothing else
 //!           │                                  └─► device    the processor or a GPU: adapters, buffers, launches
 //!           ├─► formats ─► checkpoint                   no tensors here

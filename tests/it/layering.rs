@@ -48,7 +48,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("compare", &["error", "evaluate", "kernels", "methods", "run", "statistics", "subject"]),
     (
         "check",
-        &["checkpoint", "compress", "error", "evaluate", "formats", "kernels", "model", "plan", "run", "statistics", "subject", "weight"],
+        &["checkpoint", "compress", "error", "evaluate", "formats", "gate", "kernels", "model", "run", "statistics", "subject", "weight"],
     ),
     (
         "sensitivity",
@@ -59,7 +59,6 @@ const LAYERS: &[(&str, &[&str])] = &[
             "error",
             "evaluate",
             "formats",
-            "gate",
             "matrix",
             "methods",
             "model",
