@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 
+use crate::compress::work::Work;
 use crate::compress::{Job, Prepared};
 use crate::error::{Error, Result};
 use crate::formats::Format;
@@ -81,8 +82,10 @@ struct Groups {
 ///
 /// # Errors
 /// When the measurement is of another model or incomplete, or as [`solve`].
-pub fn allocate(job: &mut Job, wish: &recipe::Allocate, run: &Run<'_>) -> Result<()> {
+/// A measurement that is made for this is kept in `work`, for whoever goes on.
+pub fn allocate(job: &mut Job, wish: &recipe::Allocate, work: Option<&Work>, run: &Run<'_>) -> Result<()> {
     const METHOD: &str = "round-to-nearest";
+    const FILE: &str = "sensitivity.json";
     let target = Target::of(wish)?;
     let subject = Subject::open(&job.model, run.scratch)?;
     let found = match &wish.sensitivity {
@@ -103,12 +106,20 @@ pub fn allocate(job: &mut Job, wish: &recipe::Allocate, run: &Run<'_>) -> Result
             };
             let text = Windows { source: "builtin:mix".into(), samples: 16, seq: 256, seed: run.seed };
             let options = Options::new(&subject, Scheme::parse_all(&names, METHOD)?, METHOD, false, text)?;
-            sensitivity(&subject, &options, None, run)?.0
+            match work.map(|work| work.kept(FILE)).transpose()?.flatten() {
+                Some(kept) => Sensitivity::parse(&kept)?,
+                None => {
+                    let found = sensitivity(&subject, &options, None, run)?.0;
+                    let bytes = serde_json::to_vec_pretty(&found).map_err(|error| Error::run(error.to_string()))?;
+                    work.map_or(Ok(()), |work| work.keep(FILE, &bytes))?;
+                    found
+                }
+            }
         }
     };
     job.allocation = Some(solve(job, &found, target, wish.min_bits.unwrap_or(2))?);
     let bytes = serde_json::to_vec_pretty(&found).map_err(|error| Error::run(error.to_string()))?;
-    job.beside.push(("sensitivity.json".into(), bytes));
+    job.beside.push((FILE.into(), bytes));
     Ok(())
 }
 

@@ -19,13 +19,13 @@ use crate::evaluate::kept::{self, Kept};
 use crate::evaluate::scores::{Beside, Score, Scores};
 use crate::evaluate::sweep::Stream;
 use crate::evaluate::{self, Bos, Protocol, Quality, Text};
-use crate::formats::output::write_whole;
 use crate::formats::targets::Engine;
 use crate::gate::{Evidence, Gate, Limit, Metric, Verdict, figure};
 use crate::kernels::sampling;
 use crate::model::Model;
 use crate::run::Run;
 use crate::statistics::{self, FEWEST, Interval, LEVEL};
+use crate::storage::write_whole;
 use crate::subject::Subject;
 
 /// Version of the shape of [`Checked`].

@@ -8,28 +8,33 @@ pub mod estimate;
 pub mod exports;
 pub mod generation;
 pub mod gguf;
+pub mod journal;
 pub mod layers;
+pub mod manifest;
 pub mod remarks;
+pub mod work;
+pub mod writer;
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::calibrate::corpus::Source as Origin;
 use crate::calibrate::corpus::{self, Packed};
 use crate::calibrate::tokens::Tokenizer;
 use crate::checkpoint::source::{Restored, Source};
 use crate::checkpoint::{Checkpoint, read_file};
-use crate::compress::compressor::Compressor;
+use crate::compress::compressor::{Compressor, Finished};
 use crate::compress::destination::Destination;
 use crate::compress::exports::{Export, Sinks};
 use crate::compress::gguf::unpack::Unpacked;
+use crate::compress::journal::Kept;
 use crate::compress::layers::candidates;
+use crate::compress::work::Work;
 use crate::error::{Error, Result};
 use crate::evaluate::contexts::TokenView;
 use crate::evaluate::{self, Protocol, Quality, Text};
-use crate::formats::output::{write_json, write_whole};
 use crate::formats::targets::{Engine, loaders, unfused};
 use crate::formats::{self, Format};
 use crate::gate;
@@ -37,16 +42,17 @@ use crate::model::config::known_family;
 use crate::model::generate::{self, BUDGET};
 use crate::model::hidden::{Hidden, Keeping};
 use crate::model::seen::Needs;
-use crate::model::walk::{self, embed, walk};
+use crate::model::walk::{self, embed, walk_part};
 use crate::model::{Model, config};
 use crate::plan::Plan;
 use crate::plan::recipe::Recipe;
 use crate::report::page::{self, Files};
 use crate::report::{
-    Allocated, Audit, BlockReport, ClassSize, Evaluation, LayerReport, Loads, ModelFacts, Report, RunRecord, SCHEMA, Size, Stopwatch,
+    Allocated, Audit, BlockReport, ClassSize, Evaluation, LayerReport, Loads, ModelFacts, Report, SCHEMA, Size, Stopwatch, Timing,
     class_of, peak_memory,
 };
 use crate::run::Run;
+use crate::storage::{Store, write_whole};
 use crate::weight::Outlined;
 
 /// What to compress, how, and where to.
@@ -77,6 +83,35 @@ pub struct QualityOptions {
     pub protocol: Protocol,
 }
 
+/// What a run is expected to need.
+#[derive(Debug, Clone, Copy)]
+pub struct Needed {
+    /// Peak memory, in bytes.
+    pub memory_bytes: u64,
+    /// Bytes of hidden states that are kept for whoever goes on.
+    pub states_bytes: u64,
+}
+
+impl Needed {
+    /// What is needed in any case.
+    const LEAST: Self = Self { memory_bytes: 230 << 20, states_bytes: 0 };
+
+    /// What calibrating a model needs, with `tokens` that are read or that `generation` writes.
+    fn of(model: &Model<'_>, needs: Needs, tokens: usize, generation: Option<&generate::Options>) -> Self {
+        let writing = generation.map_or(0, |options| BUDGET.memory_bytes(model, options));
+        let tokens = (tokens + generation.map_or(0, |options| options.samples * options.seq)) as u64;
+        let streams = match needs {
+            Needs::Nothing => 0,
+            Needs::Streams => 2,
+            _ => 1,
+        };
+        Self {
+            memory_bytes: Self::LEAST.memory_bytes + writing.max(2 * model.block_bytes() + walk::memory_bytes(model, tokens, needs)),
+            states_bytes: 3 * streams * Keeping::HALVED.stored_bytes(tokens, model.config.hidden as u64),
+        }
+    }
+}
+
 /// A job whose inputs were checked: nothing was written yet, and no weight was read.
 #[derive(Debug)]
 pub struct Prepared {
@@ -100,8 +135,8 @@ pub struct Prepared {
     pub evaluation: Option<(Vec<Vec<u32>>, Evaluation)>,
     /// Tensors of norms that stages change.
     pub norms: HashSet<String>,
-    /// Peak memory that the run is expected to need, in bytes.
-    pub memory_bytes: u64,
+    /// What the run is expected to need.
+    pub needed: Needed,
     /// Deviations and warnings so far.
     pub notes: Vec<String>,
 }
@@ -131,16 +166,12 @@ impl Prepared {
                 "model_type `{model_type}` is unknown: layers were chosen by name and shape, and quality cannot be measured"
             ));
         }
-        let (mut calibration, mut generation, mut evaluation, mut memory_bytes) = (None, None, None, 230 << 20);
+        let (mut calibration, mut generation, mut evaluation, mut needed) = (None, None, None, Needed::LEAST);
         if let Some(model) = &model {
             evaluation = evaluation_windows(&job, model, &mut notes)?;
             (calibration, generation) = calibration_windows(&mut job, model, needs, &mut notes)?;
-            let writing = generation.as_ref().map_or(0, |options| BUDGET.memory_bytes(model, options));
-            let windows = calibration.as_ref().map_or(&[][..], |packed: &Packed| &packed.windows);
-            let read: usize = windows.iter().map(Vec::len).sum();
-            let written = generation.as_ref().map_or(0, |options| options.samples * options.seq);
-            let seen = walk::memory_bytes(model, (read + written) as u64, needs);
-            memory_bytes += writing.max(2 * model.block_bytes() + seen);
+            let tokens = calibration.iter().flat_map(|packed: &Packed| &packed.windows).map(Vec::len).sum();
+            needed = Needed::of(model, needs, tokens, generation.as_ref());
         }
         if !job.recipe.gate.is_empty() && evaluation.is_none() {
             return Err(Error::input(format!(
@@ -177,68 +208,101 @@ impl Prepared {
             linears: candidates.len(),
             shards: checkpoint.shards.len(),
         };
-        Ok(Self { job, plan, exports, norms, facts, size, calibration, generation, evaluation, memory_bytes, notes, checkpoint })
+        Ok(Self { job, plan, exports, norms, facts, size, calibration, generation, evaluation, needed, notes, checkpoint })
     }
 
-    /// Does the work and puts the finished folder into place.
+    /// Does the work, or what is left of it, and puts the finished folder into place. The destination must have begun with
+    /// [`manifest::dependencies`] of this job, which are given again here.
     ///
     /// # Errors
     /// When anything fails; the destination is then absent, as before.
-    pub fn run(mut self, destination: Destination, run: &Run<'_>) -> Result<Report> {
+    pub fn run(mut self, destination: Destination, dependencies: &Map<String, Value>, run: &Run<'_>) -> Result<Report> {
+        match self.fill(&destination, dependencies, run) {
+            Ok(report) => destination.publish().map(|()| report),
+            Err(error) => Err(destination.give_up(error)),
+        }
+    }
+
+    /// Fills the work folder.
+    fn fill(&mut self, destination: &Destination, dependencies: &Map<String, Value>, run: &Run<'_>) -> Result<Report> {
         let mut watch = Stopwatch::default();
-        let folder = destination.folder().to_path_buf();
-        let side: u64 = self.checkpoint.side_files()?.iter().filter_map(|path| path.metadata().ok()).map(|file| file.len()).sum();
-        destination.has_room(self.size.bytes_after + side * self.exports.len() as u64)?;
-        let (layers, blocks) = self.compress(&folder, run, &mut watch)?;
+        let (folder, work) = (destination.folder(), &destination.work);
+        let storage: &dyn Store = work.storage.as_ref();
+        destination.has_room(self.disk_bytes()?)?;
+        let Finished { layers, blocks, committing } = self.compress(work, run, &mut watch)?;
         for export in &self.exports {
-            export.side_files(&self.checkpoint, &folder)?;
+            export.side_files(&self.checkpoint, &folder, storage)?;
             export.verify(&folder)?;
         }
         watch.ends("verify");
         let (quality, tokens) = self.measure(&folder, run)?.unzip();
         watch.ends("measure quality");
-        let report = self.report((layers, blocks), quality, tokens.flatten());
+        let report = self.report((layers, blocks), quality, tokens.flatten())?;
         for export in &self.exports {
-            card::write(&report, export, &self.checkpoint, &folder)?;
+            card::write(&report, export, &self.checkpoint, &folder, storage)?;
         }
         for (name, bytes) in &self.job.beside {
-            std::fs::write(folder.join(name), bytes).map_err(|error| Error::io(&folder.join(name), &error))?;
+            storage.put(&folder.join(name), bytes)?;
         }
-        let record = RunRecord {
+        storage.put_json(&folder.join("report.json"), &report)?;
+        for (name, text) in pages(&folder)? {
+            storage.put(&folder.join(name), text.as_bytes())?;
+        }
+        manifest::write(&folder, dependencies, storage)?;
+        watch.ends("report");
+        let timing = Timing {
             schema: SCHEMA,
             command: std::mem::take(&mut self.job.command),
             device: run.device.name.clone(),
             threads: rayon::current_num_threads(),
-            model_blake3: report.quality.as_ref().map(|_| self.checkpoint.fingerprint()).transpose()?,
+            resumed: work.resumes(),
             stages: watch.stages(),
+            commit_seconds: committing.as_secs_f64(),
             peak_memory_bytes: peak_memory(),
         };
-        write_json(&folder.join("report.json"), &report)?;
-        write_json(&folder.join("run.json"), &record)?;
-        pages(&folder)?;
-        destination.publish()?;
+        storage.put_json(&folder.join("timing.json"), &timing)?;
         Ok(report)
     }
 
+    /// Bytes of the disk that the work needs: the output and, for whoever goes on, hidden states before three blocks.
+    fn disk_bytes(&self) -> Result<u64> {
+        let side: u64 = self.checkpoint.side_files()?.iter().filter_map(|path| path.metadata().ok()).map(|file| file.len()).sum();
+        Ok(self.size.bytes_after + side * self.exports.len() as u64 + self.needed.states_bytes)
+    }
+
     /// Everything up to the last tensor.
-    fn compress(&mut self, folder: &Path, run: &Run<'_>, watch: &mut Stopwatch) -> Result<(Vec<LayerReport>, Vec<BlockReport>)> {
-        let mut sinks = Sinks::create(&self.exports, &self.checkpoint, folder, self.job.recipe.shard_bytes()?)?;
+    fn compress(&mut self, work: &Work, run: &Run<'_>, watch: &mut Stopwatch) -> Result<Finished> {
+        let mut metadata = self.checkpoint.metadata();
+        metadata.insert("drawknife".into(), env!("CARGO_PKG_VERSION").into());
+        let mut sinks = Sinks::create(&self.exports, &metadata, work, self.job.recipe.shard_bytes()?)?;
         exports::carry(&self.checkpoint, formats::open(&self.checkpoint)?.as_ref(), &self.plan, &self.norms, &mut sinks, run)?;
         watch.ends("copy the rest");
-        let mut compressor = Compressor::new(&self.plan, sinks, self.job.recipe.report.layer_error);
         let source = Restored(formats::open(&self.checkpoint)?);
-        if needs(&self.job.recipe, &self.plan) == Needs::Nothing {
+        let layer_error = self.job.recipe.report.layer_error;
+        let needs = needs(&self.job.recipe, &self.plan);
+        let mut compressor;
+        if needs == Needs::Nothing {
+            compressor = Compressor::going_on(&self.plan, sinks, layer_error, work, 0);
             compressor.stream(&self.checkpoint, &source, run)?;
         } else {
             let model = Model::open(&self.checkpoint, &source)?;
-            generation::write(&model, self.generation.as_ref(), self.calibration.as_mut(), run)?;
+            generation::write(&model, self.generation.as_ref(), self.calibration.as_mut(), work, run)?;
             let windows = self.calibration.as_ref().map_or(&[][..], |packed| &packed.windows);
-            let mut hidden: Hidden = embed(&model, windows, Keeping::HALVED, run)?;
-            walk(&model, &mut hidden, "compress", run, &mut compressor)?;
+            let blocks = model.config.layers.len();
+            compressor = Compressor::going_on(&self.plan, sinks, layer_error, work, blocks);
+            let done = work.done();
+            let first = done.blocks.len();
+            if first < blocks {
+                let (mut hidden, float) = match first {
+                    0 => (embed(&model, windows, Keeping::HALVED, run)?, None),
+                    _ => states(&model, windows, work, (&done.states, needs), run)?,
+                };
+                walk_part(&model, first..blocks, (&mut hidden, float), "compress", run, &mut compressor)?;
+            }
         }
-        let done = compressor.finish()?;
+        let finished = compressor.finish(work)?;
         watch.ends("compress");
-        Ok(done)
+        Ok(finished)
     }
 
     fn report(
@@ -246,14 +310,15 @@ impl Prepared {
         (layers, blocks): (Vec<LayerReport>, Vec<BlockReport>),
         quality: Option<Quality>,
         tokens: Option<TokenView>,
-    ) -> Report {
+    ) -> Result<Report> {
         let audit = match (&self.calibration, &self.evaluation) {
             (Some(packed), Some((windows, _))) => Some(Audit::of(&packed.windows, windows)),
             _ => None,
         };
-        Report {
+        Ok(Report {
             schema: SCHEMA,
             drawknife: env!("CARGO_PKG_VERSION"),
+            model_blake3: quality.as_ref().map(|_| self.checkpoint.fingerprint()).transpose()?,
             model: self.facts.clone(),
             recipe: self.job.recipe.clone(),
             format: self.exports.iter().map(|export| export.format.name).collect::<Vec<_>>().join(", "),
@@ -270,7 +335,7 @@ impl Prepared {
             tokens,
             evaluation: self.evaluation.take().map(|(_, evaluation)| evaluation),
             notes: std::mem::take(&mut self.notes),
-        }
+        })
     }
 
     fn measure(&self, folder: &Path, run: &Run<'_>) -> Result<Option<(Quality, Option<TokenView>)>> {
@@ -288,11 +353,60 @@ impl Prepared {
     }
 }
 
-/// Makes report.html and report.md from the files of a run that lie in a folder.
+/// Hidden states that an earlier run left before a block: those of the walk and those of the float model.
+fn states(
+    model: &Model<'_>,
+    windows: &[Vec<u32>],
+    work: &Work,
+    (kept, needs): (&[Kept], Needs),
+    run: &Run<'_>,
+) -> Result<(Hidden, Option<Hidden>)> {
+    let lengths: Vec<usize> = windows.iter().map(Vec::len).collect();
+    let load = |stream: &str| -> Result<Hidden> {
+        let missing = || Error::run(format!("no states `{stream}` were recorded; start over with --restart")).file(&work.path);
+        let kept = kept.iter().find(|kept| kept.name.ends_with(stream)).ok_or_else(missing)?;
+        let path = work.path.join(&kept.name);
+        let mut hidden = Hidden::new(&lengths, model.config.hidden, Keeping::HALVED, run.scratch)?;
+        let damaged = |error: Error| error.advice("start over with --restart");
+        let file = std::fs::File::open(&path).map_err(|error| damaged(Error::io(&path, &error)))?;
+        let (bytes, blake3) = hidden.load(&file, &path).map_err(damaged)?;
+        if (bytes, blake3.to_hex().as_str()) != (kept.bytes, kept.blake3.as_str()) {
+            return Err(damaged(Error::input("is not as it was written").file(&path)));
+        }
+        Ok(hidden)
+    };
+    if windows.is_empty() {
+        return Ok((embed(model, windows, Keeping::HALVED, run)?, None));
+    }
+    let float = if needs == Needs::Streams { Some(load("float")?) } else { None };
+    Ok((load("compressed")?, float))
+}
+
+/// Makes report.html and report.md from the files of a run that lie in a folder, each with its name. Times are left out: they
+/// would differ between equal runs.
 ///
 /// # Errors
-/// When report.json is missing or is none, or the pages cannot be written.
-pub fn pages(folder: &Path) -> Result<()> {
+/// When report.json is missing or is none.
+pub fn pages(folder: &Path) -> Result<[(&'static str, String); 2]> {
+    let files = files(folder)?;
+    Ok([("report.html", page::html(&files)?), ("report.md", page::markdown(&files)?)])
+}
+
+/// As [`pages`], with times, written into the folder.
+///
+/// # Errors
+/// As [`pages`], or when the pages cannot be written.
+pub fn write_pages(folder: &Path) -> Result<()> {
+    let mut files = files(folder)?;
+    let timing = folder.join("timing.json");
+    if timing.exists() {
+        files.timing = read_report(&timing)?;
+    }
+    write_whole(&folder.join("report.html"), page::html(&files)?.as_bytes())?;
+    write_whole(&folder.join("report.md"), page::markdown(&files)?.as_bytes())
+}
+
+fn files(folder: &Path) -> Result<Files> {
     let report = read_report(&folder.join("report.json"))?;
     if report["schema"] != SCHEMA || !report["recipe"].is_object() {
         let what = format!("is no report of version {SCHEMA}, which this program reads; compress again");
@@ -302,12 +416,14 @@ pub fn pages(folder: &Path) -> Result<()> {
         path if path.exists() => read_report(&path),
         _ => Ok(Value::Null),
     };
-    let files = Files { report, run: optional("run.json")?, sensitivity: optional("sensitivity.json")? };
-    write_whole(&folder.join("report.html"), page::html(&files)?.as_bytes())?;
-    write_whole(&folder.join("report.md"), page::markdown(&files)?.as_bytes())
+    Ok(Files { report, timing: Value::Null, sensitivity: optional("sensitivity.json")? })
 }
 
-fn read_report(path: &Path) -> Result<Value> {
+/// Reads a file of a report.
+///
+/// # Errors
+/// When it is missing or not JSON.
+pub fn read_report(path: &Path) -> Result<Value> {
     let bytes = read_file(path, 256 << 20)?;
     serde_json::from_slice(&bytes).map_err(|error| Error::input(format!("not JSON: {error}")).file(path))
 }

@@ -137,6 +137,15 @@ impl Device {
         if self.gpu.is_some() { "gpu" } else { "cpu" }
     }
 
+    /// What computes, without the number of threads, which changes no result: the name of a GPU, or the processor's vector
+    /// instructions.
+    pub fn identity(&self) -> String {
+        match &self.gpu {
+            Some(_) => self.name.clone(),
+            None => format!("cpu ({})", simd()),
+        }
+    }
+
     /// Picks the device. `auto` is the first real GPU, else the processor; a software adapter must be asked for.
     ///
     /// # Errors

@@ -25,9 +25,13 @@ pub fn is_named(path: &Path) -> bool {
 /// # Errors
 /// When a file cannot be written.
 pub fn write(folder: &Path) -> Result<()> {
+    std::fs::create_dir_all(folder).map_err(|error| Error::io(folder, &error))?;
     for (name, bytes) in FILES {
         let path = folder.join(name);
-        std::fs::write(&path, bytes).map_err(|error| Error::io(&path, &error))?;
+        // Always of one time, so that a run that was cut off knows it again.
+        let written = std::fs::write(&path, bytes)
+            .and_then(|()| std::fs::File::options().write(true).open(&path)?.set_modified(std::time::UNIX_EPOCH));
+        written.map_err(|error| Error::io(&path, &error))?;
     }
     Ok(())
 }

@@ -8,6 +8,10 @@ use std::path::Path;
 pub enum Fault {
     /// Input, output, memory or device failed while running: exit 1.
     Run,
+    /// No room is left on a disk: exit 1.
+    Full,
+    /// An input is no longer what it was when it was opened, so that all work on it is void: exit 1.
+    Changed,
     /// The command line or an input file is wrong or unsupported: exit 2.
     Input,
     /// A quality gate was measured and is not met: exit 3.
@@ -43,6 +47,11 @@ impl Error {
         Self::new(Fault::Run, message)
     }
 
+    /// A disk without room.
+    pub fn full(message: impl Into<String>) -> Self {
+        Self::new(Fault::Full, message)
+    }
+
     /// Any fault with its message.
     pub fn new(fault: Fault, message: impl Into<String>) -> Self {
         Self { fault, message: one_line(&message.into()) }
@@ -70,10 +79,16 @@ impl Error {
         Self { fault: self.fault, message: format!("{}: {}", shown_path(path), self.message) }
     }
 
+    /// Adds what is to be done.
+    #[must_use]
+    pub fn advice(self, advice: &str) -> Self {
+        Self { fault: self.fault, message: format!("{}; {advice}", self.message) }
+    }
+
     /// The exit code of the program for this error.
     pub fn exit_code(&self) -> u8 {
         match self.fault {
-            Fault::Run => 1,
+            Fault::Run | Fault::Full | Fault::Changed => 1,
             Fault::Input => 2,
             Fault::Gate => 3,
             Fault::Inconclusive => 4,

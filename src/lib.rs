@@ -90,5 +90,6 @@ pub mod report;
 pub mod run;
 pub mod sensitivity;
 pub mod statistics;
+pub mod storage;
 pub mod subject;
 pub mod weight;

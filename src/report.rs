@@ -1,5 +1,5 @@
 //! The report of a run as data, with a schema version. [`Report`] holds nothing that changes between equal runs: no time, no
-//! path, no number of threads; those are in [`RunRecord`].
+//! path, no number of threads; those are in [`Timing`].
 
 pub mod charts;
 pub mod page;
@@ -7,7 +7,7 @@ pub mod page;
 use std::collections::BTreeMap;
 
 use schemars::JsonSchema;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::calibrate::corpus::Counts;
 use crate::evaluate::Quality;
@@ -25,6 +25,8 @@ pub struct Report {
     pub schema: u32,
     /// Version of the program.
     pub drawknife: &'static str,
+    /// blake3 of the model's configuration and weights; absent where nothing was measured.
+    pub model_blake3: Option<String>,
     /// The model before.
     pub model: ModelFacts,
     /// The resolved recipe.
@@ -80,9 +82,9 @@ pub struct Allocated {
     pub curve: Vec<(f64, f64)>,
 }
 
-/// What changes between equal runs: run.json, beside the report.
+/// What changes between equal runs: timing.json, beside the report.
 #[derive(Debug, Clone, Default, Serialize, JsonSchema)]
-pub struct RunRecord {
+pub struct Timing {
     /// Version of this shape.
     pub schema: u32,
     /// The command line.
@@ -91,10 +93,12 @@ pub struct RunRecord {
     pub device: String,
     /// Threads.
     pub threads: usize,
-    /// blake3 of the model's configuration and weights; absent where nothing was measured.
-    pub model_blake3: Option<String>,
+    /// Whether this run went on where an earlier one was cut off; times are those of this run alone.
+    pub resumed: bool,
     /// How long each stage took, in order.
     pub stages: Vec<StageTime>,
+    /// How long the work waited until what could be gone on with was on the disk, in seconds.
+    pub commit_seconds: f64,
     /// Most memory that was resident, in bytes; absent where the system does not tell.
     pub peak_memory_bytes: Option<u64>,
 }
@@ -226,7 +230,7 @@ pub struct Size {
 }
 
 /// One compressed linear layer.
-#[derive(Debug, Clone, Serialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct LayerReport {
     /// Full name without `.weight`.
     pub name: String,
@@ -249,7 +253,7 @@ pub struct LayerReport {
 }
 
 /// One block.
-#[derive(Debug, Clone, Serialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct BlockReport {
     /// Its number.
     pub block: usize,
@@ -262,7 +266,7 @@ pub struct BlockReport {
 /// What a stage did to a block. Errors are relative squared errors of the block's output on the first calibration
 /// windows: against the original block on the same inputs or, when the recipe keeps the float stream, against the
 /// float model's output.
-#[derive(Debug, Clone, Serialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct StageReport {
     /// The method.
     pub method: String,

@@ -70,7 +70,7 @@ impl Run<'_> {
     /// [`Fault::Interrupted`] with the signal's number.
     pub fn check_stop(&self) -> Result<()> {
         match self.observer.stopped() {
-            Some(signal) => Err(Error::new(Fault::Interrupted(signal), "stopped; nothing was written, run the same command again")),
+            Some(signal) => Err(Error::new(Fault::Interrupted(signal), "stopped")),
             None => Ok(()),
         }
     }

@@ -268,7 +268,7 @@ impl Measuring<'_> {
         let lengths: Vec<usize> = self.windows.iter().flat_map(|window| vec![window.len(); count]).collect();
         let mut hidden = Hidden::new(&lengths, self.stream.model.config.hidden, Keeping::EXACT, self.run.scratch)?;
         bench.with_others(others, &mut hidden)?;
-        walk_part(self.stream.model, index + 1..self.stream.model.config.layers.len(), &mut hidden, "", self.quiet, &mut Pass)?;
+        walk_part(self.stream.model, index + 1..self.stream.model.config.layers.len(), (&mut hidden, None), "", self.quiet, &mut Pass)?;
         let own = Stream { model: self.stream.model, hidden };
         let scores = Scores::new(&own, Beside::Stream(self.stream), self.windows, PROTOCOL, self.quiet)?;
         let (klds, nlls) = (scores.means(|score| score.divergence), scores.means(|score| score.nll - score.reference_nll));

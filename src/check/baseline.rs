@@ -10,10 +10,10 @@ use crate::checkpoint::read_file;
 use crate::error::{Error, Result};
 use crate::evaluate::Bos;
 use crate::evaluate::scores::Scores;
-use crate::formats::output::write_whole_json;
 use crate::gate::{Evidence, Gate};
 use crate::kernels::sampling::Stream;
 use crate::statistics::{self, Interval};
+use crate::storage::write_whole_json;
 
 /// Version of the file's shape.
 pub const SCHEMA: u32 = 1;

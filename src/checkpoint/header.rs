@@ -49,6 +49,8 @@ pub struct Header {
     pub metadata: BTreeMap<String, String>,
     /// Bytes before the first tensor: 8 and the header's length.
     pub data_start: u64,
+    /// blake3 of its text.
+    pub blake3: String,
 }
 
 /// Checks the length word of a file of `file_bytes` bytes and gives the number of header bytes behind it.
@@ -113,7 +115,7 @@ pub fn parse(text: &[u8], data_bytes: u64) -> Result<Header, String> {
             other => Err(format!("header: {other}")),
         },
     )?;
-    Ok(Header { data_start: 8 + text.len() as u64, ..header })
+    Ok(Header { data_start: 8 + text.len() as u64, blake3: blake3::hash(text).to_hex().to_string(), ..header })
 }
 
 /// Tensors must tile the data exactly: from 0, without hole or overlap, to its end.

@@ -173,6 +173,12 @@ pub struct Compress {
     /// Replace the output folder if it exists.
     #[arg(long)]
     pub force: bool,
+    /// Throw away what an interrupted run left; without it the same command goes on.
+    #[arg(long)]
+    pub restart: bool,
+    /// Refuse to start when more memory than this is expected to be needed, like 16GB.
+    #[arg(long, value_name = "SIZE")]
+    pub memory: Option<String>,
 }
 
 /// Which tokens of a window are scored.
@@ -359,6 +365,9 @@ pub struct ExportTo {
     /// Replace the output folder if it exists.
     #[arg(long)]
     pub force: bool,
+    /// Throw away what an interrupted run left; without it the same command goes on.
+    #[arg(long)]
+    pub restart: bool,
 }
 
 /// Arguments of `inspect`.

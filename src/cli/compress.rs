@@ -6,23 +6,28 @@ use std::time::Instant;
 use serde_json::json;
 
 use crate::allocation::{self, Target};
+use crate::checkpoint::Checkpoint;
 use crate::cli::Invocation;
 use crate::cli::arguments::Compress;
 use crate::cli::device::pick_device;
-use crate::cli::text::{say, say_json, table};
-use crate::compress::destination::Destination;
+use crate::cli::text::{complain, say, say_json, table};
+use crate::compress::destination::{Claim, Destination};
 use crate::compress::estimate::{Estimate, estimate};
-use crate::compress::{Job, Prepared, QualityOptions};
+use crate::compress::work::Work;
+use crate::compress::{Job, Prepared, QualityOptions, manifest, read_report};
 use crate::device::Device;
 use crate::embedded::is_named;
 use crate::error::{Error, Fault, Result, shown, shown_path};
 use crate::evaluate::{Bos, Protocol, Quality};
-use crate::formats::output::write_whole;
 use crate::formats::targets::{Engine, loaders};
 use crate::gate::{Gate, Verdict};
-use crate::plan::recipe::{OneOrMany, Override, Recipe, Skip};
+use crate::plan::recipe::{OneOrMany, Override, Recipe, Skip, size};
 use crate::report::{Allocated, Report, bytes};
 use crate::run::Run;
+use crate::storage::write_whole;
+
+/// What the model that the program carries is called in its card.
+const EMBEDDED: &str = "drawknife-demo";
 
 /// Runs the verb.
 ///
@@ -31,16 +36,11 @@ use crate::run::Run;
 pub fn run(arguments: &Compress, invocation: &Invocation, dry_run: bool) -> Result<()> {
     let device = pick_device(arguments.device, arguments.gpu_memory.as_deref())?;
     let recipe = recipe(arguments, invocation)?;
-    let started = Instant::now();
     let embedded = embedded(arguments)?;
-    let model = embedded.as_ref().map(tempfile::TempDir::path).or(arguments.model.as_deref()).unwrap_or(Path::new("."));
-    let target = if dry_run { None } else { Some(target(arguments)?) };
-    if let Some(target) = &target {
-        // Checked first and claimed later, so that nothing lies beside the destination while inputs are examined.
-        drop(Destination::claim(target, model, arguments.force)?);
-    }
+    let built_in = embedded.as_ref().map(|folder| folder.path().join(EMBEDDED));
+    let model = built_in.as_deref().or(arguments.model.as_deref()).unwrap_or(Path::new("."));
     let quality = quality(arguments)?;
-    let mut job = Job {
+    let job = Job {
         model: model.to_path_buf(),
         recipe,
         engine: arguments.engine,
@@ -49,48 +49,106 @@ pub fn run(arguments: &Compress, invocation: &Invocation, dry_run: bool) -> Resu
         command: command(),
         beside: Vec::new(),
     };
+    let seed = job.recipe.calibration.seed;
+    let run = Run { device: &device, seed, observer: &invocation.progress, scratch: &std::env::temp_dir() };
+    if !dry_run {
+        return compress(job, arguments, invocation, &run, embedded.is_some());
+    }
+    show(job, arguments, invocation, &run, embedded.is_some())
+}
+
+/// Shows what would happen.
+fn show(mut job: Job, arguments: &Compress, invocation: &Invocation, run: &Run<'_>, embedded: bool) -> Result<()> {
     if let Some(wish) = job.recipe.allocate.take() {
-        let seed = job.recipe.calibration.seed;
-        let run = Run { device: &device, seed, observer: &invocation.progress, scratch: &std::env::temp_dir() };
-        allocation::allocate(&mut job, &wish, &run)?;
+        allocation::allocate(&mut job, &wish, None, run)?;
     }
     let preparing = Instant::now();
     let mut prepared = Prepared::new(job)?;
-    if dry_run {
-        let seed = prepared.job.recipe.calibration.seed;
-        let run = Run { device: &device, seed, observer: &invocation.progress, scratch: &std::env::temp_dir() };
-        let found = estimate(&prepared, preparing.elapsed().as_secs_f64(), &run)?;
-        prepared.memory_bytes = found.memory_bytes;
-        let resolved = prepared.plan.resolved(&prepared.job.recipe);
-        if let Some(path) = arguments.output.as_ref().filter(|path| path.extension().is_some_and(|end| end == "toml")) {
-            let text = toml::to_string(&resolved).map_err(|error| Error::run(format!("recipe: {error}")))?;
-            write_whole(path, text.as_bytes())?;
-        }
-        if invocation.json {
-            say_json(&plan_json(&prepared, &resolved, found));
-        } else if !invocation.quiet {
-            show_plan(&prepared, &device, invocation, embedded.is_some());
-            let how = if found.tried { "by a trial on the first block" } else { "roughly, by counting operations" };
-            say(&format!("time      about {} ({how})", duration(found.seconds)));
-        }
-        return Ok(());
+    let found = estimate(&prepared, preparing.elapsed().as_secs_f64(), run)?;
+    prepared.needed.memory_bytes = found.memory_bytes;
+    let resolved = prepared.plan.resolved(&prepared.job.recipe);
+    if let Some(path) = arguments.output.as_ref().filter(|path| path.extension().is_some_and(|end| end == "toml")) {
+        let text = toml::to_string(&resolved).map_err(|error| Error::run(format!("recipe: {error}")))?;
+        write_whole(path, text.as_bytes())?;
     }
-    if !invocation.json && !invocation.quiet {
-        show_plan(&prepared, &device, invocation, embedded.is_some());
+    if invocation.json {
+        say_json(&plan_json(&prepared, &resolved, found));
+    } else if !invocation.quiet {
+        show_plan(&prepared, run.device, invocation, embedded);
+        let how = if found.tried { "by a trial on the first block" } else { "roughly, by counting operations" };
+        say(&format!("time      about {} ({how})", duration(found.seconds)));
     }
-    let Some(target) = target else { return Ok(()) };
-    let destination = Destination::claim(&target, &prepared.job.model, arguments.force)?;
+    Ok(())
+}
+
+/// Compresses, or goes on where an earlier run was cut off.
+fn compress(job: Job, arguments: &Compress, invocation: &Invocation, run: &Run<'_>, embedded: bool) -> Result<()> {
+    let started = Instant::now();
+    let limit = arguments.memory.as_deref().map(size).transpose()?;
+    let claim = Claim { replace: arguments.force, restart: arguments.restart, ..Claim::default() };
+    let mut destination = Destination::claim(&target(arguments)?, &job.model, claim)?;
     let target = destination.target().to_path_buf();
-    let run =
-        Run { device: &device, seed: prepared.job.recipe.calibration.seed, observer: &invocation.progress, scratch: &std::env::temp_dir() };
-    let report = prepared.run(destination, &run)?;
+    let dependencies = manifest::dependencies(&job, &Checkpoint::open(&job.model)?, run.device)?;
+    if destination.begin(&dependencies)? {
+        return finished_before(&target, invocation);
+    }
+    let resumed = destination.work.resumes();
+    let prepared = match prepare(job, limit, &destination.work, run) {
+        Ok(prepared) => prepared,
+        Err(error) => return Err(destination.give_up(error)),
+    };
+    if !invocation.json && !invocation.quiet {
+        show_plan(&prepared, run.device, invocation, embedded);
+        if resumed {
+            let done = destination.work.done();
+            say(&format!("resume    {} blocks and {} layers were done before", done.blocks.len(), done.layers.len()));
+        }
+    }
+    let report = match prepared.run(destination, &dependencies, run) {
+        Ok(report) => report,
+        Err(error) => {
+            if matches!(error.fault, Fault::Interrupted(_)) && Work::left(&target) {
+                complain(&format!("resume with: {}", command().join(" ")));
+            }
+            return Err(error);
+        }
+    };
     let seconds = started.elapsed().as_secs_f64();
     if invocation.json {
-        say_json(&json!({"output": target, "report_file": target.join("report.json"), "seconds": seconds, "report": report}));
+        say_json(
+            &json!({"output": target, "report_file": target.join("report.json"), "seconds": seconds, "resumed": resumed, "report": report}),
+        );
     } else {
         show_result(&report, &target, seconds, invocation);
     }
     check_gates(&report.gates)
+}
+
+/// Everything before the work: a target is spread over the layers, inputs are checked, and limits held against what is needed.
+fn prepare(mut job: Job, limit: Option<u64>, work: &Work, run: &Run<'_>) -> Result<Prepared> {
+    if let Some(wish) = job.recipe.allocate.take() {
+        allocation::allocate(&mut job, &wish, Some(work), run)?;
+    }
+    let prepared = Prepared::new(job)?;
+    match limit {
+        Some(limit) if prepared.needed.memory_bytes > limit => Err(Error::input(format!(
+            "about {} of memory are needed, --memory allows {}; use fewer --samples, a shorter --seq, or a preset without calibration such as w4-fast",
+            bytes(prepared.needed.memory_bytes),
+            bytes(limit)
+        ))),
+        _ => Ok(prepared),
+    }
+}
+
+/// Says that there was nothing left to do but to tidy up.
+fn finished_before(target: &Path, invocation: &Invocation) -> Result<()> {
+    let report = read_report(&target.join("report.json"))?;
+    if invocation.json {
+        say_json(&json!({"output": target, "report_file": target.join("report.json"), "seconds": 0.0, "resumed": true, "report": report}));
+    } else {
+        say(&format!("wrote     {} (the run before had finished it)", shown_path(target)));
+    }
+    Ok(())
 }
 
 /// The command line as a shell would take it.
@@ -108,7 +166,7 @@ fn embedded(arguments: &Compress) -> Result<Option<tempfile::TempDir>> {
         return Ok(None);
     }
     let folder = tempfile::tempdir().map_err(|error| Error::run(format!("temporary folder: {error}")))?;
-    crate::embedded::write(folder.path())?;
+    crate::embedded::write(&folder.path().join(EMBEDDED))?;
     Ok(Some(folder))
 }
 
@@ -239,7 +297,12 @@ fn show_plan(prepared: &Prepared, device: &Device, invocation: &Invocation, embe
         size.bits_per_weight,
         8.0 * size.bytes_after as f64 / (facts.parameters.max(1) * prepared.exports.len().max(1) as u64) as f64
     ));
-    say(&format!("needs     about {} of memory · {} of disk · {}", bytes(prepared.memory_bytes), bytes(size.bytes_after), device.name));
+    say(&format!(
+        "needs     about {} of memory · {} of disk · {}",
+        bytes(prepared.needed.memory_bytes),
+        bytes(size.bytes_after),
+        device.name
+    ));
     for export in &prepared.exports {
         let of = |(engine, loads): &(Engine, Result<Option<String>, String>)| match loads {
             Ok(None) => format!("{} yes", engine.name()),
@@ -315,7 +378,7 @@ fn plan_json(prepared: &Prepared, resolved: &Recipe, found: Estimate) -> serde_j
         .collect();
     json!({
         "model": prepared.facts, "recipe": resolved, "seconds": found.seconds, "tried": found.tried, "allocation": prepared.job.allocation, "format": formats(prepared), "size": prepared.size,
-        "memory_bytes": prepared.memory_bytes, "calibration": prepared.calibration.as_ref().map(|packed| &packed.counts),
+        "memory_bytes": prepared.needed.memory_bytes, "calibration": prepared.calibration.as_ref().map(|packed| &packed.counts),
         "layers": layers, "notes": prepared.notes,
     })
 }

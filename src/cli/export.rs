@@ -6,7 +6,7 @@ use crate::cli::Invocation;
 use crate::cli::arguments::ExportTo;
 use crate::cli::text::{say, say_json};
 use crate::compress::convert::convert;
-use crate::compress::destination::Destination;
+use crate::compress::destination::{Claim, Destination};
 use crate::device::Device;
 use crate::error::{Result, shown_path};
 use crate::report::bytes;
@@ -17,7 +17,8 @@ use crate::run::Run;
 /// # Errors
 /// Whatever went wrong, in one line.
 pub fn run(arguments: &ExportTo, invocation: &Invocation) -> Result<()> {
-    let destination = Destination::claim(&arguments.output, &arguments.model, arguments.force)?;
+    let claim = Claim { replace: arguments.force, restart: arguments.restart, ..Claim::default() };
+    let destination = Destination::claim(&arguments.output, &arguments.model, claim)?;
     let target = destination.target().to_path_buf();
     let device = Device::cpu();
     let run = Run { device: &device, seed: 0, observer: &invocation.progress, scratch: &std::env::temp_dir() };

@@ -8,18 +8,20 @@ use crate::cli::Invocation;
 use crate::cli::arguments::{ReportOf, Schema as Arguments};
 use crate::cli::text::{say, say_json};
 use crate::compare::Comparison;
-use crate::compress::pages;
+use crate::compress::manifest::Manifest;
+use crate::compress::write_pages;
 use crate::error::{Error, Result, shown, shown_path};
-use crate::report::{Report, RunRecord};
+use crate::report::{Report, Timing};
 use crate::sensitivity::file::Sensitivity;
 
 /// A file that the program writes: its name, what it is, and its schema.
 type Known = (&'static str, &'static str, fn() -> Schema);
 
 /// Every file with a published schema.
-pub const SCHEMAS: [Known; 6] = [
+pub const SCHEMAS: [Known; 7] = [
     ("report", "report.json of compress: what was done and what it cost", || schema_for!(Report)),
-    ("run", "run.json of compress: the command, times and memory", || schema_for!(RunRecord)),
+    ("timing", "timing.json of compress: the command, times and memory", || schema_for!(Timing)),
+    ("manifest", "manifest.json of compress and export: hashes of all files", || schema_for!(Manifest)),
     ("sensitivity", "sensitivity.json: what every way to store every layer costs", || schema_for!(Sensitivity)),
     ("baseline", "the baseline of check: an accepted measurement", || schema_for!(Baseline)),
     ("check", "check --json: structure, figures, limits and the verdict", || schema_for!(Checked)),
@@ -31,7 +33,7 @@ pub const SCHEMAS: [Known; 6] = [
 /// # Errors
 /// When the folder holds no report.
 pub fn run(arguments: &ReportOf, invocation: &Invocation) -> Result<()> {
-    pages(&arguments.folder)?;
+    write_pages(&arguments.folder)?;
     let html = arguments.folder.join("report.html");
     if invocation.json {
         say_json(&serde_json::json!({"html": html, "markdown": arguments.folder.join("report.md")}));

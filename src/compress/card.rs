@@ -5,9 +5,10 @@ use std::path::Path;
 
 use crate::checkpoint::Checkpoint;
 use crate::compress::exports::Export;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::formats::targets::{Engine, loaders};
 use crate::report::{Report, bytes};
+use crate::storage::Store;
 
 /// Where a model's own card goes.
 pub const ORIGINAL: &str = "README.original.md";
@@ -16,17 +17,15 @@ pub const ORIGINAL: &str = "README.original.md";
 ///
 /// # Errors
 /// When it cannot be written.
-pub fn write(report: &Report, export: &Export, checkpoint: &Checkpoint, output: &Path) -> Result<()> {
+pub fn write(report: &Report, export: &Export, checkpoint: &Checkpoint, output: &Path, storage: &dyn Store) -> Result<()> {
     let folder = export.path(output);
     let own = checkpoint.folder.join("README.md");
     let before = std::fs::read_to_string(&own).ok();
     if let Some(before) = &before {
-        let kept = folder.join(ORIGINAL);
-        std::fs::write(&kept, before).map_err(|error| Error::io(&kept, &error))?;
+        storage.put(&folder.join(ORIGINAL), before.as_bytes())?;
     }
     let front = before.as_deref().map(front_matter).unwrap_or_default();
-    let path = folder.join("README.md");
-    std::fs::write(&path, text(report, export, &front, &name(checkpoint))).map_err(|error| Error::io(&path, &error))
+    storage.put(&folder.join("README.md"), text(report, export, &front, &name(checkpoint)).as_bytes()).map(drop)
 }
 
 fn name(checkpoint: &Checkpoint) -> String {

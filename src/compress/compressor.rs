@@ -1,12 +1,16 @@
 //! The work on layers and blocks: stage after stage, then into the output and the report.
 
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::decode::encode;
 use crate::checkpoint::source::Source;
 use crate::compress::exports::Sinks;
+use crate::compress::journal::{Kept, Record};
 use crate::compress::remarks;
+use crate::compress::work::Work;
+use crate::compress::writer::Commit;
 use crate::device::Gpu;
 use crate::error::{Error, Result};
 use crate::kernels::quantize::Bounds;
@@ -14,6 +18,7 @@ use crate::matrix::Matrix;
 use crate::methods::{self, BlockLayer, Layer, Method, Target, float_output};
 use crate::model::bench::Bench;
 use crate::model::block::Role;
+use crate::model::hidden::Hidden;
 use crate::model::seen::{Needs, Statistics};
 use crate::model::walk::Visitor;
 use crate::plan::{Plan, Planned, Stage};
@@ -27,9 +32,25 @@ pub struct Compressor<'a> {
     plan: &'a Plan,
     sinks: Sinks<'a>,
     layer_error: bool,
+    /// Where hidden states are kept for whoever goes on, and the number of blocks.
+    keeping: Option<(&'a Work, usize)>,
     layers: Vec<LayerReport>,
+    /// Reports of layers since the last record.
+    unrecorded: Vec<LayerReport>,
     blocks: Vec<BlockReport>,
     stages: Vec<StageReport>,
+    saving: Duration,
+}
+
+/// What a compressor did.
+#[derive(Debug)]
+pub struct Finished {
+    /// Reports of all layers.
+    pub layers: Vec<LayerReport>,
+    /// Reports of all blocks.
+    pub blocks: Vec<BlockReport>,
+    /// How long it waited for what could be gone on with to be on the disk.
+    pub committing: Duration,
 }
 
 /// What stages hand on and say about one layer.
@@ -42,7 +63,14 @@ struct Handed {
 impl<'a> Compressor<'a> {
     /// A compressor that follows a plan and writes into an output.
     pub fn new(plan: &'a Plan, sinks: Sinks<'a>, layer_error: bool) -> Self {
-        Self { plan, sinks, layer_error, layers: Vec::new(), blocks: Vec::new(), stages: Vec::new() }
+        let (layers, unrecorded, blocks, stages) = Default::default();
+        Self { plan, sinks, layer_error, keeping: None, layers, unrecorded, blocks, stages, saving: Duration::ZERO }
+    }
+
+    /// As [`Self::new`], going on with the work of earlier runs, for a model of so many blocks.
+    pub fn going_on(plan: &'a Plan, sinks: Sinks<'a>, layer_error: bool, work: &'a Work, blocks: usize) -> Self {
+        let done = work.done();
+        Self { keeping: Some((work, blocks)), layers: done.layers, blocks: done.blocks, ..Self::new(plan, sinks, layer_error) }
     }
 
     /// Works on layer after layer without calibration.
@@ -55,6 +83,10 @@ impl<'a> Compressor<'a> {
         for planned in plan.layers.iter().filter(|planned| planned.outlined.storage.is_some()) {
             run.check_stop()?;
             let outlined = &planned.outlined;
+            if self.sinks.was_done(&outlined.name) {
+                run.observer.step(1, &outlined.name);
+                continue;
+            }
             let mut weight = source.weight(checkpoint, &outlined.name, outlined.shape)?;
             let original = (planned.stages.len() > 1).then(|| weight.to_matrix().into_owned());
             let (mut handed, mut change) = (Handed::default(), [0.0; 2]);
@@ -66,6 +98,7 @@ impl<'a> Compressor<'a> {
                 change = methods::change(&original.data, &weight.to_matrix().data);
             }
             self.write(planned, &weight, change, None, handed.notes)?;
+            self.sinks.commit_if_due(&mut self.unrecorded)?;
             run.observer.step(1, &outlined.name);
         }
         run.observer.end();
@@ -76,9 +109,31 @@ impl<'a> Compressor<'a> {
     ///
     /// # Errors
     /// When a tensor is incomplete or the disk fails.
-    pub fn finish(self) -> Result<(Vec<LayerReport>, Vec<BlockReport>)> {
-        self.sinks.finish()?;
-        Ok((self.layers, self.blocks))
+    pub fn finish(self, work: &Work) -> Result<Finished> {
+        let waited = self.sinks.finish(self.unrecorded, work)?;
+        Ok(Finished { layers: self.layers, blocks: self.blocks, committing: self.saving + waited })
+    }
+
+    /// Records a block that is done, with the hidden states before the next one.
+    fn commit(&mut self, block: BlockReport, streams: [(&str, Option<&Hidden>); 2]) -> Result<()> {
+        let Some((work, blocks)) = self.keeping else { return Ok(()) };
+        let started = Instant::now();
+        let next = block.block + 1;
+        let mut commit = Commit::default();
+        for (stream, hidden) in streams {
+            // Who still needs the states before last are those who find the last record damaged.
+            commit.stale.extend(block.block.checked_sub(1).map(|before| work.path.join(Work::states(before, stream))));
+            let Some(hidden) = hidden.filter(|hidden| next < blocks && !hidden.is_empty()) else { continue };
+            let name = Work::states(next, stream);
+            let file = work.storage.create(&work.path.join(&name), 0)?;
+            let (bytes, blake3) = hidden.save(|offset, piece| work.storage.write_at(&file, piece, offset))?;
+            commit.record.files.push(Kept { name, bytes, blake3: blake3.to_hex().to_string() });
+            commit.files.push(file);
+        }
+        let layers = std::mem::take(&mut self.unrecorded);
+        commit.record = Record { layers, block: Some(block), ..commit.record };
+        self.saving += started.elapsed();
+        self.sinks.commit(commit)
     }
 
     /// One stage on all layers of a block that it works on; gives the loss curve where there is one.
@@ -162,7 +217,7 @@ impl<'a> Compressor<'a> {
         self.sinks.layer(&outlined.name, weight)?;
         let storage = weight.storage();
         let entries = (outlined.shape[0] * outlined.shape[1]) as f64;
-        self.layers.push(LayerReport {
+        let report = LayerReport {
             name: outlined.name.clone(),
             shape: outlined.shape,
             storage: storage.to_string(),
@@ -171,7 +226,9 @@ impl<'a> Compressor<'a> {
             weight_error: ratio(change),
             layer_error,
             notes,
-        });
+        };
+        self.unrecorded.push(report.clone());
+        self.layers.push(report);
         Ok(())
     }
 }
@@ -204,8 +261,10 @@ impl Visitor for Compressor<'_> {
         self.write_block(bench, handed)
     }
 
-    fn went_through(&mut self, index: usize, output_error: Option<f64>) {
-        self.blocks.push(BlockReport { block: index, output_error, stages: std::mem::take(&mut self.stages) });
+    fn went_through(&mut self, index: usize, output_error: Option<f64>, hidden: &Hidden, float: Option<&Hidden>) -> Result<()> {
+        let report = BlockReport { block: index, output_error, stages: std::mem::take(&mut self.stages) };
+        self.blocks.push(report.clone());
+        self.commit(report, [("compressed", Some(hidden)), ("float", float)])
     }
 }
 

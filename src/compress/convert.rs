@@ -3,11 +3,12 @@
 use std::collections::HashSet;
 use std::path::Path;
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, read_file};
 use crate::compress::destination::Destination;
 use crate::compress::exports::{Export, Sinks, carry};
 use crate::compress::gguf::unpack::Unpacked;
 use crate::compress::layers::candidates;
+use crate::compress::manifest;
 use crate::error::{Error, Result};
 use crate::formats;
 use crate::model::Model;
@@ -15,6 +16,7 @@ use crate::model::config::known_family;
 use crate::plan::recipe;
 use crate::plan::{Plan, Planned};
 use crate::run::Run;
+use crate::storage::Store;
 use crate::weight::{Float, Ints, Outlined, Storage, Trits, Weight};
 
 /// What was written.
@@ -32,7 +34,14 @@ pub struct Converted {
 ///
 /// # Errors
 /// When the format is unknown or does not hold a layer exactly, which is said before anything is written.
-pub fn convert(model: &Path, format: &str, destination: Destination, run: &Run<'_>) -> Result<Converted> {
+pub fn convert(model: &Path, format: &str, mut destination: Destination, run: &Run<'_>) -> Result<Converted> {
+    match fill(model, format, &mut destination, run) {
+        Ok(converted) => destination.publish().map(|()| converted),
+        Err(error) => Err(destination.give_up(error)),
+    }
+}
+
+fn fill(model: &Path, format: &str, destination: &mut Destination, run: &Run<'_>) -> Result<Converted> {
     let unpacked = Unpacked::open(model, run.scratch)?;
     let checkpoint = Checkpoint::open(unpacked.folder())?;
     let source = formats::open(&checkpoint)?;
@@ -53,31 +62,34 @@ pub fn convert(model: &Path, format: &str, destination: Destination, run: &Run<'
     let format = formats::fitting(format, &outlines)?;
     let plan = Plan { stages: Vec::new(), layers, notes: Vec::new() };
     let export = Export::new(&checkpoint, source.as_ref(), &plan, format, &HashSet::new(), (&recipe::Export::default(), false))?;
-    let folder = destination.folder();
+    let dependencies = manifest::of_export(model, &checkpoint, format.name)?;
+    destination.begin(&dependencies)?;
+    let (folder, work) = (destination.folder(), &destination.work);
+    let storage: &dyn Store = work.storage.as_ref();
     destination.has_room(export.bytes())?;
     let exports = [export];
-    let mut sinks = Sinks::create(&exports, &checkpoint, &folder, u64::MAX)?;
+    let mut sinks = Sinks::create(&exports, &checkpoint.metadata(), work, u64::MAX)?;
     carry(&checkpoint, source.as_ref(), &plan, &HashSet::new(), &mut sinks, run)?;
     let packed: Vec<&Outlined> = exports[0].layers.iter().filter(|layer| layer.storage.is_some()).collect();
     run.observer.begin("convert", packed.len() as u64);
-    for layer in &packed {
+    for layer in packed.iter().filter(|layer| !work.done().names.contains(&layer.name)) {
         run.check_stop()?;
         let weight = source.weight(&checkpoint, &layer.name, layer.shape)?;
         let weight = if matches!(layer.storage, Some(Storage::Ints { .. })) { as_integers(weight) } else { weight };
         sinks.layer(&layer.name, &weight)?;
+        sinks.commit_if_due(&mut Vec::new())?;
         run.observer.step(1, &layer.name);
     }
     run.observer.end();
-    sinks.finish()?;
-    exports[0].side_files(&checkpoint, &folder)?;
+    sinks.finish(Vec::new(), work)?;
+    exports[0].side_files(&checkpoint, &folder, storage)?;
     let report = checkpoint.folder.join("report.json");
     if report.exists() {
-        std::fs::copy(&report, folder.join("report.json")).map_err(|error| Error::io(&report, &error))?;
+        storage.put(&folder.join("report.json"), &read_file(&report, 256 << 20)?)?;
     }
     exports[0].verify(&folder)?;
-    let converted = Converted { format: format.name, layers: packed.len(), bytes: exports[0].bytes() };
-    destination.publish()?;
-    Ok(converted)
+    manifest::write(&folder, &dependencies, storage)?;
+    Ok(Converted { format: format.name, layers: packed.len(), bytes: exports[0].bytes() })
 }
 
 /// What the other format is to hold of a layer: what it is now, or the same numbers in another storage.

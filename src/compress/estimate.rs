@@ -77,7 +77,7 @@ pub fn estimate(prepared: &Prepared, preparing: f64, run: &Run<'_>) -> Result<Es
     let whole = 2.0 * prepared.facts.parameters as f64 * 2.0 * 512.0;
     if trial_cost > TRIAL_OPERATIONS || whole > TRIAL_OPERATIONS || prepared.generation.is_some() {
         let seconds = trial.counted(model, needs, tokens(calibration), tokens(evaluation));
-        return Ok(Estimate { seconds: preparing + moving + seconds, memory_bytes: prepared.memory_bytes, tried: false });
+        return Ok(Estimate { seconds: preparing + moving + seconds, memory_bytes: prepared.needed.memory_bytes, tried: false });
     }
     let mut seconds = preparing + moving;
     let mut growth = 0;
@@ -116,7 +116,7 @@ struct Trial<'a> {
 impl Trial<'_> {
     /// What this process has needed so far, and what the whole run needs beyond.
     fn memory(&self, growth: u64) -> u64 {
-        peak_memory().map_or(self.prepared.memory_bytes, |peak| peak + growth)
+        peak_memory().map_or(self.prepared.needed.memory_bytes, |peak| peak + growth)
     }
 
     /// Seconds for all layers without calibration, from the first ones.
@@ -160,7 +160,7 @@ impl Trial<'_> {
         let started = Instant::now();
         let mut compressor = Compressor::new(&plan, Sinks::nowhere(), self.prepared.job.recipe.report.layer_error);
         let mut hidden = embed(model, windows, Keeping::HALVED, self.run)?;
-        walk_part(model, 0..1, &mut hidden, "", self.run, &mut compressor)?;
+        walk_part(model, 0..1, (&mut hidden, None), "", self.run, &mut compressor)?;
         Ok(started.elapsed().as_secs_f64())
     }
 

@@ -1,7 +1,10 @@
 //! What is written, in each format: tensors planned before the work, the files that hold them, and what lies beside.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use safetensors::Dtype;
 
@@ -9,14 +12,28 @@ use crate::checkpoint::decode::nonfinite_bytes;
 use crate::checkpoint::source::Source;
 use crate::checkpoint::{Checkpoint, float_of, read_file};
 use crate::compress::gguf;
+use crate::compress::journal::{Hashed, Record};
+use crate::compress::work::Work;
+use crate::compress::writer::{Commit, Writer};
 use crate::error::{Error, Fault, Result};
-use crate::formats::output::{Output, write_json};
+use crate::formats::output::{Files, Layout};
 use crate::formats::targets::Engine;
 use crate::formats::{self, Entry, Format};
 use crate::plan::Plan;
 use crate::plan::recipe::{self, Recipe};
+use crate::report::LayerReport;
 use crate::run::Run;
+use crate::storage::Store;
 use crate::weight::{Float, Outlined, Storage, Weight};
+
+/// Bytes that are copied at once.
+const PIECE: u64 = 8 << 20;
+
+/// How long layers are worked on before they are recorded, where no block sets the pace.
+const COMMIT_EVERY: Duration = Duration::from_secs(2);
+
+/// Files that this program puts beside the weights, which those of a model are not copied over.
+pub const OWN: [&str; 7] = ["report.json", "report.html", "report.md", "run.json", "timing.json", "sensitivity.json", "manifest.json"];
 
 /// A compressed checkpoint that is to be written.
 #[derive(Debug)]
@@ -119,19 +136,20 @@ impl Export {
     ///
     /// # Errors
     /// When a file cannot be copied.
-    pub fn side_files(&self, checkpoint: &Checkpoint, output: &Path) -> Result<()> {
+    pub fn side_files(&self, checkpoint: &Checkpoint, output: &Path, storage: &dyn Store) -> Result<()> {
         let folder = self.path(output);
+        let copy = |path: &Path| copy(path, &folder, storage);
         let licence = |path: &Path| path.file_name().is_some_and(|name| name.to_string_lossy().to_uppercase().starts_with("LICEN"));
         if self.file.is_some() {
             // Everything else is in the file.
-            return checkpoint.side_files()?.iter().filter(|path| licence(path)).try_for_each(|path| copy(path, &folder));
+            return checkpoint.side_files()?.iter().filter(|path| licence(path)).try_for_each(|path| copy(path));
         }
         let quantized = formats::quantization(checkpoint).is_some();
         for path in checkpoint.side_files()? {
             let name = path.file_name().unwrap_or_default();
-            let own = ["report.json", "report.html", "report.md", "run.json", "sensitivity.json"].iter().any(|own| name == *own);
+            let own = OWN.iter().any(|own| name == *own);
             if !(own || quantized && name == "quantize_config.json") {
-                copy(&path, &folder)?;
+                copy(&path)?;
             }
         }
         let config = folder.join("config.json");
@@ -142,16 +160,16 @@ impl Export {
         }
         let Some(section) = (self.format.config)(&self.layers, &self.carried_matrices(checkpoint)) else {
             if quantized {
-                return write_json(&config, &value);
+                return storage.put_json(&config, &value).map(drop);
             }
             let bytes = read_file(&checkpoint.folder.join("config.json"), 256 << 20)?;
-            return std::fs::write(&config, bytes).map_err(|error| Error::io(&config, &error));
+            return storage.put(&config, &bytes).map(drop);
         };
         for (name, value) in (self.format.files)(&section) {
-            write_json(&folder.join(name), &value)?;
+            storage.put_json(&folder.join(name), &value)?;
         }
         value["quantization_config"] = section;
-        write_json(&config, &value)
+        storage.put_json(&config, &value).map(drop)
     }
 
     /// Modules with a matrix of floats that no plan speaks of, embeddings aside: a loader must not expect them packed.
@@ -198,12 +216,14 @@ pub fn carry(
     sinks: &mut Sinks<'_>,
     run: &Run<'_>,
 ) -> Result<()> {
-    const PIECE: u64 = 8 << 20;
     let written = plan.layers.iter().filter(|layer| layer.outlined.storage.is_some());
     let replaced: HashSet<String> = written.flat_map(|layer| source.tensors(checkpoint, &layer.outlined.name)).collect();
     run.observer.begin("copy the rest", checkpoint.shards.len() as u64);
     for shard in &checkpoint.shards {
         for (name, info) in shard.header.tensors.iter().filter(|(name, _)| !replaced.contains(*name) && !norms.contains(*name)) {
+            if sinks.was_done(name) {
+                continue;
+            }
             run.check_stop()?;
             for start in (0..info.bytes()).step_by(PIECE as usize) {
                 let bytes = shard.bytes(info, start..(start + PIECE).min(info.bytes()))?;
@@ -213,6 +233,8 @@ pub fn carry(
                 }
                 sinks.carry(name, &bytes, None)?;
             }
+            sinks.done(name);
+            sinks.commit_if_due(&mut Vec::new())?;
         }
         run.observer.step(1, "");
     }
@@ -220,9 +242,19 @@ pub fn carry(
     Ok(())
 }
 
-fn copy(path: &Path, folder: &Path) -> Result<()> {
-    let to = folder.join(path.file_name().unwrap_or_default());
-    std::fs::copy(path, &to).map(drop).map_err(|error| Error::io(path, &error))
+fn copy(path: &Path, folder: &Path, storage: &dyn Store) -> Result<()> {
+    let mut from = std::fs::File::open(path).map_err(|error| Error::unreadable(path, &error))?;
+    let to = storage.create(&folder.join(path.file_name().unwrap_or_default()), 0)?;
+    let (mut at, mut piece) = (0, vec![0; PIECE as usize]);
+    loop {
+        match from.read(&mut piece).map_err(|error| Error::unreadable(path, &error))? {
+            0 => return Ok(()),
+            read => {
+                storage.write_at(&to, &piece[..read], at)?;
+                at += read as u64;
+            }
+        }
+    }
 }
 
 /// The tensors of an output, in the order of the input.
@@ -254,74 +286,163 @@ fn entries(checkpoint: &Checkpoint, source: &dyn Source, layers: &[Outlined], fo
 #[derive(Debug)]
 pub struct Sinks<'a> {
     sinks: Vec<Sink<'a>>,
+    writer: Option<Writer>,
+    /// What is complete since the last commit.
+    record: Record,
+    before: HashSet<String>,
+    committed: Instant,
 }
 
 #[derive(Debug)]
 struct Sink<'a> {
     export: &'a Export,
-    output: Output,
+    layout: Layout,
     waiting: gguf::Waiting,
 }
 
 impl<'a> Sinks<'a> {
     /// Files of no export: whatever is written is forgotten.
     pub fn nowhere() -> Self {
-        Self { sinks: Vec::new() }
+        Self { sinks: Vec::new(), writer: None, record: Record::default(), before: HashSet::new(), committed: Instant::now() }
     }
 
-    /// Lays out the files of all exports below a folder.
+    /// Lays out the files of all exports in a work folder, or takes up those that lie there.
     ///
     /// # Errors
-    /// When one cannot be made.
-    pub fn create(exports: &'a [Export], checkpoint: &Checkpoint, output: &Path, shard_bytes: u64) -> Result<Self> {
-        let sink = |export: &'a Export| {
-            let folder = export.path(output);
-            std::fs::create_dir_all(&folder).map_err(|error| Error::io(&folder, &error))?;
-            let output = match &export.file {
-                Some(file) => file.create(&folder)?,
-                None => Output::create(&folder, &export.entries, shard_bytes, &checkpoint.metadata())?,
+    /// When one cannot be made, or is not as it was left.
+    pub fn create(exports: &'a [Export], metadata: &BTreeMap<String, String>, work: &Work, shard_bytes: u64) -> Result<Self> {
+        let mut sinks = Self { before: work.done().names, ..Self::nowhere() };
+        let (mut files, mut first) = (Vec::new(), Vec::new());
+        for (number, export) in exports.iter().enumerate() {
+            let folder = export.path(&work.output());
+            let mut layout = match &export.file {
+                Some(file) => file.layout(),
+                None => Layout::shards(&export.entries, shard_bytes, metadata)?,
             };
-            Ok(Sink { export, output, waiting: gguf::Waiting::new() })
-        };
-        Ok(Self { sinks: exports.iter().map(sink).collect::<Result<Vec<_>>>()? })
+            if work.resumes() {
+                let hashes = hashes(work.records().iter().flat_map(|record| &record.tensors), number);
+                let damaged = |error: Error| error.advice("start over with --restart");
+                files.push(Files::reopen(&layout, &folder, Arc::clone(&work.storage), &hashes).map_err(damaged)?);
+                hashes.keys().try_for_each(|name| layout.written(name))?;
+            } else {
+                work.storage.create_folder(&folder)?;
+                files.push(Files::create(&layout, &folder, Arc::clone(&work.storage))?);
+                work.storage.sync_folder(&folder)?;
+            }
+            let computed = export.file.as_ref().and_then(gguf::File::computed);
+            first.extend(computed.filter(|(name, _)| !layout.is_written(name)).map(|(name, bytes)| (number, name, bytes)));
+            sinks.sinks.push(Sink { export, layout, waiting: gguf::Waiting::new() });
+        }
+        work.storage.sync_folder(&work.output())?;
+        sinks.writer = Some(Writer::start(files, Arc::clone(&work.storage), Some(work.log()?)));
+        for (number, name, bytes) in first {
+            sinks.give(number, name, bytes)?;
+        }
+        Ok(sinks)
+    }
+
+    fn give(&mut self, export: usize, name: &str, bytes: Vec<u8>) -> Result<()> {
+        let piece = self.sinks[export].layout.piece(name, bytes)?;
+        self.writer.as_mut().map_or(Ok(()), |writer| writer.write(export, piece))
     }
 
     /// Takes the next bytes of a tensor that every export carries as it is, in the number format of the model's tensor or,
     /// where it was changed, in `float`.
     ///
     /// # Errors
-    /// As [`Output::write`].
+    /// When the disk refuses, or the tensor is not part of the layout or already full.
     pub fn carry(&mut self, name: &str, bytes: &[u8], float: Option<Float>) -> Result<()> {
-        self.sinks.iter_mut().try_for_each(|Sink { export, output, waiting }| match &export.file {
-            Some(file) => file.carry(output, waiting, name, bytes, float),
-            None => output.write(name, bytes.to_vec()),
-        })
+        for export in 0..self.sinks.len() {
+            let sink = &mut self.sinks[export];
+            let (name, bytes) = match &sink.export.file {
+                Some(file) => match file.carry(&mut sink.waiting, name, bytes, float) {
+                    Some(changed) => changed,
+                    None => continue,
+                },
+                None => (name, bytes.to_vec()),
+            };
+            self.give(export, name, bytes)?;
+        }
+        Ok(())
     }
 
     /// Takes the weight of a linear layer, by its place in the plan.
     ///
     /// # Errors
-    /// As [`Output::write`].
+    /// As [`Self::carry`].
     pub fn layer(&mut self, name: &str, weight: &Weight) -> Result<()> {
-        for Sink { export, output, .. } in &mut self.sinks {
+        for number in 0..self.sinks.len() {
+            let export = self.sinks[number].export;
             let layer = export.layers.iter().find(|layer| layer.name == name);
             let layer = layer.ok_or_else(|| Error::run("not part of the planned output").tensor(name))?;
             if let Some(file) = &export.file {
-                file.layer(output, layer, weight)?;
+                let (name, bytes) = file.layer(layer, weight)?;
+                self.give(number, name, bytes)?;
                 continue;
             }
             for (entry, bytes) in (export.format.entries)(layer).iter().zip((export.format.encode)(weight, layer.float)) {
-                output.write(&entry.name, bytes)?;
+                self.give(number, &entry.name, bytes)?;
             }
         }
+        self.done(name);
         Ok(())
     }
 
-    /// Brings everything to the disk.
+    /// Whether a tensor or layer of the model was done by an earlier run.
+    pub fn was_done(&self, name: &str) -> bool {
+        self.before.contains(name)
+    }
+
+    /// All of a tensor or layer of the model was given.
+    fn done(&mut self, name: &str) {
+        self.record.done.push(name.to_owned());
+    }
+
+    /// Records what is complete, with reports of layers, once in a while.
     ///
     /// # Errors
-    /// As [`Output::finish`].
-    pub fn finish(self) -> Result<()> {
-        self.sinks.into_iter().try_for_each(|sink| sink.output.finish())
+    /// When the disk refuses.
+    pub fn commit_if_due(&mut self, layers: &mut Vec<LayerReport>) -> Result<()> {
+        if self.committed.elapsed() < COMMIT_EVERY {
+            return Ok(());
+        }
+        self.record.layers.append(layers);
+        self.commit(Commit::default())
     }
+
+    /// Records what is complete.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn commit(&mut self, mut commit: Commit) -> Result<()> {
+        let record = std::mem::take(&mut self.record);
+        commit.record.done.extend(record.done);
+        commit.record.layers.extend(record.layers);
+        self.committed = Instant::now();
+        self.writer.as_mut().map_or(Ok(()), |writer| writer.commit(commit))
+    }
+
+    /// Records the rest, waits until everything is on the disk, and reads it back; gives the time for which others waited.
+    ///
+    /// # Errors
+    /// When a tensor is incomplete or the disk refuses.
+    pub fn finish(mut self, layers: Vec<LayerReport>, work: &Work) -> Result<Duration> {
+        self.sinks.iter().try_for_each(|sink| sink.layout.complete())?;
+        self.record.layers.extend(layers);
+        self.commit(Commit::default())?;
+        let Some(mut writer) = self.writer.take() else { return Ok(Duration::ZERO) };
+        let complete = writer.settle()?;
+        let recorded = || work.records().iter().flat_map(|record| &record.tensors).chain(&complete);
+        for (number, Sink { export, layout, .. }) in self.sinks.iter().enumerate() {
+            let hashes = hashes(recorded(), number);
+            let failed = |error: Error| Error::new(Fault::Verification, format!("the output does not read back: {error}"));
+            Files::reopen(layout, &export.path(&work.output()), Arc::clone(&work.storage), &hashes).map_err(failed)?;
+        }
+        Ok(writer.waited)
+    }
+}
+
+/// Hashes of the tensors of an export.
+fn hashes<'a>(recorded: impl Iterator<Item = &'a Hashed>, export: usize) -> HashMap<&'a str, &'a str> {
+    recorded.filter(|tensor| tensor.export == export).map(|hashed| (hashed.tensor.as_str(), hashed.blake3.as_str())).collect()
 }

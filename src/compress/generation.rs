@@ -6,7 +6,8 @@ use crate::calibrate::corpus::{self, Packed};
 use crate::calibrate::starts::starts;
 use crate::calibrate::tokens::Tokenizer;
 use crate::checkpoint::read_json;
-use crate::error::Result;
+use crate::compress::work::Work;
+use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::config::tokens;
 use crate::model::generate::{BUDGET, Options, generate};
@@ -40,13 +41,24 @@ pub fn prepare(folder: &Path, model: &Model<'_>, options: &corpus::Options, note
     Ok((Packed { windows: Vec::new(), counts: corpus::own_counts(options) }, generation))
 }
 
-/// Lets the model write, where it is to.
+/// What the windows are kept as for whoever goes on.
+const KEPT: &str = "windows.json";
+
+/// Lets the model write, where it is to and an earlier run did not.
 ///
 /// # Errors
 /// When it cannot.
-pub fn write(model: &Model<'_>, generation: Option<&Options>, packed: Option<&mut Packed>, run: &Run<'_>) -> Result<()> {
+pub fn write(model: &Model<'_>, generation: Option<&Options>, packed: Option<&mut Packed>, work: &Work, run: &Run<'_>) -> Result<()> {
     if let (Some(generation), Some(packed)) = (generation, packed) {
-        packed.windows = generate(model, generation, BUDGET, run)?;
+        packed.windows = match work.kept(KEPT)? {
+            Some(kept) => serde_json::from_slice(&kept).map_err(|error| Error::input(error.to_string()).file(&work.path.join(KEPT)))?,
+            None => {
+                let windows = generate(model, generation, BUDGET, run)?;
+                let bytes = serde_json::to_vec(&windows).map_err(|error| Error::run(error.to_string()))?;
+                work.keep(KEPT, &bytes)?;
+                windows
+            }
+        };
         packed.counts.blake3 = corpus::hash_tokens(&packed.windows);
     }
     Ok(())

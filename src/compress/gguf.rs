@@ -17,7 +17,7 @@ use crate::formats::gguf::blocks::{self, Kind};
 use crate::formats::gguf::container::{Tensor, Value, header};
 use crate::formats::gguf::reader::Reader;
 use crate::formats::gguf::{FORMAT, carrier, tokenizer};
-use crate::formats::output::Output;
+use crate::formats::output::Layout;
 use crate::model::architecture::NormKind;
 use crate::model::config::{Config, model_type};
 use crate::weight::super_blocks::SIZE;
@@ -230,18 +230,16 @@ impl File {
     }
 
     /// Lays out the file.
-    ///
-    /// # Errors
-    /// When it cannot be made.
-    pub fn create(&self, folder: &Path) -> Result<Output> {
+    pub fn layout(&self) -> Layout {
         let tensors = self.listed();
         let (header, offsets) = header(&self.keys, &tensors);
         let places = tensors.iter().zip(offsets).map(|(tensor, offset)| (tensor.name.clone(), offset, tensor.bytes())).collect();
-        let mut output = Output::single(folder, FILE, &header, places)?;
-        if let Some(divisors) = &self.divisors {
-            output.write("rope_freqs.weight", encode(Float::F32, divisors))?;
-        }
-        Ok(output)
+        Layout::single(FILE, header, places)
+    }
+
+    /// The tensor that is in no checkpoint, where there is one, and its bytes.
+    pub fn computed(&self) -> Option<(&'static str, Vec<u8>)> {
+        self.divisors.as_ref().map(|divisors| ("rope_freqs.weight", encode(Float::F32, divisors)))
     }
 
     /// Opens the file as a stranger would and compares it with the plan.
@@ -261,26 +259,23 @@ impl File {
     }
 
     /// Takes the next bytes of a tensor, in the number format `float`.
-    ///
-    /// # Errors
-    /// As [`Output::write`].
-    pub fn carry(&self, output: &mut Output, waiting: &mut Waiting, name: &str, bytes: &[u8], float: Option<Float>) -> Result<()> {
-        let Some(&at) = self.places.get(name) else { return Ok(()) };
-        let (_, placed) = &self.tensors[at];
+    /// Gives what becomes of them: a tensor's name and its next bytes.
+    pub fn carry(&self, waiting: &mut Waiting, name: &str, bytes: &[u8], float: Option<Float>) -> Option<(&str, Vec<u8>)> {
+        let (_, placed) = &self.tensors[*self.places.get(name)?];
         let from = float.or(placed.float).unwrap_or(Float::F32);
         let tensor = &placed.tensor;
-        match placed.change {
-            Change::None => output.write(&tensor.name, bytes.to_vec()),
+        let bytes = match placed.change {
+            Change::None => bytes.to_vec(),
             Change::Single { plus_one } => {
                 let mut values = vec![0.0; bytes.len() / from.bytes()];
                 decode(from, bytes, &mut values);
                 values.iter_mut().for_each(|value| *value += f32::from(u8::from(plus_one)));
-                output.write(&tensor.name, encode(Float::F32, &values))
+                encode(Float::F32, &values)
             }
             Change::Eight => {
                 let mut values = vec![0.0; bytes.len() / from.bytes()];
                 decode(from, bytes, &mut values);
-                output.write(&tensor.name, blocks::rounded_to_eight(&values))
+                blocks::rounded_to_eight(&values)
             }
             Change::Paired { heads } => {
                 let come = waiting.entry(name.to_owned()).or_default();
@@ -288,7 +283,7 @@ impl File {
                 let rows = tensor.shape[0];
                 let row_bytes = from.bytes() * tensor.shape.iter().skip(1).product::<usize>();
                 if come.len() < rows * row_bytes {
-                    return Ok(());
+                    return None;
                 }
                 let whole = waiting.remove(name).unwrap_or_default();
                 let mut turned = Vec::with_capacity(whole.len());
@@ -298,16 +293,17 @@ impl File {
                     decode(from, &turned, &mut values);
                     turned = encode(Float::F32, &values);
                 }
-                output.write(&tensor.name, turned)
+                turned
             }
-        }
+        };
+        Some((&tensor.name, bytes))
     }
 
-    /// Takes the weight of a linear layer.
+    /// What becomes of the weight of a linear layer: a tensor's name and its bytes.
     ///
     /// # Errors
-    /// As [`Output::write`].
-    pub fn layer(&self, output: &mut Output, layer: &Outlined, weight: &Weight) -> Result<()> {
+    /// When the file has no place for it.
+    pub fn layer(&self, layer: &Outlined, weight: &Weight) -> Result<(&str, Vec<u8>)> {
         let name = format!("{}.weight", layer.name);
         let Some(&at) = self.places.get(&name) else { return Err(Error::run("has no place in the file").tensor(&name)) };
         let placed = &self.tensors[at].1;
@@ -316,7 +312,7 @@ impl File {
             _ => None,
         };
         let encoded = (FORMAT.encode)(turned.as_ref().unwrap_or(weight), layer.float);
-        encoded.into_iter().try_for_each(|bytes| output.write(&placed.tensor.name, bytes))
+        Ok((&placed.tensor.name, encoded.concat()))
     }
 }
 

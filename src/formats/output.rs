@@ -1,74 +1,74 @@
-//! A safetensors checkpoint whose layout is known before its data: headers first, then bytes at their offsets in any
-//! order. It is complete when every byte of every tensor was written.
+//! Safetensors files whose layout is known before their data: headers first, then bytes at their offsets in any order. They
+//! are complete when every byte of every tensor was written. [`Layout`] is the plan of it and does no input or output,
+//! [`Files`] are the files on a disk, [`Output`] is both for who writes at once.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
-use std::sync::mpsc::{SyncSender, sync_channel};
-use std::thread::JoinHandle;
+use std::path::Path;
+use std::sync::Arc;
 
-use serde_json::{Map, json};
+use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Fault, Result};
 use crate::formats::Entry;
+use crate::storage::{Disk, Opened, Store, json as json_text};
 
-/// The weight files of an output. A thread of its own writes them, so that computing goes on meanwhile.
-#[derive(Debug)]
-pub struct Output {
-    folder: PathBuf,
+/// Bytes that are read at once where they are only hashed.
+const READ_BYTES: u64 = 8 << 20;
+
+/// Where every tensor lies, and how much of it was taken so far.
+#[derive(Debug, Default)]
+pub struct Layout {
+    /// The files, in order.
+    pub files: Vec<LaidOut>,
     places: BTreeMap<String, Place>,
-    names: Vec<String>,
-    writer: Option<Writer>,
+    index: Option<Value>,
+}
+
+/// A file that is to be.
+#[derive(Debug)]
+pub struct LaidOut {
+    /// Its name.
+    pub name: String,
+    /// All before the first tensor.
+    pub beginning: Vec<u8>,
+    /// Length.
+    pub bytes: u64,
 }
 
 #[derive(Debug)]
 struct Place {
-    shard: usize,
+    file: usize,
     start: u64,
     bytes: u64,
     written: u64,
 }
 
-/// The files, and the error that stopped the writing with the number of its file.
-type Written = (Vec<File>, Option<(usize, std::io::Error)>);
-
 /// Bytes for an offset of a file.
-type Piece = (usize, u64, Vec<u8>);
-
 #[derive(Debug)]
-struct Writer {
-    pieces: SyncSender<Piece>,
-    thread: JoinHandle<Written>,
+pub struct Piece {
+    /// Number of the file.
+    pub file: usize,
+    /// Where in it.
+    pub offset: u64,
+    /// The bytes.
+    pub bytes: Vec<u8>,
+    /// The tensor that they are of.
+    pub tensor: String,
+    /// Whether they are its last.
+    pub last: bool,
 }
 
-impl Writer {
-    /// At most this many pieces wait.
-    const WAITING: usize = 2;
-
-    fn start(files: Vec<File>) -> Self {
-        let (pieces, waiting) = sync_channel::<Piece>(Self::WAITING);
-        let thread = std::thread::spawn(move || {
-            for (shard, offset, bytes) in waiting {
-                if let Err(error) = files[shard].write_all_at(&bytes, offset) {
-                    return (files, Some((shard, error)));
-                }
-            }
-            (files, None)
-        });
-        Self { pieces, thread }
-    }
-}
-
-impl Output {
-    /// Lays out the files: tensors in the given order, a new shard when one would exceed `shard_bytes`.
+impl Layout {
+    /// Lays out safetensors files: tensors in the given order, a new file when one would exceed `shard_bytes`.
     ///
     /// # Errors
-    /// When a file cannot be made or the disk is too small.
+    /// When a header is no JSON.
     ///
     /// # Panics
     /// When two entries have one name.
-    pub fn create(folder: &Path, entries: &[Entry], shard_bytes: u64, metadata: &BTreeMap<String, String>) -> Result<Self> {
+    pub fn shards(entries: &[Entry], shard_bytes: u64, metadata: &BTreeMap<String, String>) -> Result<Self> {
         let mut plan: Vec<Vec<&Entry>> = vec![Vec::new()];
         let mut filled = 0;
         for entry in entries {
@@ -79,8 +79,7 @@ impl Output {
             filled += entry.bytes();
             plan.last_mut().expect("one shard at least").push(entry);
         }
-        let mut output = Self { folder: folder.to_path_buf(), places: BTreeMap::new(), names: Vec::new(), writer: None };
-        let mut files = Vec::new();
+        let mut layout = Self::default();
         let mut map = Map::new();
         for (number, entries) in plan.iter().enumerate() {
             let name = match plan.len() {
@@ -88,33 +87,25 @@ impl Output {
                 count => format!("model-{:05}-of-{count:05}.safetensors", number + 1),
             };
             map.extend(entries.iter().map(|entry| (entry.name.clone(), json!(name))));
-            files.push(output.shard(name, entries, metadata)?);
+            layout.shard(name, entries, metadata)?;
         }
         if plan.len() > 1 {
             let total: u64 = entries.iter().map(Entry::bytes).sum();
             map.sort_keys();
-            let index = json!({"metadata": {"total_size": total}, "weight_map": map});
-            write_json(&folder.join("model.safetensors.index.json"), &index)?;
+            layout.index = Some(json!({"metadata": {"total_size": total}, "weight_map": map}));
         }
-        output.writer = Some(Writer::start(files));
-        Ok(output)
+        Ok(layout)
     }
 
     /// Lays out one file of a given beginning, with tensors of given names at given offsets and of given sizes.
-    ///
-    /// # Errors
-    /// When it cannot be made or the disk is too small.
-    pub fn single(folder: &Path, name: &str, beginning: &[u8], tensors: Vec<(String, u64, u64)>) -> Result<Self> {
+    pub fn single(name: &str, beginning: Vec<u8>, tensors: Vec<(String, u64, u64)>) -> Self {
         let end = tensors.iter().map(|(_, start, bytes)| start + bytes).max().unwrap_or(0).max(beginning.len() as u64);
-        let file = reserved(&folder.join(name), end)?;
-        file.write_all_at(beginning, 0).map_err(|error| Error::io(&folder.join(name), &error))?;
-        let place = |(name, start, bytes)| (name, Place { shard: 0, start, bytes, written: 0 });
+        let place = |(name, start, bytes)| (name, Place { file: 0, start, bytes, written: 0 });
         let places = tensors.into_iter().map(place).collect();
-        let writer = Some(Writer::start(vec![file]));
-        Ok(Self { folder: folder.to_path_buf(), places, names: vec![name.to_owned()], writer })
+        Self { files: vec![LaidOut { name: name.to_owned(), beginning, bytes: end }], places, index: None }
     }
 
-    fn shard(&mut self, name: String, entries: &[&Entry], metadata: &BTreeMap<String, String>) -> Result<File> {
+    fn shard(&mut self, name: String, entries: &[&Entry], metadata: &BTreeMap<String, String>) -> Result<()> {
         let mut header = Map::new();
         let mut strings = json!({"format": "pt"});
         metadata.iter().for_each(|(key, value)| strings[key] = json!(value));
@@ -127,109 +118,187 @@ impl Output {
         }
         let mut text = serde_json::to_vec(&header).map_err(|error| Error::run(error.to_string()))?;
         text.resize(text.len().next_multiple_of(8), b' ');
-        let path = self.folder.join(&name);
-        let fail = |error: std::io::Error| Error::io(&path, &error);
-        let start = 8 + text.len() as u64;
-        let file = reserved(&path, start + offset)?;
-        file.write_all_at(&(text.len() as u64).to_le_bytes(), 0).map_err(fail)?;
-        file.write_all_at(&text, 8).map_err(fail)?;
-        let mut at = start;
+        let mut at = 8 + text.len() as u64;
+        let beginning = [&(text.len() as u64).to_le_bytes()[..], &text].concat();
         for entry in entries {
-            let place = Place { shard: self.names.len(), start: at, bytes: entry.bytes(), written: 0 };
+            let place = Place { file: self.files.len(), start: at, bytes: entry.bytes(), written: 0 };
             at += entry.bytes();
             assert!(self.places.insert(entry.name.clone(), place).is_none(), "two tensors named {}", entry.name);
         }
-        self.names.push(name);
-        Ok(file)
+        self.files.push(LaidOut { name, beginning, bytes: at });
+        Ok(())
     }
 
-    /// Takes the next bytes of a tensor.
+    /// Takes the next bytes of a tensor and says where they go.
     ///
     /// # Errors
-    /// When the disk refused earlier bytes, or the tensor is not part of the layout or already full.
-    pub fn write(&mut self, name: &str, bytes: Vec<u8>) -> Result<()> {
+    /// When the tensor is not part of the layout or already full.
+    pub fn piece(&mut self, name: &str, bytes: Vec<u8>) -> Result<Piece> {
         let place = self.places.get_mut(name).ok_or_else(|| Error::run("not part of the planned output").tensor(name))?;
         if place.written + bytes.len() as u64 > place.bytes {
             return Err(Error::run(format!("{} bytes planned, {} given", place.bytes, place.written + bytes.len() as u64)).tensor(name));
         }
         let offset = place.start + place.written;
         place.written += bytes.len() as u64;
-        let piece = (place.shard, offset, bytes);
-        match &self.writer {
-            Some(writer) if writer.pieces.send(piece).is_ok() => Ok(()),
-            _ => self.settle().map(drop),
-        }
+        Ok(Piece { file: place.file, offset, bytes, tensor: name.to_owned(), last: place.written == place.bytes })
     }
 
-    /// Waits for the writer; gives the files, or the error that stopped it.
-    fn settle(&mut self) -> Result<Vec<File>> {
-        let Some(Writer { pieces, thread }) = self.writer.take() else {
-            return Err(Error::run("the output was given up after an earlier failure"));
-        };
-        drop(pieces);
-        match thread.join() {
-            Ok((files, None)) => Ok(files),
-            Ok((_, Some((shard, error)))) => Err(Error::io(&self.folder.join(&self.names[shard]), &error)),
-            Err(_) => Err(Error::run("the thread that writes the output failed")),
-        }
-    }
-
-    /// Checks that every byte was written and brings the files to the disk.
+    /// Takes a tensor as written before.
     ///
     /// # Errors
-    /// When a tensor is incomplete or the disk fails.
-    pub fn finish(mut self) -> Result<()> {
-        let files = self.settle()?;
-        if let Some((name, place)) = self.places.iter().find(|(_, place)| place.written != place.bytes) {
-            let message = format!("{} of {} bytes were written", place.written, place.bytes);
-            return Err(Error::new(Fault::Verification, message).tensor(name));
-        }
-        for (name, file) in self.names.iter().zip(files) {
-            file.sync_all().map_err(|error| Error::io(&self.folder.join(name), &error))?;
-        }
+    /// When it is not part of the layout.
+    pub fn written(&mut self, name: &str) -> Result<()> {
+        let place = self.places.get_mut(name).ok_or_else(|| Error::run("not part of the planned output").tensor(name))?;
+        place.written = place.bytes;
         Ok(())
+    }
+
+    /// Whether all of a tensor was taken.
+    pub fn is_written(&self, name: &str) -> bool {
+        self.places.get(name).is_some_and(|place| place.written == place.bytes)
+    }
+
+    /// Checks that every byte was taken.
+    ///
+    /// # Errors
+    /// When a tensor is incomplete.
+    pub fn complete(&self) -> Result<()> {
+        match self.places.iter().find(|(_, place)| place.written != place.bytes) {
+            Some((name, place)) => {
+                let message = format!("{} of {} bytes were written", place.written, place.bytes);
+                Err(Error::new(Fault::Verification, message).tensor(name))
+            }
+            None => Ok(()),
+        }
     }
 }
 
-/// A new file that has room for so many bytes.
-fn reserved(path: &Path, bytes: u64) -> Result<File> {
-    let file = File::options().write(true).create_new(true).open(path).map_err(|error| Error::io(path, &error))?;
-    rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, bytes)
-        .or_else(|error| if error == rustix::io::Errno::OPNOTSUPP { rustix::fs::ftruncate(&file, bytes) } else { Err(error) })
-        .map_err(|error| Error::run(format!("no room for {bytes} bytes: {error}")).file(path))?;
-    Ok(file)
+/// The files of a layout on a disk.
+#[derive(Debug)]
+pub struct Files {
+    storage: Arc<dyn Store>,
+    opened: Vec<Opened>,
 }
 
-/// Writes a JSON file with two spaces of indentation and a final newline.
-///
-/// # Errors
-/// When it cannot be written.
-pub fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
-    let text = serde_json::to_string_pretty(value).map_err(|error| Error::run(error.to_string()).file(path))?;
-    std::fs::write(path, text + "\n").map_err(|error| Error::io(path, &error))
+impl Files {
+    /// Makes the files of a layout with room for all they are to hold, and the index where there is one.
+    ///
+    /// # Errors
+    /// When one cannot be made or the disk is too small.
+    pub fn create(layout: &Layout, folder: &Path, storage: Arc<dyn Store>) -> Result<Self> {
+        let mut opened = Vec::new();
+        for file in &layout.files {
+            let made = storage.create(&folder.join(&file.name), file.bytes)?;
+            storage.write_at(&made, &file.beginning, 0)?;
+            opened.push(made);
+        }
+        if let Some(index) = &layout.index {
+            storage.put_json(&folder.join("model.safetensors.index.json"), index)?;
+        }
+        Ok(Self { storage, opened })
+    }
+
+    /// Opens the files of a layout that were made before, and checks all they are to hold by now: `tensors` are those that are
+    /// complete, with their hashes.
+    ///
+    /// # Errors
+    /// When anything in them is not as it was written.
+    pub fn reopen(layout: &Layout, folder: &Path, storage: Arc<dyn Store>, tensors: &HashMap<&str, &str>) -> Result<Self> {
+        let mut opened = Vec::new();
+        for file in &layout.files {
+            let path = folder.join(&file.name);
+            let found = storage.open(&path)?;
+            let bytes = found.file.metadata().map_err(|error| Error::io(&path, &error))?.len();
+            if bytes != file.bytes {
+                return Err(Error::run(format!("has {bytes} bytes, {} were reserved", file.bytes)).file(&path));
+            }
+            let mut beginning = vec![0; file.beginning.len()];
+            found.file.read_exact_at(&mut beginning, 0).map_err(|error| Error::io(&path, &error))?;
+            if beginning != file.beginning {
+                return Err(Error::run("its header is not the one that was written").file(&path));
+            }
+            opened.push(found);
+        }
+        if let Some(index) = &layout.index {
+            let path = folder.join("model.safetensors.index.json");
+            if std::fs::read(&path).map_err(|error| Error::io(&path, &error))? != json_text(index)?.as_bytes() {
+                return Err(Error::run("is not as it was written").file(&path));
+            }
+        }
+        for (name, hash) in tensors {
+            let place = layout.places.get(*name).ok_or_else(|| Error::run("not part of the planned output").tensor(name))?;
+            let file = &opened[place.file];
+            if hash_part(&file.file, place.start, place.bytes).map_err(|error| Error::io(&file.path, &error))?.to_hex().as_str() != *hash {
+                return Err(Error::run("its bytes are not those that were written").tensor(name).file(&file.path));
+            }
+        }
+        Ok(Self { storage, opened })
+    }
+
+    /// Writes a piece.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn write(&self, piece: &Piece) -> Result<()> {
+        self.storage.write_at(&self.opened[piece.file], &piece.bytes, piece.offset)
+    }
+
+    /// Brings the files to the disk.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub fn sync(&self) -> Result<()> {
+        self.opened.iter().try_for_each(|file| self.storage.sync(file))
+    }
 }
 
-/// Writes a file complete or not at all.
-///
-/// # Errors
-/// When it cannot be written.
-pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
-    use std::os::unix::fs::PermissionsExt;
-    let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    // As any new file: what the mask of the process takes away is not there.
-    let file = tempfile::Builder::new().permissions(std::fs::Permissions::from_mode(0o666)).tempfile_in(folder);
-    let mut file = file.map_err(|error| Error::io(folder, &error))?;
-    std::io::Write::write_all(&mut file, bytes).map_err(|error| Error::io(path, &error))?;
-    file.persist(path).map(drop).map_err(|error| Error::io(path, &error.error))
+/// blake3 of a part of a file.
+fn hash_part(file: &File, start: u64, bytes: u64) -> std::io::Result<blake3::Hash> {
+    let mut hasher = blake3::Hasher::new();
+    let mut buffer = vec![0; bytes.min(READ_BYTES) as usize];
+    let mut at = 0;
+    while at < bytes {
+        let part = (bytes - at).min(READ_BYTES) as usize;
+        file.read_exact_at(&mut buffer[..part], start + at)?;
+        hasher.update(&buffer[..part]);
+        at += part as u64;
+    }
+    Ok(hasher.finalize())
 }
 
-/// As [`write_whole`], an object as JSON.
-///
-/// # Errors
-/// When it cannot be written.
-pub fn write_whole_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
-    let text = serde_json::to_string_pretty(value).map_err(|error| Error::run(error.to_string()).file(path))?;
-    write_whole(path, (text + "\n").as_bytes())
+/// Files that are written as their bytes come.
+#[derive(Debug)]
+pub struct Output {
+    layout: Layout,
+    files: Files,
+}
+
+impl Output {
+    /// As [`Layout::shards`], on the disk at once.
+    ///
+    /// # Errors
+    /// As [`Files::create`].
+    pub fn create(folder: &Path, entries: &[Entry], shard_bytes: u64, metadata: &BTreeMap<String, String>) -> Result<Self> {
+        let layout = Layout::shards(entries, shard_bytes, metadata)?;
+        let files = Files::create(&layout, folder, Arc::new(Disk))?;
+        Ok(Self { layout, files })
+    }
+
+    /// Takes the next bytes of a tensor.
+    ///
+    /// # Errors
+    /// As [`Layout::piece`] and [`Files::write`].
+    pub fn write(&mut self, name: &str, bytes: Vec<u8>) -> Result<()> {
+        self.files.write(&self.layout.piece(name, bytes)?)
+    }
+
+    /// Checks that every byte was written.
+    ///
+    /// # Errors
+    /// When a tensor is incomplete.
+    pub fn finish(self) -> Result<()> {
+        self.layout.complete()
+    }
 }
 
 #[cfg(test)]

@@ -4,8 +4,9 @@
 use std::collections::BTreeMap;
 
 use super::*;
-use crate::formats::output::{Output, write_json};
+use crate::formats::output::Output;
 use crate::matrix::Matrix;
+use crate::storage::write_whole_json;
 use crate::weight::{Ints, Pattern, Sparse, Split, Storage, SuperBlocks, SuperKind, Trits};
 
 fn noise(count: usize, seed: u64) -> impl Iterator<Item = u64> {
@@ -78,7 +79,7 @@ fn written_and_opened(format: &Format, layers: &[(Outlined, &Weight)]) -> Vec<We
     if let Some(section) = (format.config)(&outlined, &[]) {
         config["quantization_config"] = section;
     }
-    write_json(&folder.path().join("config.json"), &config).unwrap();
+    write_whole_json(&folder.path().join("config.json"), &config).unwrap();
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
     let source = open(&checkpoint).unwrap();
     let read = |layer: &Outlined| {
@@ -243,7 +244,7 @@ fn a_tritplane_that_holds_no_trits_or_another_number_of_values_is_refused() {
         }
         output.finish().unwrap();
         let section = (tritplane::FORMAT.config)(std::slice::from_ref(&layer), &[]);
-        write_json(&folder.path().join("config.json"), &serde_json::json!({"model_type": "llama", "quantization_config": section}))
+        write_whole_json(&folder.path().join("config.json"), &serde_json::json!({"model_type": "llama", "quantization_config": section}))
             .unwrap();
         let checkpoint = Checkpoint::open(folder.path()).unwrap();
         let error = open(&checkpoint).unwrap().weight(&checkpoint, "a", layer.shape).unwrap_err().to_string();

@@ -21,6 +21,9 @@ use crate::weight::Float;
 /// Bytes of hidden states of one store that may lie in memory.
 const BUDGET_BYTES: u64 = 96 << 20;
 
+/// Bytes of the pieces in which states are saved; a multiple of the 4 of a float.
+const PIECE_BYTES: u64 = 4 << 20;
+
 /// How states are kept.
 #[derive(Debug, Clone, Copy)]
 pub struct Keeping {
@@ -39,6 +42,12 @@ impl Keeping {
     /// In f32 in any case, with as much memory as is left when `stores` of them share it.
     pub fn shared(stores: usize) -> Self {
         Self { budget_bytes: 4 * BUDGET_BYTES / stores.max(1) as u64, exact: true }
+    }
+
+    /// Bytes of a store of `tokens × width` states, wherever it lies.
+    pub fn stored_bytes(self, tokens: u64, width: u64) -> u64 {
+        let single = 4 * tokens * width;
+        if self.exact || single <= self.budget_bytes { single } else { tokens * halved_bytes(width as usize) as u64 }
     }
 
     /// Bytes in memory of a store of `tokens × width` states.
@@ -192,6 +201,69 @@ impl Hidden {
         Ok(())
     }
 
+    /// Gives the states as they are kept, in pieces with their offsets, to somebody who stores them; the pieces come in no
+    /// order. Gives their length and blake3 of the hashes of all pieces.
+    ///
+    /// # Errors
+    /// Of the temporary file or of who stores.
+    pub fn save(&self, store: impl Fn(u64, &[u8]) -> Result<()> + Sync) -> Result<(u64, blake3::Hash)> {
+        let bytes = self.bytes();
+        let pieces: Vec<u64> = (0..bytes).step_by(PIECE_BYTES as usize).collect();
+        let save = |&start: &u64| {
+            let length = (bytes - start).min(PIECE_BYTES) as usize;
+            let part = start as usize..start as usize + length;
+            let keep = |piece: &[u8]| store(start, piece).map(|()| blake3::hash(piece));
+            match &self.place {
+                Store::Memory(all) => keep(&bytemuck::cast_slice::<f32, u8>(all)[part]),
+                Store::Halved(all) => keep(&all[part]),
+                Store::Disk { file, .. } => {
+                    let mut piece = vec![0; length];
+                    file.read_exact_at(&mut piece, start).map_err(|error| spill_error(&error))?;
+                    keep(&piece)
+                }
+            }
+        };
+        let hashes = pieces.par_iter().map(save).collect::<Result<Vec<_>>>()?;
+        Ok((bytes, hash_of_hashes(&hashes)))
+    }
+
+    /// Takes states that [`Self::save`] gave from a file. Gives what `save` gave.
+    ///
+    /// # Errors
+    /// Of the temporary file, or when the file cannot be read or has another length.
+    pub fn load(&mut self, from: &File, path: &Path) -> Result<(u64, blake3::Hash)> {
+        let bytes = self.bytes();
+        let fail = |error: std::io::Error| Error::io(path, &error);
+        let found = from.metadata().map_err(fail)?.len();
+        if found != bytes {
+            return Err(Error::run(format!("has {found} bytes, {bytes} were written")).file(path));
+        }
+        let mut hashes = Vec::new();
+        let mut piece = vec![0; bytes.min(PIECE_BYTES) as usize];
+        for start in (0..bytes).step_by(PIECE_BYTES as usize) {
+            let piece = &mut piece[..(bytes - start).min(PIECE_BYTES) as usize];
+            from.read_exact_at(piece, start).map_err(fail)?;
+            hashes.push(blake3::hash(piece));
+            let part = start as usize..start as usize + piece.len();
+            match &mut self.place {
+                Store::Memory(all) => bytemuck::cast_slice_mut::<f32, u8>(all)[part].copy_from_slice(piece),
+                Store::Halved(all) => all[part].copy_from_slice(piece),
+                Store::Disk { file, .. } => file.write_all_at(piece, start).map_err(|error| spill_error(&error))?,
+            }
+        }
+        Ok((bytes, hash_of_hashes(&hashes)))
+    }
+
+    /// Bytes of all states as they are kept.
+    fn bytes(&self) -> u64 {
+        let tokens = self.starts[self.starts.len() - 1];
+        let token = match self.place {
+            Store::Memory(_) | Store::Disk { halved: false, .. } => 4 * self.width,
+            Store::Halved(_) | Store::Disk { halved: true, .. } => halved_bytes(self.width),
+        };
+        (tokens * token) as u64
+    }
+
     /// Cuts the windows into runs of equal length that hold at most `tokens` tokens, or one window each. The cut does
     /// not depend on the number of threads.
     pub fn runs(&self, tokens: usize) -> Vec<Range<usize>> {
@@ -214,6 +286,14 @@ impl Hidden {
     pub fn map<R: Send>(&self, runs: &[Range<usize>], work: impl Fn(Range<usize>, Vec<f32>) -> Result<R> + Sync) -> Result<Vec<R>> {
         runs.par_iter().map(|run| work(run.clone(), self.read(run.clone())?)).collect()
     }
+}
+
+fn hash_of_hashes(hashes: &[blake3::Hash]) -> blake3::Hash {
+    let mut all = blake3::Hasher::new();
+    hashes.iter().for_each(|hash| {
+        all.update(hash.as_bytes());
+    });
+    all.finalize()
 }
 
 /// Bytes of a halved token: its f16 values and its exponent.
@@ -279,6 +359,28 @@ mod tests {
                 let sums = hidden.map(&[0..1, 1..3], |_, values| Ok(values.iter().sum::<f32>())).unwrap();
                 assert_eq!(sums, [105.0, 2555.0], "{keeping:?}");
             }
+        }
+    }
+
+    #[test]
+    fn states_come_back_bit_for_bit_from_where_they_were_saved() {
+        let path = tempfile::NamedTempFile::new().unwrap().into_temp_path();
+        for keeping in PLACES {
+            // More than one piece, and a last one that is not whole.
+            let mut hidden = Hidden::new(&[900, 701], 1100, keeping, Path::new(".")).unwrap();
+            for window in 0..2 {
+                let values: Vec<f32> = (0..hidden.tokens(window) * 1100).map(|i| (i as f32).sin()).collect();
+                hidden.write(window..window + 1, &values).unwrap();
+            }
+            let file = File::create(&path).unwrap();
+            let saved = hidden.save(|start, piece| file.write_all_at(piece, start).map_err(|error| spill_error(&error))).unwrap();
+            let mut back = hidden.like(1100, Path::new(".")).unwrap();
+            assert_eq!(back.load(&File::open(&path).unwrap(), &path).unwrap(), saved);
+            assert_eq!(back.read(0..2).unwrap(), hidden.read(0..2).unwrap(), "{keeping:?}");
+            file.write_all_at(&[1], saved.0 - 1).unwrap();
+            assert_ne!(back.load(&File::open(&path).unwrap(), &path).unwrap(), saved);
+            file.set_len(saved.0 - 1).unwrap();
+            assert!(back.load(&File::open(&path).unwrap(), &path).is_err());
         }
     }
 

@@ -47,8 +47,14 @@ pub trait Visitor {
     /// Whatever stops the walk.
     fn visit(&mut self, bench: &mut Bench<'_>) -> Result<()>;
 
-    /// Told, after the walk went through the block, the relative squared error of its output on some windows.
-    fn went_through(&mut self, _index: usize, _output_error: Option<f64>) {}
+    /// Told, after the walk went through the block, the relative squared error of its output on some windows, and shown the
+    /// hidden states before the next block: those of the walk and those of the float model, where it keeps them.
+    ///
+    /// # Errors
+    /// Whatever stops the walk.
+    fn went_through(&mut self, _index: usize, _output_error: Option<f64>, _hidden: &Hidden, _float: Option<&Hidden>) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// A visitor that changes nothing: the walk is then an evaluation.
@@ -83,17 +89,18 @@ pub fn embed(model: &Model<'_>, windows: &[Vec<u32>], keeping: Keeping, run: &Ru
 /// # Errors
 /// When a block cannot be read, an output is not finite, a signal asks to stop, or the visitor fails.
 pub fn walk(model: &Model<'_>, hidden: &mut Hidden, stage: &str, run: &Run<'_>, visitor: &mut dyn Visitor) -> Result<()> {
-    walk_part(model, 0..model.config.layers.len(), hidden, stage, run, visitor)
+    walk_part(model, 0..model.config.layers.len(), (hidden, None), stage, run, visitor)
 }
 
-/// As [`walk`], through some blocks only; `hidden` enters with the inputs of the first of them.
+/// As [`walk`], through some blocks only; `hidden` enters with the inputs of the first of them, and `float` is what the float
+/// model has there, where that is something else.
 ///
 /// # Errors
 /// As [`walk`].
 pub fn walk_part(
     model: &Model<'_>,
     blocks: Range<usize>,
-    hidden: &mut Hidden,
+    (hidden, float): (&mut Hidden, Option<Hidden>),
     stage: &str,
     run: &Run<'_>,
     visitor: &mut dyn Visitor,
@@ -102,7 +109,7 @@ pub fn walk_part(
     let calibrated = needs > Needs::Nothing && !hidden.is_empty();
     let passes = if calibrated { 2 } else { 1 };
     run.observer.begin(stage, (blocks.len() * (passes * hidden.len()).max(1)) as u64);
-    let mut float = if calibrated && needs == Needs::Streams { Some(FloatStream::new(model, hidden, run)?) } else { None };
+    let mut float = if calibrated && needs == Needs::Streams { Some(FloatStream::new(model, hidden, float, run)?) } else { None };
     for index in blocks {
         run.check_stop()?;
         let note = format!("block {index}");
@@ -136,7 +143,7 @@ pub fn walk_part(
         if let Some(float) = &mut float {
             float.next();
         }
-        visitor.went_through(index, relative_error(&wanted, &after));
+        visitor.went_through(index, relative_error(&wanted, &after), hidden, float.as_ref().map(|float| &float.inputs))?;
     }
     run.observer.end();
     Ok(())
@@ -214,9 +221,10 @@ struct FloatStream {
 }
 
 impl FloatStream {
-    fn new(model: &Model<'_>, hidden: &Hidden, run: &Run<'_>) -> Result<Self> {
+    fn new(model: &Model<'_>, hidden: &Hidden, inputs: Option<Hidden>, run: &Run<'_>) -> Result<Self> {
         let between = || Between::new(model, hidden, run);
-        Ok(Self { inputs: hidden.copy(run.scratch)?, targets: hidden.copy(run.scratch)?, between: [between()?, between()?] })
+        let inputs = inputs.map_or_else(|| hidden.copy(run.scratch), Ok)?;
+        Ok(Self { inputs, targets: hidden.copy(run.scratch)?, between: [between()?, between()?] })
     }
 
     /// Computes the outputs of the original block; gives those of the first windows.

@@ -19,8 +19,8 @@ const NUMBERED_ROWS: usize = 64;
 pub struct Files {
     /// report.json.
     pub report: Value,
-    /// run.json; null where it is missing.
-    pub run: Value,
+    /// timing.json; null where it is missing or left out.
+    pub timing: Value,
     /// sensitivity.json; null where there was none.
     pub sensitivity: Value,
 }
@@ -57,7 +57,7 @@ fn rendered(name: &str, template: &str, files: &Files, charts: Value) -> Result<
     let wrong = |error: minijinja::Error| Error::run(format!("the report cannot be rendered: {error:#}"));
     environment.add_template(name, template).map_err(wrong)?;
     let context = json!({
-        "report": files.report, "run": files.run, "charts": charts, "verdict": verdict(&files.report),
+        "report": files.report, "timing": files.timing, "charts": charts, "verdict": verdict(&files.report),
         "recipe": recipe(&files.report), "sensitive": sensitive(&files.sensitivity), "remarks": remarks(&files.report),
     });
     environment.get_template(name).and_then(|template| template.render(context)).map_err(wrong)
@@ -270,7 +270,7 @@ mod tests {
         });
         Files {
             report,
-            run: json!({"command": ["drawknife", "compress", "x"], "stages": [{"name": "compress", "seconds": 1.5}], "peak_memory_bytes": 1000}),
+            timing: json!({"command": ["drawknife", "compress", "x"], "stages": [{"name": "compress", "seconds": 1.5}], "peak_memory_bytes": 1000}),
             sensitivity: Value::Null,
         }
     }

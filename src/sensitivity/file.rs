@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::read_file;
 use crate::error::{Error, Result};
-use crate::formats::output::write_whole_json;
 use crate::statistics::rank_correlation;
+use crate::storage::write_whole_json;
 
 /// Version of the file's shape.
 pub const SCHEMA: u32 = 1;
@@ -124,14 +124,20 @@ impl Sensitivity {
     /// # Errors
     /// When it is missing or not of this version.
     pub fn open(path: &Path) -> Result<Self> {
-        let bytes = read_file(path, 256 << 20)?;
-        let found: Self =
-            serde_json::from_slice(&bytes).map_err(|error| Error::input(format!("no sensitivity file: {error}")).file(path))?;
+        Self::parse(&read_file(path, 256 << 20)?).map_err(|error| error.file(path))
+    }
+
+    /// Reads the bytes of such a file.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn parse(bytes: &[u8]) -> Result<Self> {
+        let found: Self = serde_json::from_slice(bytes).map_err(|error| Error::input(format!("no sensitivity file: {error}")))?;
         let sound = |candidate: &Candidate| (0.0..1e6).contains(&candidate.cost()) && candidate.bits > 0;
         match () {
-            () if found.schema != SCHEMA => Err(Error::input(format!("version {}, read is {SCHEMA}", found.schema)).file(path)),
+            () if found.schema != SCHEMA => Err(Error::input(format!("version {}, read is {SCHEMA}", found.schema))),
             () if !found.layers.iter().flat_map(|layer| &layer.candidates).all(sound) => {
-                Err(Error::input("costs must be 0 to a million nats and sizes above 0; measure again").file(path))
+                Err(Error::input("costs must be 0 to a million nats and sizes above 0; measure again"))
             }
             () => Ok(found),
         }

@@ -76,6 +76,10 @@ fn functions(text: &str) -> Vec<(String, usize)> {
         else {
             continue;
         };
+        // A method of a trait without a body.
+        if lines[start..].iter().find(|line| line.ends_with(['{', '}', ';'])).is_some_and(|line| line.ends_with(';')) {
+            continue;
+        }
         let indent = before.len() - before.trim_start().len();
         let end = lines[start..].iter().position(|line| line.starts_with(&format!("{}}}", " ".repeat(indent))));
         found.push((rest.split('(').next().unwrap_or("").to_string(), end.unwrap_or(0)));

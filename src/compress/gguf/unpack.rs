@@ -15,10 +15,11 @@ use crate::formats::gguf::blocks::{self, Kind};
 use crate::formats::gguf::container::{Tensor, Value};
 use crate::formats::gguf::k_blocks;
 use crate::formats::gguf::reader::Reader;
-use crate::formats::output::{Output, write_json};
+use crate::formats::output::Output;
 use crate::formats::{Entry, compressed_tensors};
 use crate::model::config::Config;
 use crate::model::rotation;
+use crate::storage::write_whole_json;
 use crate::weight::{Float, Outlined, Storage, Weight};
 
 /// Writes the checkpoint that a file holds into an empty folder.
@@ -168,10 +169,10 @@ impl Contents {
         if let Some(section) = (compressed_tensors::FORMAT.config)(&outlined, &[]).filter(|_| !outlined.is_empty()) {
             self.config["quantization_config"] = section;
         }
-        write_json(&folder.join("config.json"), &self.config)?;
+        write_whole_json(&folder.join("config.json"), &self.config)?;
         if let Some([tokenizer, config]) = &self.tokenizer {
-            write_json(&folder.join("tokenizer.json"), tokenizer)?;
-            write_json(&folder.join("tokenizer_config.json"), config)?;
+            write_whole_json(&folder.join("tokenizer.json"), tokenizer)?;
+            write_whole_json(&folder.join("tokenizer_config.json"), config)?;
         }
         Ok(())
     }

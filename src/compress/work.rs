@@ -1,0 +1,393 @@
+//! The hidden folder beside a destination in which an output comes to be, so that whoever runs the same command again goes
+//! on where the last run was cut off:
+//!
+//! ```text
+//! .NAME.drawknife-work/
+//!     LOCK          who works here; locked while they do
+//!     plan.json     what the work depends on: program, recipe, inputs, texts, device
+//!     journal       one line per commit
+//!     out/          the output, laid out in full at the start
+//!     states/       hidden states before the next block
+//! ```
+//!
+//! Tensors are written to their final places in files that have their final length, and a commit records the hash of each.
+//! Files per block, which would have to be put together at the end, would need the disk twice and the time of a copy; bytes
+//! that a record vouches for are never written again, so that they are as immutable as a file of their own.
+
+use std::collections::HashSet;
+use std::fs::{File, TryLockError};
+use std::io::{ErrorKind, Read as _, Seek, Write as _};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use serde_json::{Map, Value};
+
+use crate::compress::journal::{self, Journal, Kept, Record};
+use crate::error::{Error, Result, shown, shown_path};
+use crate::report::{BlockReport, LayerReport};
+use crate::storage::Store;
+
+const LOCK: &str = "LOCK";
+const PLAN: &str = "plan.json";
+const JOURNAL: &str = "journal";
+const STATES: &str = "states";
+
+/// A work folder that this process holds.
+#[derive(Debug)]
+pub struct Work {
+    /// What changes the disk.
+    pub storage: Arc<dyn Store>,
+    /// Where it is.
+    pub path: PathBuf,
+    lock: File,
+    owner: String,
+    read: journal::Read,
+    log: Option<Arc<Mutex<Log>>>,
+    discard: bool,
+}
+
+/// The journal with a look at who holds the folder, for where locks do not lock.
+#[derive(Debug)]
+pub struct Log {
+    journal: Journal,
+    lock: PathBuf,
+    owner: String,
+}
+
+impl Log {
+    /// Adds a record; all that it names must be on the disk.
+    ///
+    /// # Errors
+    /// When the disk refuses, or another process took the folder.
+    pub fn append(&mut self, record: &Record) -> Result<()> {
+        match std::fs::read_to_string(&self.lock) {
+            Ok(owner) if owner == self.owner => self.journal.append(record),
+            _ => Err(Error::run("another process took over the work on this output; let one of them finish").file(&self.lock)),
+        }
+    }
+}
+
+/// What earlier runs did, as their records say it.
+#[derive(Debug, Default)]
+pub struct Done {
+    /// Tensors and layers of the model that are done.
+    pub names: HashSet<String>,
+    /// Reports of layers.
+    pub layers: Vec<LayerReport>,
+    /// Reports of blocks.
+    pub blocks: Vec<BlockReport>,
+    /// Hidden states before the next block.
+    pub states: Vec<Kept>,
+}
+
+impl Work {
+    /// The folder for a destination.
+    pub fn path(parent: &Path, name: &std::ffi::OsStr) -> PathBuf {
+        // A name may have 255 bytes.
+        let whole = name.to_string_lossy();
+        let short = if name.len() <= 200 {
+            whole.into_owned()
+        } else {
+            let cut: String = whole.chars().take(40).collect();
+            format!("{cut}-{}", &blake3::hash(name.as_encoded_bytes()).to_hex()[..16])
+        };
+        parent.join(format!(".{short}.drawknife-work"))
+    }
+
+    /// Whether work on a destination is left that can be gone on with.
+    pub fn left(target: &Path) -> bool {
+        let (parent, name) = (target.parent().unwrap_or(Path::new(".")), target.file_name().unwrap_or_default());
+        std::fs::metadata(Self::path(parent, name).join(JOURNAL)).is_ok_and(|journal| journal.len() > 0)
+    }
+
+    /// Makes the folder or takes the one that is there.
+    ///
+    /// # Errors
+    /// When another process holds it, it cannot be written, or its journal is damaged.
+    pub fn open(path: PathBuf, storage: Arc<dyn Store>, restart: bool) -> Result<Self> {
+        let (mut lock, owner) = loop {
+            match storage.create_private_folder(&path) {
+                Err(error) if !path.is_dir() => {
+                    let parent = path.parent().unwrap_or(Path::new("/"));
+                    let what = if parent.is_dir() { error } else { Error::input("no such folder").file(parent) };
+                    return Err(Error::input(format!("cannot write here: {what}")));
+                }
+                _ => {}
+            }
+            if let Some(held) = hold(&path)? {
+                break held;
+            }
+        };
+        let fail = |error: std::io::Error| Error::io(&path.join(LOCK), &error);
+        lock.set_len(0).and_then(|()| lock.rewind()).and_then(|()| lock.write_all(owner.as_bytes())).map_err(fail)?;
+        let mut work = Self { storage, path, lock, owner, read: journal::Read::default(), log: None, discard: false };
+        if restart {
+            work.clear()?;
+        }
+        let journal = work.path.join(JOURNAL);
+        match std::fs::read(&journal) {
+            Ok(bytes) => {
+                let damaged = |what: String| Error::input(format!("{what}; start over with --restart")).file(&journal);
+                work.read = journal::read(&bytes).map_err(damaged)?;
+            }
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => return Err(Error::io(&journal, &error)),
+        }
+        Ok(work)
+    }
+
+    /// Throws away what earlier runs left.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn forget(&mut self) -> Result<()> {
+        self.log = None;
+        self.clear()
+    }
+
+    /// Removes all but the lock.
+    fn clear(&mut self) -> Result<()> {
+        let entries = std::fs::read_dir(&self.path).map_err(|error| Error::io(&self.path, &error))?;
+        let mut paths: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).filter(|path| !path.ends_with(LOCK)).collect();
+        paths.sort();
+        self.read = journal::Read::default();
+        paths.iter().try_for_each(|path| self.storage.remove(path))
+    }
+
+    /// The folder of the output.
+    pub fn output(&self) -> PathBuf {
+        self.path.join("out")
+    }
+
+    /// What earlier runs recorded.
+    pub fn records(&self) -> &[Record] {
+        &self.read.records
+    }
+
+    /// Whether there is work of earlier runs.
+    pub fn resumes(&self) -> bool {
+        !self.read.records.is_empty()
+    }
+
+    /// Begins the work that depends on what `plan` says, or goes on with it.
+    ///
+    /// # Errors
+    /// When earlier work depends on something else, naming what differs, or the disk refuses.
+    pub fn begin(&mut self, plan: &Map<String, Value>) -> Result<()> {
+        if self.resumes() {
+            self.depends_on(plan)?;
+            self.drop_unrecorded()?;
+        } else {
+            self.clear()?;
+            let written = self.storage.as_ref().put_json(&self.path.join(PLAN), plan)?;
+            self.storage.sync(&written)?;
+            self.storage.create_folder(&self.output())?;
+            self.storage.create_folder(&self.path.join(STATES))?;
+        }
+        let journal = self.path.join(JOURNAL);
+        let file = if self.resumes() { self.storage.open(&journal)? } else { self.storage.create(&journal, 0)? };
+        if self.resumes() {
+            self.storage.cut(&file, self.read.bytes)?;
+        }
+        self.storage.sync_folder(&self.path)?;
+        let journal = Journal::after(Arc::clone(&self.storage), file, &self.read);
+        self.log = Some(Arc::new(Mutex::new(Log { journal, lock: self.path.join(LOCK), owner: self.owner.clone() })));
+        Ok(())
+    }
+
+    /// Checks that earlier work depends on what `plan` says.
+    ///
+    /// # Errors
+    /// When it does not, naming what differs.
+    pub fn depends_on(&self, plan: &Map<String, Value>) -> Result<()> {
+        let path = self.path.join(PLAN);
+        let text = std::fs::read(&path).map_err(|error| Error::io(&path, &error).advice("start over with --restart"))?;
+        let before: Map<String, Value> = serde_json::from_slice(&text)
+            .map_err(|error| Error::input(format!("is not as it was written ({error}); start over with --restart")).file(&path))?;
+        let differing = differing(&Value::Object(before), &Value::Object(plan.clone()));
+        let Some(((key, how), others)) = differing.split_first() else { return Ok(()) };
+        let more = match others.len() {
+            0 => String::new(),
+            more => format!(" and {more} more ({})", others.iter().map(|(key, _)| key.as_str()).collect::<Vec<_>>().join(", ")),
+        };
+        let what = format!(
+            "holds unfinished work that differs in {key} ({how}){more}; run what was run before to finish it, or start over with --restart"
+        );
+        Err(Error::input(what).file(&self.path))
+    }
+
+    /// Removes states that no record of the last two blocks names.
+    fn drop_unrecorded(&self) -> Result<()> {
+        let blocks = self.read.records.iter().filter(|record| record.block.is_some()).rev().take(2);
+        let named: HashSet<&str> = blocks.flat_map(|record| record.files.iter().map(|file| file.name.as_str())).collect();
+        let folder = self.path.join(STATES);
+        let entries = std::fs::read_dir(&folder).map_err(|error| Error::io(&folder, &error))?;
+        for entry in entries.flatten() {
+            if !named.contains(format!("{STATES}/{}", entry.file_name().to_string_lossy()).as_str()) {
+                self.storage.remove(&entry.path())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What earlier runs did.
+    pub fn done(&self) -> Done {
+        let mut done = Done::default();
+        for record in self.records() {
+            done.names.extend(record.done.iter().cloned());
+            done.layers.extend(record.layers.iter().cloned());
+            if let Some(block) = &record.block {
+                done.blocks.push(block.clone());
+                done.states.clone_from(&record.files);
+            }
+        }
+        done
+    }
+
+    /// The journal.
+    ///
+    /// # Errors
+    /// Before [`Self::begin`].
+    pub fn log(&self) -> Result<Arc<Mutex<Log>>> {
+        self.log.clone().ok_or_else(|| Error::run("the work was not begun"))
+    }
+
+    /// Keeps a small file for whoever goes on.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn keep(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        let file = self.storage.as_ref().put(&self.path.join(name), bytes)?;
+        self.storage.sync(&file)?;
+        self.storage.sync_folder(&self.path)?;
+        let kept = Kept { name: name.into(), bytes: bytes.len() as u64, blake3: blake3::hash(bytes).to_hex().to_string() };
+        locked(self.log()?.as_ref()).append(&Record { files: vec![kept], ..Record::default() })
+    }
+
+    /// A small file that an earlier run kept.
+    ///
+    /// # Errors
+    /// When it is not as it was written.
+    pub fn kept(&self, name: &str) -> Result<Option<Vec<u8>>> {
+        let Some(kept) = self.records().iter().flat_map(|record| &record.files).find(|file| file.name == name) else { return Ok(None) };
+        let path = self.path.join(name);
+        let bytes = std::fs::read(&path).map_err(|error| Error::io(&path, &error).advice("start over with --restart"))?;
+        if blake3::hash(&bytes).to_hex().as_str() != kept.blake3 {
+            return Err(Error::input("is not as it was written; start over with --restart").file(&path));
+        }
+        Ok(Some(bytes))
+    }
+
+    /// Where hidden states before a block are kept, by the name in the record.
+    pub fn states(block: usize, stream: &str) -> String {
+        format!("{STATES}/{block:05}-{stream}")
+    }
+
+    /// Records that the output is complete and only its place is missing.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn finished(&self, manifest: &blake3::Hash) -> Result<()> {
+        locked(self.log()?.as_ref()).append(&Record { finished: Some(manifest.to_hex().to_string()), ..Record::default() })
+    }
+
+    /// The hash of the manifest of an output that only its place was missing of.
+    pub fn was_finished(&self) -> Option<&str> {
+        self.records().last()?.finished.as_deref()
+    }
+
+    /// Nothing here is of use to anybody: it goes with this value.
+    pub fn discard(&mut self) {
+        self.discard = true;
+    }
+
+    /// Whether the folder stays when this value goes, because something in it is worth going on with.
+    pub fn stays(&self) -> bool {
+        let recorded = || std::fs::metadata(self.path.join(JOURNAL)).is_ok_and(|journal| journal.len() > 0);
+        !self.discard && (self.resumes() || recorded())
+    }
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        if !self.stays() {
+            // A folder that cannot be removed now is emptied by the next run.
+            let _ = self.storage.remove(&self.path);
+        }
+        let _ = self.lock.unlock();
+    }
+}
+
+/// A journal that a thread which failed may have left locked.
+pub fn locked(log: &Mutex<Log>) -> MutexGuard<'_, Log> {
+    log.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Locks a folder and says who holds it now; nothing when it was removed meanwhile.
+fn hold(folder: &Path) -> Result<Option<(File, String)>> {
+    let path = folder.join(LOCK);
+    let mut lock = match File::options().read(true).write(true).create(true).truncate(false).open(&path) {
+        Ok(lock) => lock,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(Error::input(format!("cannot write here: {error}")).file(folder)),
+    };
+    match lock.try_lock() {
+        Err(TryLockError::WouldBlock) => {
+            let mut holder = String::new();
+            let _ = (&mut lock).take(200).read_to_string(&mut holder);
+            let holder = shown(holder.split(" at ").next().unwrap_or_default());
+            return Err(Error::input(format!(
+                "{} is being written by {}; wait for it, or give another destination with -o",
+                shown_path(folder),
+                if holder.is_empty() { "another process" } else { &holder }
+            )));
+        }
+        // Where a file system has no locks, the look at the owner before every record is what is left.
+        Err(TryLockError::Error(_)) | Ok(()) => {}
+    }
+    let same = std::fs::metadata(&path)
+        .is_ok_and(|there| lock.metadata().is_ok_and(|held| (held.dev(), held.ino()) == (there.dev(), there.ino())));
+    if !same {
+        return Ok(None);
+    }
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_nanos();
+    Ok(Some((lock, format!("process {} on {} at {now}\n", std::process::id(), host.trim()))))
+}
+
+/// Keys in which two objects differ, each with its values before and now.
+fn differing(before: &Value, now: &Value) -> Vec<(String, String)> {
+    match (before, now) {
+        (Value::Object(a), Value::Object(b)) => {
+            let mut keys: Vec<&String> = a.keys().chain(b.keys()).collect();
+            keys.sort();
+            keys.dedup();
+            let below = |key: &String| {
+                let found = differing(a.get(key).unwrap_or(&Value::Null), b.get(key).unwrap_or(&Value::Null));
+                let joined =
+                    |(below, how): (String, String)| (if below.is_empty() { shown(key) } else { format!("{}.{below}", shown(key)) }, how);
+                found.into_iter().map(joined).collect::<Vec<_>>()
+            };
+            keys.into_iter().flat_map(below).collect()
+        }
+        (Value::Array(a), Value::Array(b)) if a.len() == b.len() => {
+            let of = |(number, (a, b))| -> Vec<(String, String)> {
+                let joined = |(below, how): (String, String)| {
+                    (if below.is_empty() { format!("{number}") } else { format!("{number}.{below}") }, how)
+                };
+                differing(a, b).into_iter().map(joined).collect()
+            };
+            a.iter().zip(b).enumerate().flat_map(of).collect()
+        }
+        (a, b) if a == b => Vec::new(),
+        (a, b) => vec![(String::new(), format!("{} before, {} now", short(a), short(b)))],
+    }
+}
+
+fn short(value: &Value) -> String {
+    match value {
+        Value::Null => "absent".into(),
+        value => shown(&value.to_string().chars().take(60).collect::<String>()),
+    }
+}

@@ -1,0 +1,158 @@
+//! The thread that writes: pieces of tensors to their places, and commits to the journal once all before them is on the disk.
+//! Computing goes on meanwhile.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::compress::journal::{Hashed, Record};
+use crate::compress::work::{Log, locked};
+use crate::error::{Error, Result};
+use crate::formats::output::{Files, Piece};
+use crate::storage::{Opened, Store};
+
+/// At most this many tasks wait.
+const WAITING: usize = 2;
+
+/// What is to be recorded.
+#[derive(Debug, Default)]
+pub struct Commit {
+    /// The record; the tensors that are complete join it.
+    pub record: Record,
+    /// Files that it names.
+    pub files: Vec<Opened>,
+    /// What nobody needs once it stands.
+    pub stale: Vec<PathBuf>,
+}
+
+enum Task {
+    Piece(usize, Piece),
+    Commit(Box<Commit>),
+}
+
+/// The thread.
+#[derive(Debug)]
+pub struct Writer {
+    tasks: Option<SyncSender<Task>>,
+    thread: Option<JoinHandle<Result<Vec<Hashed>>>>,
+    /// How long others waited for it.
+    pub waited: Duration,
+}
+
+impl Writer {
+    /// A thread for the files of all exports. Without a journal a commit only brings them to the disk.
+    pub fn start(files: Vec<Files>, storage: Arc<dyn Store>, log: Option<Arc<Mutex<Log>>>) -> Self {
+        let (tasks, waiting) = sync_channel::<Task>(WAITING);
+        let mut state = State { files, storage, log, hashers: HashMap::new(), complete: Vec::new(), recorded: Vec::new() };
+        let thread = std::thread::spawn(move || {
+            waiting.into_iter().try_for_each(|task| state.work(task))?;
+            Ok(state.recorded)
+        });
+        Self { tasks: Some(tasks), thread: Some(thread), waited: Duration::ZERO }
+    }
+
+    /// Gives a piece of an export to be written.
+    ///
+    /// # Errors
+    /// Whatever stopped the thread.
+    pub fn write(&mut self, export: usize, piece: Piece) -> Result<()> {
+        self.give(Task::Piece(export, piece))
+    }
+
+    /// Gives a record to be made of all that was given before.
+    ///
+    /// # Errors
+    /// Whatever stopped the thread.
+    pub fn commit(&mut self, commit: Commit) -> Result<()> {
+        self.give(Task::Commit(Box::new(commit)))
+    }
+
+    fn give(&mut self, task: Task) -> Result<()> {
+        let started = Instant::now();
+        let taken = self.tasks.as_ref().is_some_and(|tasks| tasks.send(task).is_ok());
+        self.waited += started.elapsed();
+        if taken {
+            return Ok(());
+        }
+        self.settle()?;
+        Err(Error::run("the output was given up after an earlier failure"))
+    }
+
+    /// Waits until all is done; gives the tensors that were recorded.
+    ///
+    /// # Errors
+    /// Whatever stopped the thread.
+    pub fn settle(&mut self) -> Result<Vec<Hashed>> {
+        let started = Instant::now();
+        drop(self.tasks.take());
+        let ended = match self.thread.take().map(JoinHandle::join) {
+            None => Ok(Vec::new()),
+            Some(Ok(ended)) => ended,
+            Some(Err(_)) => Err(Error::run("the thread that writes the output failed")),
+        };
+        self.waited += started.elapsed();
+        ended
+    }
+}
+
+impl Drop for Writer {
+    /// What was given is written before somebody else may take the folder.
+    fn drop(&mut self) {
+        let _ = self.settle();
+    }
+}
+
+struct State {
+    files: Vec<Files>,
+    storage: Arc<dyn Store>,
+    log: Option<Arc<Mutex<Log>>>,
+    hashers: HashMap<(usize, String), blake3::Hasher>,
+    /// Since the last record.
+    complete: Vec<Hashed>,
+    recorded: Vec<Hashed>,
+}
+
+impl State {
+    fn work(&mut self, task: Task) -> Result<()> {
+        match task {
+            Task::Piece(export, piece) => {
+                self.files[export].write(&piece)?;
+                if self.log.is_some() {
+                    self.hash(export, piece);
+                }
+                Ok(())
+            }
+            Task::Commit(commit) => self.commit(*commit),
+        }
+    }
+
+    fn hash(&mut self, export: usize, piece: Piece) {
+        let key = (export, piece.tensor);
+        let mut hasher = self.hashers.remove(&key).unwrap_or_default();
+        hasher.update(&piece.bytes);
+        if piece.last {
+            let blake3 = hasher.finalize().to_hex().to_string();
+            self.complete.push(Hashed { export, tensor: key.1, blake3 });
+        } else {
+            self.hashers.insert(key, hasher);
+        }
+    }
+
+    fn commit(&mut self, commit: Commit) -> Result<()> {
+        self.files.iter().try_for_each(Files::sync)?;
+        let Some(log) = &self.log else { return Ok(()) };
+        commit.files.iter().try_for_each(|file| self.storage.sync(file))?;
+        if let Some(folder) = commit.files.first().and_then(|file| file.path.parent()) {
+            self.storage.sync_folder(folder)?;
+        }
+        let record = Record { tensors: std::mem::take(&mut self.complete), ..commit.record };
+        locked(log).append(&record)?;
+        self.recorded.extend(record.tensors);
+        // A state that is of no use any more costs room, nothing else.
+        commit.stale.iter().for_each(|path| drop(self.storage.remove(path)));
+        Ok(())
+    }
+}

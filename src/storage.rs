@@ -1,0 +1,269 @@
+//! Every change of a disk that an output needs, behind one small trait, so that a test can fail the n-th of them and replay
+//! what a power cut would have left of all before it. Reading needs no such trait: what is read is verified.
+
+use std::fmt::Debug;
+use std::fs::File;
+use std::io::ErrorKind;
+use std::os::unix::fs::{DirBuilderExt, FileExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, FallocateFlags, RenameFlags, renameat_with};
+use rustix::io::Errno;
+
+use crate::error::{Error, Result};
+
+/// A file that is open for writing.
+#[derive(Debug)]
+pub struct Opened {
+    /// Where it is.
+    pub path: PathBuf,
+    /// The file.
+    pub file: File,
+}
+
+/// What changes a disk. Every error names the path and, where room is missing, the number of bytes.
+pub trait Store: Debug + Send + Sync {
+    /// Makes a folder that only its owner may enter.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    fn create_private_folder(&self, path: &Path) -> Result<()>;
+
+    /// Makes a folder, with those above it.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    fn create_folder(&self, path: &Path) -> Result<()>;
+
+    /// Makes a file that has room for so many bytes; one that is there is emptied.
+    ///
+    /// # Errors
+    /// When the disk refuses or is too small.
+    fn create(&self, path: &Path, bytes: u64) -> Result<Opened>;
+
+    /// Opens a file that is there.
+    ///
+    /// # Errors
+    /// When it is not, or the disk refuses.
+    fn open(&self, path: &Path) -> Result<Opened>;
+
+    /// Writes at an offset.
+    ///
+    /// # Errors
+    /// When the disk refuses or is full.
+    fn write_at(&self, file: &Opened, bytes: &[u8], offset: u64) -> Result<()>;
+
+    /// Cuts a file to a length.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    fn cut(&self, file: &Opened, bytes: u64) -> Result<()>;
+
+    /// Waits until a file's bytes and length are on the disk. After a failure the file must be written anew: the system may
+    /// have forgotten what it could not write.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    fn sync(&self, file: &Opened) -> Result<()>;
+
+    /// Waits until the names in a folder are on the disk.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    fn sync_folder(&self, path: &Path) -> Result<()>;
+
+    /// Renames where nothing has the new name.
+    ///
+    /// # Errors
+    /// When something has, or the disk refuses.
+    fn rename(&self, from: &Path, to: &Path) -> Result<()>;
+
+    /// Exchanges two names.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    fn exchange(&self, one: &Path, other: &Path) -> Result<()>;
+
+    /// Removes a file, or a folder with all it holds; nothing happens where there is nothing.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    fn remove(&self, path: &Path) -> Result<()>;
+}
+
+impl dyn Store + '_ {
+    /// A file with these bytes, not yet waited for.
+    ///
+    /// # Errors
+    /// As [`Store::create`] and [`Store::write_at`].
+    pub fn put(&self, path: &Path, bytes: &[u8]) -> Result<Opened> {
+        let file = self.create(path, bytes.len() as u64)?;
+        self.write_at(&file, bytes, 0)?;
+        Ok(file)
+    }
+
+    /// As [`Self::put`], an object as JSON with two spaces of indentation and a final newline.
+    ///
+    /// # Errors
+    /// As [`Self::put`].
+    pub fn put_json(&self, path: &Path, value: &impl serde::Serialize) -> Result<Opened> {
+        self.put(path, json(value)?.as_bytes())
+    }
+
+    /// Brings a folder with all it holds to the disk.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub fn sync_all(&self, folder: &Path) -> Result<()> {
+        let mut entries = std::fs::read_dir(folder)
+            .and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect::<std::io::Result<Vec<_>>>())
+            .map_err(|error| Error::io(folder, &error))?;
+        entries.sort();
+        for path in entries {
+            if path.is_dir() { self.sync_all(&path)? } else { self.sync(&self.open(&path)?)? }
+        }
+        self.sync_folder(folder)
+    }
+}
+
+/// The file system.
+#[derive(Debug, Clone, Copy)]
+pub struct Disk;
+
+impl Store for Disk {
+    fn create_private_folder(&self, path: &Path) -> Result<()> {
+        std::fs::DirBuilder::new().mode(0o700).create(path).map_err(|error| failed(path, &error, 0))
+    }
+
+    fn create_folder(&self, path: &Path) -> Result<()> {
+        std::fs::create_dir_all(path).map_err(|error| failed(path, &error, 0))
+    }
+
+    fn create(&self, path: &Path, bytes: u64) -> Result<Opened> {
+        let file = File::create(path).map_err(|error| failed(path, &error, bytes))?;
+        if bytes > 0 {
+            rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes)
+                .or_else(|error| if error == Errno::OPNOTSUPP { rustix::fs::ftruncate(&file, bytes) } else { Err(error) })
+                .map_err(|error| failed(path, &error.into(), bytes))?;
+        }
+        Ok(Opened { path: path.into(), file })
+    }
+
+    fn open(&self, path: &Path) -> Result<Opened> {
+        let file = File::options().read(true).write(true).open(path).map_err(|error| failed(path, &error, 0))?;
+        Ok(Opened { path: path.into(), file })
+    }
+
+    fn write_at(&self, file: &Opened, bytes: &[u8], offset: u64) -> Result<()> {
+        file.file.write_all_at(bytes, offset).map_err(|error| failed(&file.path, &error, bytes.len() as u64))
+    }
+
+    fn cut(&self, file: &Opened, bytes: u64) -> Result<()> {
+        file.file.set_len(bytes).map_err(|error| failed(&file.path, &error, 0))
+    }
+
+    fn sync(&self, file: &Opened) -> Result<()> {
+        file.file.sync_data().map_err(|error| failed(&file.path, &error, 0))
+    }
+
+    fn sync_folder(&self, path: &Path) -> Result<()> {
+        File::open(path).and_then(|folder| folder.sync_all()).map_err(|error| failed(path, &error, 0))
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> Result<()> {
+        match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+            // A folder does not take the place of one that holds something, so that only an empty one could be lost.
+            Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => rustix::fs::rename(from, to),
+            done => done,
+        }
+        .map_err(|error| failed(to, &error.into(), 0))
+    }
+
+    fn exchange(&self, one: &Path, other: &Path) -> Result<()> {
+        renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE).map_err(|error| failed(other, &error.into(), 0))
+    }
+
+    fn remove(&self, path: &Path) -> Result<()> {
+        let removed = match std::fs::symlink_metadata(path) {
+            Ok(found) if found.is_dir() => std::fs::remove_dir_all(path),
+            Ok(_) => std::fs::remove_file(path),
+            Err(error) => Err(error),
+        };
+        match removed {
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(failed(path, &error, 0)),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The error of an operation that was to place so many bytes.
+pub fn failed(path: &Path, source: &std::io::Error, bytes: u64) -> Error {
+    match source.kind() {
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => {
+            Error::full(format!("{source}: no room for {bytes} bytes")).file(path)
+        }
+        _ => Error::io(path, source),
+    }
+}
+
+/// An object as JSON with two spaces of indentation and a final newline.
+///
+/// # Errors
+/// When it is no JSON.
+pub fn json(value: &impl serde::Serialize) -> Result<String> {
+    let text = serde_json::to_string_pretty(value).map_err(|error| Error::run(error.to_string()))?;
+    Ok(text + "\n")
+}
+
+/// Writes a file complete or not at all, over one that is there.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    // As any new file: what the mask of the process takes away is not there.
+    let file = tempfile::Builder::new().permissions(std::fs::Permissions::from_mode(0o666)).tempfile_in(folder);
+    let mut file = file.map_err(|error| Error::io(folder, &error))?;
+    std::io::Write::write_all(&mut file, bytes).map_err(|error| failed(path, &error, bytes.len() as u64))?;
+    file.persist(path).map(drop).map_err(|error| Error::io(path, &error.error))
+}
+
+/// As [`write_whole`], an object as JSON.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn write_whole_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
+    write_whole(path, json(value)?.as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_taken_once_exchanged_and_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let disk: &dyn Store = &Disk;
+        let (a, b, inside) = (folder.path().join("a"), folder.path().join("b"), folder.path().join("c/d"));
+        disk.put(&a, b"1").unwrap();
+        disk.put(&b, b"22").unwrap();
+        assert!(disk.rename(&a, &b).unwrap_err().to_string().contains("b: "), "an existing name is not taken");
+        disk.exchange(&a, &b).unwrap();
+        assert_eq!((std::fs::read(&a).unwrap(), std::fs::read(&b).unwrap()), (b"22".to_vec(), b"1".to_vec()));
+        disk.create_folder(&inside).unwrap();
+        disk.put(&inside.join("e"), b"").unwrap();
+        disk.sync_all(folder.path()).unwrap();
+        disk.remove(&folder.path().join("c")).unwrap();
+        disk.remove(&a).unwrap();
+        disk.remove(&a).unwrap();
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_file_without_room_is_told_with_its_bytes() {
+        let error = failed(Path::new("x/y"), &std::io::Error::from(ErrorKind::StorageFull), 77);
+        assert!(error.to_string().starts_with("x/y: ") && error.to_string().contains("77 bytes"), "{error}");
+        assert_eq!(error.exit_code(), 1);
+    }
+}
