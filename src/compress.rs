@@ -363,15 +363,14 @@ fn states(
 ) -> Result<(Hidden, Option<Hidden>)> {
     let lengths: Vec<usize> = windows.iter().map(Vec::len).collect();
     let load = |stream: &str| -> Result<Hidden> {
-        let missing = || Error::run(format!("no states `{stream}` were recorded; start over with --restart")).file(&work.path);
+        let missing = || Error::damaged(format!("no states `{stream}` were recorded")).file(&work.path);
         let kept = kept.iter().find(|kept| kept.name.ends_with(stream)).ok_or_else(missing)?;
         let path = work.path.join(&kept.name);
         let mut hidden = Hidden::new(&lengths, model.config.hidden, Keeping::HALVED, run.scratch)?;
-        let damaged = |error: Error| error.advice("start over with --restart");
-        let file = std::fs::File::open(&path).map_err(|error| damaged(Error::io(&path, &error)))?;
-        let (bytes, blake3) = hidden.load(&file, &path).map_err(damaged)?;
+        let file = std::fs::File::open(&path).map_err(|error| Error::damaged(error).file(&path))?;
+        let (bytes, blake3) = hidden.load(&file, &path).map_err(Error::damaged)?;
         if (bytes, blake3.to_hex().as_str()) != (kept.bytes, kept.blake3.as_str()) {
-            return Err(damaged(Error::input("is not as it was written").file(&path)));
+            return Err(Error::damaged("is not as it was written").file(&path));
         }
         Ok(hidden)
     };

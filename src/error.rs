@@ -14,6 +14,8 @@ pub enum Fault {
     Changed,
     /// The command line or an input file is wrong or unsupported: exit 2.
     Input,
+    /// Unfinished work of an earlier run is not as it was written: exit 1.
+    Damaged,
     /// A quality gate was measured and is not met: exit 3.
     Gate,
     /// A quality gate cannot be decided with the tokens measured: exit 4.
@@ -52,6 +54,11 @@ impl Error {
         Self::new(Fault::Full, message)
     }
 
+    /// Work of an earlier run that is not as it was written.
+    pub fn damaged(what: impl std::fmt::Display) -> Self {
+        Self::new(Fault::Damaged, format!("{what}; start over with --restart"))
+    }
+
     /// Any fault with its message.
     pub fn new(fault: Fault, message: impl Into<String>) -> Self {
         Self { fault, message: one_line(&message.into()) }
@@ -88,7 +95,7 @@ impl Error {
     /// The exit code of the program for this error.
     pub fn exit_code(&self) -> u8 {
         match self.fault {
-            Fault::Run | Fault::Full | Fault::Changed => 1,
+            Fault::Run | Fault::Full | Fault::Changed | Fault::Damaged => 1,
             Fault::Input => 2,
             Fault::Gate => 3,
             Fault::Inconclusive => 4,

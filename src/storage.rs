@@ -132,7 +132,12 @@ pub struct Disk;
 
 impl Store for Disk {
     fn create_private_folder(&self, path: &Path) -> Result<()> {
-        std::fs::DirBuilder::new().mode(0o700).create(path).map_err(|error| failed(path, &error, 0))
+        std::fs::DirBuilder::new().mode(0o700).create(path).map_err(|error| match error.kind() {
+            ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem | ErrorKind::InvalidFilename => {
+                Error::input(format!("cannot write here: {error}; give another place with -o")).file(path.parent().unwrap_or(path))
+            }
+            _ => failed(path, &error, 0),
+        })
     }
 
     fn create_folder(&self, path: &Path) -> Result<()> {

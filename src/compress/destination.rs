@@ -133,6 +133,16 @@ impl Destination {
     /// # Errors
     /// When somebody else made the destination meanwhile, or the disk refuses; the destination is then as before.
     pub fn publish(mut self) -> Result<()> {
+        match self.put_into_place() {
+            Ok(()) => {
+                self.work.discard();
+                Ok(())
+            }
+            Err(error) => Err(self.give_up(error)),
+        }
+    }
+
+    fn put_into_place(&mut self) -> Result<()> {
         let (folder, storage) = (self.folder(), Arc::clone(&self.work.storage));
         storage.as_ref().sync_all(&folder)?;
         storage.sync_folder(&self.work.path)?;
@@ -148,13 +158,12 @@ impl Destination {
             moved(&self.target, &folder)?;
             return Err(error);
         }
-        self.work.discard();
         Ok(())
     }
 
     /// Gives up after an error and says what stays: work that the same command can go on with, or nothing.
     pub fn give_up(mut self, error: Error) -> Error {
-        if !matches!(error.fault, Fault::Run | Fault::Full | Fault::Interrupted(_)) {
+        if !matches!(error.fault, Fault::Run | Fault::Full | Fault::Damaged | Fault::Interrupted(_)) {
             self.work.discard();
         }
         let stays = self.work.stays();

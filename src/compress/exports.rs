@@ -321,8 +321,8 @@ impl<'a> Sinks<'a> {
             };
             if work.resumes() {
                 let hashes = hashes(work.records().iter().flat_map(|record| &record.tensors), number);
-                let damaged = |error: Error| error.advice("start over with --restart");
-                files.push(Files::reopen(&layout, &folder, Arc::clone(&work.storage), &hashes).map_err(damaged)?);
+                files.push(Files::reopen(&layout, &folder, Arc::clone(&work.storage))?);
+                layout.verify(&folder, &hashes)?.map_err(Error::damaged)?;
                 hashes.keys().try_for_each(|name| layout.written(name))?;
             } else {
                 work.storage.create_folder(&folder)?;
@@ -435,8 +435,8 @@ impl<'a> Sinks<'a> {
         let recorded = || work.records().iter().flat_map(|record| &record.tensors).chain(&complete);
         for (number, Sink { export, layout, .. }) in self.sinks.iter().enumerate() {
             let hashes = hashes(recorded(), number);
-            let failed = |error: Error| Error::new(Fault::Verification, format!("the output does not read back: {error}"));
-            Files::reopen(layout, &export.path(&work.output()), Arc::clone(&work.storage), &hashes).map_err(failed)?;
+            let failed = |what| Error::new(Fault::Verification, format!("the output does not read back: {what}"));
+            layout.verify(&export.path(&work.output()), &hashes)?.map_err(failed)?;
         }
         Ok(writer.waited)
     }

@@ -51,7 +51,7 @@ const KEPT: &str = "windows.json";
 pub fn write(model: &Model<'_>, generation: Option<&Options>, packed: Option<&mut Packed>, work: &Work, run: &Run<'_>) -> Result<()> {
     if let (Some(generation), Some(packed)) = (generation, packed) {
         packed.windows = match work.kept(KEPT)? {
-            Some(kept) => serde_json::from_slice(&kept).map_err(|error| Error::input(error.to_string()).file(&work.path.join(KEPT)))?,
+            Some(kept) => serde_json::from_slice(&kept).map_err(|error| Error::damaged(error).file(&work.path.join(KEPT)))?,
             None => {
                 let windows = generate(model, generation, BUDGET, run)?;
                 let bytes = serde_json::to_vec(&windows).map_err(|error| Error::run(error.to_string()))?;

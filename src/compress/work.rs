@@ -108,11 +108,7 @@ impl Work {
     pub fn open(path: PathBuf, storage: Arc<dyn Store>, restart: bool) -> Result<Self> {
         let (mut lock, owner) = loop {
             match storage.create_private_folder(&path) {
-                Err(error) if !path.is_dir() => {
-                    let parent = path.parent().unwrap_or(Path::new("/"));
-                    let what = if parent.is_dir() { error } else { Error::input("no such folder").file(parent) };
-                    return Err(Error::input(format!("cannot write here: {what}")));
-                }
+                Err(error) if !path.is_dir() => return Err(error),
                 _ => {}
             }
             if let Some(held) = hold(&path)? {
@@ -128,8 +124,7 @@ impl Work {
         let journal = work.path.join(JOURNAL);
         match std::fs::read(&journal) {
             Ok(bytes) => {
-                let damaged = |what: String| Error::input(format!("{what}; start over with --restart")).file(&journal);
-                work.read = journal::read(&bytes).map_err(damaged)?;
+                work.read = journal::read(&bytes).map_err(|what| Error::damaged(what).file(&journal))?;
             }
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             Err(error) => return Err(Error::io(&journal, &error)),
@@ -202,9 +197,9 @@ impl Work {
     /// When it does not, naming what differs.
     pub fn depends_on(&self, plan: &Map<String, Value>) -> Result<()> {
         let path = self.path.join(PLAN);
-        let text = std::fs::read(&path).map_err(|error| Error::io(&path, &error).advice("start over with --restart"))?;
-        let before: Map<String, Value> = serde_json::from_slice(&text)
-            .map_err(|error| Error::input(format!("is not as it was written ({error}); start over with --restart")).file(&path))?;
+        let text = std::fs::read(&path).map_err(|error| Error::damaged(error).file(&path))?;
+        let before: Map<String, Value> =
+            serde_json::from_slice(&text).map_err(|error| Error::damaged(format!("is not as it was written ({error})")).file(&path))?;
         let differing = differing(&Value::Object(before), &Value::Object(plan.clone()));
         let Some(((key, how), others)) = differing.split_first() else { return Ok(()) };
         let more = match others.len() {
@@ -272,9 +267,9 @@ impl Work {
     pub fn kept(&self, name: &str) -> Result<Option<Vec<u8>>> {
         let Some(kept) = self.records().iter().flat_map(|record| &record.files).find(|file| file.name == name) else { return Ok(None) };
         let path = self.path.join(name);
-        let bytes = std::fs::read(&path).map_err(|error| Error::io(&path, &error).advice("start over with --restart"))?;
+        let bytes = std::fs::read(&path).map_err(|error| Error::damaged(error).file(&path))?;
         if blake3::hash(&bytes).to_hex().as_str() != kept.blake3 {
-            return Err(Error::input("is not as it was written; start over with --restart").file(&path));
+            return Err(Error::damaged("is not as it was written").file(&path));
         }
         Ok(Some(bytes))
     }

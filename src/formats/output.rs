@@ -10,9 +10,11 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 
-use crate::error::{Error, Fault, Result};
+use crate::error::{Error, Fault, Result, shown};
 use crate::formats::Entry;
 use crate::storage::{Disk, Opened, Store, json as json_text};
+
+const INDEX: &str = "model.safetensors.index.json";
 
 /// Bytes that are read at once where they are only hashed.
 const READ_BYTES: u64 = 8 << 20;
@@ -153,6 +155,44 @@ impl Layout {
         Ok(())
     }
 
+    /// Reads files of this layout and checks all they are to hold by now: `tensors` are those that are complete, with their
+    /// hashes. Says what is not as it was written.
+    ///
+    /// # Errors
+    /// When a file cannot be read.
+    pub fn verify(&self, folder: &Path, tensors: &HashMap<&str, &str>) -> Result<Result<(), String>> {
+        let mut opened = Vec::new();
+        for file in &self.files {
+            let path = folder.join(&file.name);
+            let fail = |error: std::io::Error| Error::io(&path, &error);
+            let found = File::open(&path).map_err(fail)?;
+            let bytes = found.metadata().map_err(fail)?.len();
+            if bytes != file.bytes {
+                return Ok(Err(format!("{}: has {bytes} bytes, {} were reserved", path.display(), file.bytes)));
+            }
+            let mut beginning = vec![0; file.beginning.len()];
+            found.read_exact_at(&mut beginning, 0).map_err(fail)?;
+            if beginning != file.beginning {
+                return Ok(Err(format!("{}: its header is not the one that was written", path.display())));
+            }
+            opened.push((path, found));
+        }
+        if let Some(index) = &self.index {
+            let path = folder.join(INDEX);
+            if std::fs::read(&path).map_err(|error| Error::io(&path, &error))? != json_text(index)?.as_bytes() {
+                return Ok(Err(format!("{}: is not as it was written", path.display())));
+            }
+        }
+        for (name, hash) in tensors {
+            let Some(place) = self.places.get(*name) else { return Ok(Err(format!("tensor {}: not part of the output", shown(name)))) };
+            let (path, file) = &opened[place.file];
+            if hash_part(file, place.start, place.bytes).map_err(|error| Error::io(path, &error))?.to_hex().as_str() != *hash {
+                return Ok(Err(format!("{}: tensor {}: is not as it was written", path.display(), shown(name))));
+            }
+        }
+        Ok(Ok(()))
+    }
+
     /// Whether all of a tensor was taken.
     pub fn is_written(&self, name: &str) -> bool {
         self.places.get(name).is_some_and(|place| place.written == place.bytes)
@@ -193,45 +233,18 @@ impl Files {
             opened.push(made);
         }
         if let Some(index) = &layout.index {
-            storage.put_json(&folder.join("model.safetensors.index.json"), index)?;
+            opened.push(storage.put_json(&folder.join(INDEX), index)?);
         }
         Ok(Self { storage, opened })
     }
 
-    /// Opens the files of a layout that were made before, and checks all they are to hold by now: `tensors` are those that are
-    /// complete, with their hashes.
+    /// Opens the files of a layout that were made before.
     ///
     /// # Errors
-    /// When anything in them is not as it was written.
-    pub fn reopen(layout: &Layout, folder: &Path, storage: Arc<dyn Store>, tensors: &HashMap<&str, &str>) -> Result<Self> {
-        let mut opened = Vec::new();
-        for file in &layout.files {
-            let path = folder.join(&file.name);
-            let found = storage.open(&path)?;
-            let bytes = found.file.metadata().map_err(|error| Error::io(&path, &error))?.len();
-            if bytes != file.bytes {
-                return Err(Error::run(format!("has {bytes} bytes, {} were reserved", file.bytes)).file(&path));
-            }
-            let mut beginning = vec![0; file.beginning.len()];
-            found.file.read_exact_at(&mut beginning, 0).map_err(|error| Error::io(&path, &error))?;
-            if beginning != file.beginning {
-                return Err(Error::run("its header is not the one that was written").file(&path));
-            }
-            opened.push(found);
-        }
-        if let Some(index) = &layout.index {
-            let path = folder.join("model.safetensors.index.json");
-            if std::fs::read(&path).map_err(|error| Error::io(&path, &error))? != json_text(index)?.as_bytes() {
-                return Err(Error::run("is not as it was written").file(&path));
-            }
-        }
-        for (name, hash) in tensors {
-            let place = layout.places.get(*name).ok_or_else(|| Error::run("not part of the planned output").tensor(name))?;
-            let file = &opened[place.file];
-            if hash_part(&file.file, place.start, place.bytes).map_err(|error| Error::io(&file.path, &error))?.to_hex().as_str() != *hash {
-                return Err(Error::run("its bytes are not those that were written").tensor(name).file(&file.path));
-            }
-        }
+    /// When one is missing.
+    pub fn reopen(layout: &Layout, folder: &Path, storage: Arc<dyn Store>) -> Result<Self> {
+        let names = layout.files.iter().map(|file| file.name.as_str()).chain(layout.index.as_ref().map(|_| INDEX));
+        let opened = names.map(|name| storage.open(&folder.join(name))).collect::<Result<_>>()?;
         Ok(Self { storage, opened })
     }
 

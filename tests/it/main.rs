@@ -4,6 +4,7 @@
 mod backward;
 mod broken;
 mod command;
+mod crash;
 mod formats;
 mod generate;
 mod golden;
