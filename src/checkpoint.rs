@@ -130,6 +130,7 @@ impl Checkpoint {
             shard.read(info, u64::from(row) * width, &mut bytes)?;
             decode::decode_chunk(float, &bytes, out);
         }
+        shard.unchanged()?;
         match decode::nonfinite(&data) {
             Some((_, count)) => {
                 Err(Error::input(format!("{count} values are NaN or infinite; the model is damaged")).tensor(name).file(&shard.path))

@@ -11,7 +11,7 @@
 //!
 //! ```text
 //! recipe, preset, flags ──► Plan ──► tensors of the output ──► files laid out, headers written
-//! checkpoint (mapped, checked) ─┘                                   ▲
+//! checkpoint (read, checked) ───┘                                   ▲
 //!     │                                                             │ bytes, as layers are done
 //!     ├─ Block ─► forward of the original ─► Seen (Σx², XᵀX) ─► Bench ─► stages of methods ─► Block, compressed
 //! text ─► tokens ─► Hidden ─┴─ forward of the compressed ─► the next block's Hidden
@@ -39,6 +39,7 @@
 //!           ├─► formats ─► checkpoint                   no tensors here
 //!           └─► calibrate ─► checkpoint                 text to windows of tokens
 //! everything ─► weight · matrix · lanes · error         plain data and plain loops; statistics: intervals and ranks
+//! compress · formats ─► storage                         what changes a disk
 //! ```
 //!
 //! Hidden states and statistics ([`model::hidden`], [`model::seen`]) stand beside the walk that owns them, so that
@@ -58,10 +59,12 @@
 //!   windows cut into runs by their size alone. Matrix products may round differently on another kind of processor.
 //! - A kernel on a GPU is one valid file in `shaders/`, its launch `kernels/<op>/gpu.rs` and its twin `kernels/<op>.rs`;
 //!   [`kernels::self_test`] compares the two on every adapter. On a GPU sums are formed in another order.
-//! - A tensor's bytes are mapped while somebody holds them and no longer; one block is resident at a time.
-//! - The destination appears complete or not at all.
+//! - A tensor's bytes are in memory while somebody holds them and no longer; one block is resident at a time.
+//! - The destination appears complete or not at all. Work on it lies beside it in a hidden folder ([`compress::work`]) whose journal
+//!   is the only word on what is done; every change of the disk on the way goes through [`storage::Store`], which tests fail
+//!   and cut off at every step.
 //! - A new method, family, format or kernel is one file or row and one line in a table.
-//! - Unsafe code stands in [`checkpoint::shard`] (mapping), [`kernels::gemm`] (calls of the gemm crate),
+//! - Unsafe code stands in [`kernels::gemm`] (calls of the gemm crate),
 //!   [`kernels::rough_product`] (bfloat16 instructions), `device::gpu` (one word that asks for matrix units) and
 //!   [`cli::allocator`] (two settings of the C library) alone.
 //!
