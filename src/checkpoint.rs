@@ -333,7 +333,6 @@ fn shard_names(folder: &Path) -> Result<(Vec<String>, Option<WeightMap>)> {
         let index = read_index(&index_path)?;
         let names: BTreeSet<String> = index.values().cloned().collect();
         for name in &names {
-            plain_file_name(name).map_err(|error| error.file(&index_path))?;
             if !folder.join(name).exists() {
                 return Err(Error::input(format!("names {}, which is not in the folder; download it again", shown(name))).file(&index_path));
             }
@@ -368,9 +367,20 @@ fn shard_names(folder: &Path) -> Result<(Vec<String>, Option<WeightMap>)> {
 }
 
 /// The index: from tensor to file.
-type WeightMap = BTreeMap<String, String>;
+pub type WeightMap = BTreeMap<String, String>;
 
 fn read_index(path: &Path) -> Result<WeightMap> {
+    let bytes = read_file(path, INDEX_BYTES)?;
+    let index = index(&bytes).map_err(|what| Error::input(what).file(path))?;
+    index.values().try_for_each(|name| plain_file_name(name)).map_err(|error| error.file(path))?;
+    Ok(index)
+}
+
+/// Reads the bytes of an index. Names of files in it are not looked at.
+///
+/// # Errors
+/// What is wrong: no JSON, a name that occurs twice, nothing in it.
+pub fn index(bytes: &[u8]) -> Result<WeightMap, String> {
     struct Map(BTreeMap<String, String>);
     impl<'de> serde::Deserialize<'de> for Map {
         fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
@@ -381,16 +391,18 @@ fn read_index(path: &Path) -> Result<WeightMap> {
     struct Index {
         weight_map: Map,
     }
-    let bytes = read_file(path, INDEX_BYTES)?;
-    let index: Index = serde_json::from_slice(&bytes).map_err(|error| Error::input(format!("{error}")).file(path))?;
+    let index: Index = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
     if index.weight_map.0.is_empty() {
-        return Err(Error::input("weight_map is empty").file(path));
+        return Err("weight_map is empty".into());
     }
     Ok(index.weight_map.0)
 }
 
 /// A name from the index may only be one plain file name.
-fn plain_file_name(name: &str) -> Result<()> {
+///
+/// # Errors
+/// When it is anything else.
+pub fn plain_file_name(name: &str) -> Result<()> {
     let mut components = Path::new(name).components();
     let plain = matches!((components.next(), components.next()), (Some(Component::Normal(part)), None) if part.to_str() == Some(name));
     if plain && name.ends_with(".safetensors") && !name.contains('\0') {

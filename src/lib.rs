@@ -40,6 +40,7 @@
 //!           └─► calibrate ─► checkpoint                 text to windows of tokens
 //! everything ─► weight · matrix · lanes · error         plain data and plain loops; statistics: intervals and ranks
 //! compress · formats ─► storage                         what changes a disk
+//! untrusted ─► what reads bytes of others               for fuzzers
 //! ```
 //!
 //! Hidden states and statistics ([`model::hidden`], [`model::seen`]) stand beside the walk that owns them, so that
@@ -95,4 +96,5 @@ pub mod sensitivity;
 pub mod statistics;
 pub mod storage;
 pub mod subject;
+pub mod untrusted;
 pub mod weight;

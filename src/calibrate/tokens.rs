@@ -3,13 +3,17 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
+use serde::de::IgnoredAny;
 use serde_json::Value;
 
 use crate::checkpoint::{read_file, read_json};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shown};
 
 /// Largest tokenizer.json that is read, in bytes.
 const TOKENIZER_BYTES: u64 = 256 << 20;
+
+/// Numbers of tokens are below this, as vocabularies are (2²⁴).
+const MOST_TOKENS: u64 = 1 << 24;
 
 /// Text that is encoded at once, in bytes.
 const PIECE: usize = 4 << 20;
@@ -25,6 +29,35 @@ fn line_end(text: &str, bytes: usize) -> usize {
     let end = (bytes..=text.len()).find(|&end| text.is_char_boundary(end)).unwrap_or(text.len());
     let line = text[..end].char_indices().rev().find(|&(at, c)| c == '\n' && !text[at + 1..].starts_with(['\n', '\r', ' ', '\t']));
     line.map_or(end, |(at, _)| at + 1)
+}
+
+/// Looks at the bytes of a tokenizer.json before the library does: an object with a model, and added tokens with
+/// numbers that a model may have.
+///
+/// # Errors
+/// What is wrong.
+pub fn precheck(bytes: &[u8]) -> Result<(), String> {
+    let value: Outline = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
+    let added = value.added_tokens.unwrap_or_default();
+    if let Some(token) = added.iter().find(|token| token.id >= MOST_TOKENS) {
+        return Err(format!("the added token {} has number {}, the limit is {MOST_TOKENS}", shown(&token.content), token.id));
+    }
+    Ok(())
+}
+
+/// What of a tokenizer.json is looked at.
+#[derive(serde::Deserialize)]
+struct Outline {
+    #[serde(rename = "model")]
+    _model: IgnoredAny,
+    added_tokens: Option<Vec<Added>>,
+}
+
+#[derive(serde::Deserialize)]
+struct Added {
+    id: u64,
+    #[serde(default)]
+    content: String,
 }
 
 /// A model's tokenizer.
@@ -52,6 +85,7 @@ impl Tokenizer {
             return Err(Error::input("missing; text needs the model's tokenizer. Give windows of `input_ids` in a .jsonl instead, or copy tokenizer.json into the folder").file(&path));
         }
         let bytes = read_file(&path, TOKENIZER_BYTES)?;
+        precheck(&bytes).map_err(|what| Error::input(format!("not a tokenizer: {what}")).file(&path))?;
         let parsed = catch_unwind(|| tokenizers::Tokenizer::from_bytes(&bytes));
         let mut inner = match parsed {
             Ok(Ok(inner)) => inner,

@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use crate::checkpoint::decode::nonfinite_bytes;
 use crate::checkpoint::float_of;
+use crate::compress::manifest;
 use crate::error::{Error, Result};
 use crate::formats::targets::{Engine, loaders};
 use crate::formats::{self, Format};
@@ -45,6 +46,7 @@ pub fn examine(subject: &Subject, engine: Option<Engine>, run: &Run<'_>) -> Vec<
     let checkpoint = &subject.checkpoint;
     let tensors = checkpoint.names().count();
     let mut findings = vec![Finding::of("files", Ok(format!("{tensors} tensors in {} files, as the index says", checkpoint.shards.len())))];
+    findings.extend(hashes(subject));
     let known = crate::model::config::known_family(&checkpoint.config).is_some();
     findings.push(match known {
         true => Finding::of("shapes", subject.model().map(|model| format!("{} blocks as config.json says", model.config.layers.len()))),
@@ -62,6 +64,13 @@ pub fn examine(subject: &Subject, engine: Option<Engine>, run: &Run<'_>) -> Vec<
         findings.extend(loader_findings(format, &decoded.layers, engine));
     }
     findings
+}
+
+/// Whether files are what this program wrote, where it left a manifest.
+fn hashes(subject: &Subject) -> Option<Finding> {
+    let folder = subject.path.is_dir().then_some(subject.path.as_path())?;
+    let found = manifest::verify(folder).transpose()?;
+    Some(Finding::of("hashes", found.map(|count| format!("{count} files are what manifest.json says"))))
 }
 
 fn copied(error: &Error) -> Error {

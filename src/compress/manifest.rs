@@ -163,18 +163,27 @@ fn files(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// Compares the files of a folder with its manifest; gives how many there are, or nothing where there is no manifest.
+/// Compares the files of a folder with its manifest, or with the part of it in the manifest of the folder above where several
+/// formats were written; gives how many there are, or nothing where there is no manifest.
 ///
 /// # Errors
 /// Naming the first file that is missing, surplus among the weights, or other than it was written.
 pub fn verify(folder: &Path) -> Result<Option<usize>> {
+    let whole = folder.canonicalize().map_err(|error| Error::unreadable(folder, &error))?;
+    let above = whole.parent().filter(|_| !folder.join(MANIFEST).exists());
+    let within = above.map_or_else(PathBuf::new, |_| PathBuf::from(whole.file_name().unwrap_or_default()));
+    let folder = above.unwrap_or(folder);
     let path = folder.join(MANIFEST);
     if !path.exists() {
         return Ok(None);
     }
     let manifest: Manifest =
         serde_json::from_value(read_json(&path)?).map_err(|error| Error::input(format!("is no manifest: {error}")).file(&path))?;
-    for (name, expected) in &manifest.files {
+    let listed: Vec<(&String, &Hashed)> = manifest.files.iter().filter(|(name, _)| Path::new(name).starts_with(&within)).collect();
+    if listed.is_empty() {
+        return Ok(None);
+    }
+    for (name, expected) in &listed {
         let plain = Path::new(name).components().all(|part| matches!(part, std::path::Component::Normal(_)));
         if !plain || name.is_empty() {
             return Err(Error::input(format!("names {}, which is not a file of this folder", shown(name))).file(&path));
@@ -195,10 +204,10 @@ pub fn verify(folder: &Path) -> Result<Option<usize>> {
         let relative = path.strip_prefix(folder).unwrap_or(path).to_string_lossy();
         path.extension().is_some_and(|end| end == "safetensors" || end == "gguf") && !manifest.files.contains_key(relative.as_ref())
     };
-    if let Some(path) = files(folder)?.into_iter().find(surplus) {
+    if let Some(path) = files(&folder.join(within))?.into_iter().find(surplus) {
         return Err(Error::input("is not in manifest.json; it does not belong here").file(&path));
     }
-    Ok(Some(manifest.files.len()))
+    Ok(Some(listed.len()))
 }
 
 #[cfg(test)]
@@ -237,6 +246,7 @@ mod tests {
         assert!(verify(folder.path()).unwrap_err().to_string().contains("does not belong"));
         std::fs::remove_file(path("other.safetensors")).unwrap();
         let text = std::fs::read_to_string(path(MANIFEST)).unwrap();
+        assert_eq!(verify(&path("gguf")).unwrap(), Some(1), "one format of several");
         for wrong in ["../config.json", "/etc/hostname", ""] {
             std::fs::write(path(MANIFEST), text.replace("\"config.json\"", &format!("{wrong:?}"))).unwrap();
             assert!(verify(folder.path()).unwrap_err().to_string().contains("not a file of this folder"), "{wrong}");

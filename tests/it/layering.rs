@@ -86,6 +86,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "weight",
         ],
     ),
+    ("untrusted", &["calibrate", "checkpoint", "compress", "formats", "model", "plan"]),
     ("allocation", &["compress", "error", "formats", "plan", "report", "run", "sensitivity", "subject", "weight"]),
 ];
 

@@ -6,6 +6,7 @@ mod broken;
 mod command;
 mod crash;
 mod formats;
+mod fuzz;
 mod generate;
 mod golden;
 mod gpu;

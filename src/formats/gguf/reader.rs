@@ -25,13 +25,13 @@ pub struct Reader {
 }
 
 /// The beginning of a file, read forward.
-struct Beginning<'a> {
-    input: BufReader<&'a File>,
+struct Beginning<R> {
+    input: R,
     at: u64,
     length: u64,
 }
 
-impl Beginning<'_> {
+impl<R: Read> Beginning<R> {
     fn bytes(&mut self, count: u64) -> Result<Vec<u8>, String> {
         if count > self.length - self.at.min(self.length) {
             return Err(format!("ends at byte {}, {count} more are announced at byte {}", self.length, self.at));
@@ -178,9 +178,18 @@ impl Reader {
     }
 }
 
+/// Reads the bytes of a whole file as [`Reader::open`] does; gives the number of keys and of tensors.
+///
+/// # Errors
+/// What is wrong.
+pub fn parse(bytes: &[u8]) -> Result<(usize, usize), String> {
+    let (keys, tensors) = read(&mut Beginning { input: bytes, at: 0, length: bytes.len() as u64 })?;
+    Ok((keys.len(), tensors.len()))
+}
+
 type Contents = (BTreeMap<String, Value>, Vec<(Tensor, u64)>);
 
-fn read(beginning: &mut Beginning<'_>) -> Result<Contents, String> {
+fn read(beginning: &mut Beginning<impl Read>) -> Result<Contents, String> {
     if beginning.bytes(4)? != b"GGUF" {
         return Err("it does not begin with GGUF".into());
     }
