@@ -72,8 +72,8 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             let what = LAST_PANIC.lock().map(|last| last.clone()).unwrap_or_default();
             // Tensors have no errors: out of memory and a lost device arrive here.
             let error = match opened() {
-                Some(name) => format!("{name} failed, nothing was written; use --gpu-memory or --device cpu: {what}"),
-                None => format!("internal failure, nothing was written; please report it: {what}"),
+                Some(name) => format!("{name} failed, there is no output; use --gpu-memory or --device cpu: {what}"),
+                None => format!("internal failure, there is no output; please report it: {what}"),
             };
             text::complain(&format!("error: {}", Error::run(error)));
             ExitCode::from(1)
@@ -115,8 +115,11 @@ fn run(arguments: Arguments) -> Result<()> {
 /// Help and version as clap prints them; a mistake as one line.
 fn usage(error: &clap::Error) -> ExitCode {
     if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand) {
-        let _ = error.print();
-        return if error.use_stderr() { ExitCode::from(2) } else { ExitCode::SUCCESS };
+        return match error.print() {
+            Err(failed) if failed.kind() != std::io::ErrorKind::BrokenPipe => ExitCode::from(1),
+            _ if error.use_stderr() => ExitCode::from(2),
+            _ => ExitCode::SUCCESS,
+        };
     }
     let rendered = error.render().to_string();
     let lines = rendered.lines().map(str::trim).take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"));

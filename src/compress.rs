@@ -148,6 +148,10 @@ impl Prepared {
     /// One line that names the first thing that is wrong.
     pub fn new(mut job: Job) -> Result<Self> {
         let checkpoint = Checkpoint::open(&job.model)?;
+        if std::fs::symlink_metadata(job.model.join("tokenizer.json")).is_ok() {
+            // A broken one would be carried into the output.
+            Tokenizer::open(&job.model)?;
+        }
         let known = known_family(&checkpoint.config).is_some();
         let source = Restored(formats::open(&checkpoint)?);
         let model = if known { Some(Model::open(&checkpoint, &source)?) } else { None };

@@ -117,14 +117,27 @@ pub fn shown(name: &str) -> String {
 
 /// A path as it may be shown on a terminal.
 pub fn shown_path(path: &Path) -> String {
-    path.to_string_lossy().chars().flat_map(|c| if c.is_control() { c.escape_debug().collect::<Vec<_>>() } else { vec![c] }).collect()
+    tamed(&path.to_string_lossy())
+}
+
+/// Whether a character controls a terminal or the direction of text.
+pub fn controls(c: char) -> bool {
+    c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+/// A text whose characters that control something, ends of lines aside, are written out.
+pub fn tamed(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        if controls(c) && c != '\n' { out.extend(c.escape_debug()) } else { out.push(c) }
+    }
+    out
 }
 
 /// One line of bounded length without anything that controls a terminal.
 fn one_line(message: &str) -> String {
     const LONGEST: usize = 800;
     let joined = message.split(['\n', '\r']).map(str::trim).filter(|part| !part.is_empty()).collect::<Vec<_>>().join("; ");
-    let controls = |c: char| c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
     let mut out = String::new();
     for c in joined.chars().take(LONGEST) {
         if controls(c) {

@@ -126,7 +126,41 @@ pub fn scales(checkpoint: &Checkpoint, name: &str, float: Float) -> Result<Vec<f
 /// # Errors
 /// When the checkpoint is quantized in a way that this version does not read.
 pub fn open(checkpoint: &Checkpoint) -> Result<Box<dyn Source>> {
-    let Some(config) = quantization(checkpoint) else { return Ok(Box::new(Plain)) };
+    match quantization(checkpoint) {
+        None => Ok(Box::new(Plain)),
+        Some(config) => Ok(Box::new(Bounded(packed(checkpoint, config)?))),
+    }
+}
+
+/// A source of packed layers whose weights are refused where their values would not be finite.
+#[derive(Debug)]
+struct Bounded(Box<dyn Source>);
+
+impl Source for Bounded {
+    fn shape(&self, checkpoint: &Checkpoint, name: &str) -> Option<[usize; 2]> {
+        self.0.shape(checkpoint, name)
+    }
+
+    fn tensors(&self, checkpoint: &Checkpoint, name: &str) -> Vec<String> {
+        self.0.tensors(checkpoint, name)
+    }
+
+    fn check(&self, checkpoint: &Checkpoint, name: &str, shape: [usize; 2]) -> Result<()> {
+        self.0.check(checkpoint, name, shape)
+    }
+
+    fn weight(&self, checkpoint: &Checkpoint, name: &str, shape: [usize; 2]) -> Result<Weight> {
+        let weight = self.0.weight(checkpoint, name, shape)?;
+        if weight.bound().is_finite() {
+            return Ok(weight);
+        }
+        let what = "its scales or values are so large that weights are not finite; the model is damaged";
+        Err(Error::input(what).tensor(name).file(&checkpoint.folder))
+    }
+}
+
+/// The source of a checkpoint that says that it is quantized.
+fn packed(checkpoint: &Checkpoint, config: &Value) -> Result<Box<dyn Source>> {
     match config["quant_method"].as_str() {
         Some("tritplane") => Ok(Box::new(tritplane::Tritplane::read(config).map_err(|error| error.file(&checkpoint.folder))?)),
         Some("fp8") => Ok(Box::new(float8::Float8::read(config).map_err(|error| error.file(&checkpoint.folder))?)),

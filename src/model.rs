@@ -100,7 +100,22 @@ impl<'a> Model<'a> {
                 self.vector_shape(&name, width)?;
             }
         }
+        self.no_more_layers()?;
         self.vector_shape(&format!("{}norm.weight", self.prefix), config.hidden)
+    }
+
+    /// Refuses a checkpoint with more blocks than config.json says, those that only predict further tokens aside.
+    fn no_more_layers(&self) -> Result<()> {
+        let start = format!("{}layers.", self.prefix);
+        let number = |name: &str| name.strip_prefix(&start)?.split('.').next()?.parse::<usize>().ok();
+        let further = self.checkpoint.config["num_nextn_predict_layers"].as_u64().unwrap_or(0) as usize;
+        let count = self.config.layers.len();
+        match self.checkpoint.names().find(|name| number(name).is_some_and(|number| number >= count.saturating_add(further))) {
+            Some(name) => Err(Error::input(format!("config.json says num_hidden_layers {count}, but this belongs to a later one"))
+                .tensor(name)
+                .file(&self.checkpoint.folder)),
+            None => Ok(()),
+        }
     }
 
     fn vector_shape(&self, name: &str, width: usize) -> Result<()> {

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{CWD, FallocateFlags, RenameFlags, renameat_with};
 use rustix::io::Errno;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, controls};
 
 /// A file that is open for writing.
 #[derive(Debug)]
@@ -217,7 +217,12 @@ pub fn failed(path: &Path, source: &std::io::Error, bytes: u64) -> Error {
 /// When it is no JSON.
 pub fn json(value: &impl serde::Serialize) -> Result<String> {
     let text = serde_json::to_string_pretty(value).map_err(|error| Error::run(error.to_string()))?;
-    Ok(text + "\n")
+    // JSON must escape the first 32 characters alone; what else controls a terminal can only stand inside its strings.
+    let mut out = String::with_capacity(text.len() + 1);
+    for c in text.chars() {
+        if controls(c) && c != '\n' { out.push_str(&format!("\\u{:04x}", u32::from(c))) } else { out.push(c) }
+    }
+    Ok(out + "\n")
 }
 
 /// Writes a file complete or not at all, over one that is there.
@@ -263,6 +268,14 @@ mod tests {
         disk.remove(&a).unwrap();
         disk.remove(&a).unwrap();
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn json_holds_nothing_that_controls_a_terminal_and_reads_back() {
+        let text = "a\u{1b}[31m\u{7f}\u{9b}\u{202e}b\u{2066}\n\tü";
+        let written = json(&serde_json::json!({text: text})).unwrap();
+        assert!(!written.chars().any(|c| c != '\n' && controls(c)), "{written:?}");
+        assert_eq!(serde_json::from_str::<serde_json::Value>(&written).unwrap(), serde_json::json!({text: text}));
     }
 
     #[test]

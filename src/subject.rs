@@ -54,8 +54,9 @@ impl Subject {
     /// When it is no sound checkpoint.
     pub fn open(path: &Path, scratch: &Path) -> Result<Self> {
         let unpacked = Unpacked::open(path, scratch)?;
-        let checkpoint = Checkpoint::open(unpacked.folder())?;
-        let source = formats::open(&checkpoint)?;
+        let named = |error: Error| if unpacked.folder() == path { error } else { error.file(path) };
+        let checkpoint = Checkpoint::open(unpacked.folder()).map_err(named)?;
+        let source = formats::open(&checkpoint).map_err(named)?;
         Ok(Self { path: path.to_path_buf(), unpacked, checkpoint, source })
     }
 
@@ -73,7 +74,8 @@ impl Subject {
     /// # Errors
     /// When its family is not known or a tensor has the wrong shape.
     pub fn model(&self) -> Result<Model<'_>> {
-        Model::open(&self.checkpoint, self.source.as_ref())
+        let named = |error: Error| if self.unpacked.folder() == self.path { error } else { error.file(&self.path) };
+        Model::open(&self.checkpoint, self.source.as_ref()).map_err(named)
     }
 
     /// Its tokenizer.

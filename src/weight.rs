@@ -164,6 +164,21 @@ impl Weight {
         }
     }
 
+    /// A number that no entry exceeds in magnitude; infinite where an entry may not be finite. Floats that a reader has checked
+    /// count as 0.
+    pub fn bound(&self) -> f32 {
+        let magnitude = |value: f32| if value.is_nan() { f32::INFINITY } else { value.abs() };
+        let largest = |values: &mut dyn Iterator<Item = f32>| values.map(magnitude).fold(0.0, f32::max);
+        match self {
+            Self::Dense(matrix) => largest(&mut matrix.data.iter().copied()),
+            Self::Sparse(sparse) => largest(&mut sparse.matrix.data.iter().copied()),
+            Self::Ints(ints) => largest(&mut ints.scales.iter().copied()) * f32::from(1u16 << ints.bits),
+            Self::Trits(trits) => largest(&mut trits.scales.iter().map(|[coarse, fine]| magnitude(*coarse) + magnitude(*fine))),
+            Self::Split(split) => largest(&mut split.scales.iter().flatten().copied()) * f32::from(1u16 << split.bits),
+            Self::Stored(_) | Self::Super(_) => 0.0,
+        }
+    }
+
     /// Number of weights that are exactly zero.
     pub fn zeros(&self) -> usize {
         match self {

@@ -15,6 +15,13 @@ const TOKENIZER_BYTES: u64 = 256 << 20;
 /// Numbers of tokens are below this, as vocabularies are (2²⁴).
 const MOST_TOKENS: u64 = 1 << 24;
 
+/// Longest chat template, in bytes; those of models have up to thirty thousand.
+const TEMPLATE_BYTES: usize = 128 << 10;
+/// Steps that a template may take per document.
+const FUEL: u64 = 2_000_000;
+/// Stack for the deepest template of that length.
+const STACK_BYTES: usize = 1 << 30;
+
 /// Text that is encoded at once, in bytes.
 const PIECE: usize = 4 << 20;
 /// Bytes that one token hardly ever exceeds on average.
@@ -102,6 +109,9 @@ impl Tokenizer {
         } else {
             template(&config["chat_template"])
         };
+        if let Some(length) = template.as_ref().map(String::len).filter(|&length| length > TEMPLATE_BYTES) {
+            return Err(Error::input(format!("chat template: {length} bytes, the limit is {TEMPLATE_BYTES}")).file(&path));
+        }
         Ok(Self { path, inner, config, template })
     }
 
@@ -196,7 +206,7 @@ impl Tokenizer {
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
-        environment.set_fuel(Some(10_000_000));
+        environment.set_fuel(Some(FUEL));
         environment.add_function("raise_exception", |message: String| -> Result<String, minijinja::Error> {
             Err(minijinja::Error::new(minijinja::ErrorKind::InvalidOperation, message))
         });
@@ -208,8 +218,18 @@ impl Tokenizer {
             bos_token => self.named_text("bos_token").unwrap_or_default(),
             eos_token => self.named_text("eos_token").unwrap_or_default(),
         };
-        let rendered = environment.render_str(template, context);
-        rendered.map(Some).map_err(|error| Error::input(format!("chat template: {error}")).file(&self.path))
+        // The library goes down as deep as a template is nested, and a hostile one is nested deeply.
+        let rendered = std::thread::scope(|scope| {
+            let render = || environment.render_str(template, context);
+            let thread = std::thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, render);
+            thread.map(|thread| thread.join().map_err(|_| "it makes the template library fail".to_string()))
+        });
+        match rendered {
+            Ok(Ok(Ok(text))) => Ok(Some(text)),
+            Ok(Ok(Err(error))) => Err(Error::input(format!("chat template: {error}")).file(&self.path)),
+            Ok(Err(what)) => Err(Error::input(format!("chat template: {what}")).file(&self.path)),
+            Err(error) => Err(Error::run(format!("chat template: no thread for it: {error}")).file(&self.path)),
+        }
     }
 }
 

@@ -10,7 +10,8 @@ use crate::checkpoint::Checkpoint;
 use crate::cli::Invocation;
 use crate::cli::arguments::Compress;
 use crate::cli::device::pick_device;
-use crate::cli::text::{complain, say, say_json, table};
+use crate::cli::progress::works_in;
+use crate::cli::text::{say, say_json, table};
 use crate::compress::destination::{Claim, Destination};
 use crate::compress::estimate::{Estimate, estimate};
 use crate::compress::work::Work;
@@ -88,6 +89,7 @@ fn compress(job: Job, arguments: &Compress, invocation: &Invocation, run: &Run<'
     let claim = Claim { replace: arguments.force, restart: arguments.restart, ..Claim::default() };
     let mut destination = Destination::claim(&target(arguments)?, &job.model, claim)?;
     let target = destination.target().to_path_buf();
+    works_in(Some(&destination.work.path));
     let dependencies = manifest::dependencies(&job, &Checkpoint::open(&job.model)?, run.device)?;
     if destination.begin(&dependencies)? {
         return finished_before(&target, invocation);
@@ -107,10 +109,8 @@ fn compress(job: Job, arguments: &Compress, invocation: &Invocation, run: &Run<'
     let report = match prepared.run(destination, &dependencies, run) {
         Ok(report) => report,
         Err(error) => {
-            if matches!(error.fault, Fault::Interrupted(_)) && Work::left(&target) {
-                complain(&format!("resume with: {}", command().join(" ")));
-            }
-            return Err(error);
+            let kept = matches!(error.fault, Fault::Interrupted(_)) && Work::left(&target);
+            return Err(if kept { error.advice(&format!("resume with: {}", command().join(" "))) } else { error });
         }
     };
     let seconds = started.elapsed().as_secs_f64();

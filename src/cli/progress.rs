@@ -1,5 +1,6 @@
 //! A progress bar for what takes longer than two seconds, and the signals that stop a run.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -8,8 +9,12 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
 
+use crate::compress::work::worth_keeping;
 use crate::error::{Error, Result};
 use crate::run::Observer;
+
+/// How long a signal may wait to be noticed.
+const NOTICE: Duration = Duration::from_millis(1600);
 
 /// How long a stage takes before its bar appears.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -38,6 +43,7 @@ impl Progress {
         }
         // A file-size limit shall be an error of the write, not the end of the program.
         signal_hook::flag::register(SIGXFSZ, Arc::new(AtomicBool::new(false))).map_err(|error| Error::run(format!("signals: {error}")))?;
+        watch(Arc::clone(&signal));
         Ok(Self { shown, bar: Mutex::new(None), signal })
     }
 
@@ -46,6 +52,42 @@ impl Progress {
             work(&mut bar);
         }
     }
+}
+
+/// A work folder that goes when the program is ended by [`watch`] and nothing in it is worth going on with.
+static WORK: Mutex<Option<PathBuf>> = Mutex::new(None);
+
+/// Says which work folder is in use.
+pub fn works_in(folder: Option<&Path>) {
+    if let Ok(mut work) = WORK.lock() {
+        *work = folder.map(Path::to_path_buf);
+    }
+}
+
+/// Ends the program where a signal was not noticed in time: inside a library that asks nobody. What is recorded by then is on the
+/// disk, as after a crash.
+fn watch(signal: Arc<AtomicUsize>) {
+    let watching = std::thread::Builder::new().name("signals".into()).spawn(move || {
+        loop {
+            std::thread::sleep(Duration::from_millis(100));
+            let number = signal.load(Ordering::Relaxed);
+            if number == 0 {
+                continue;
+            }
+            std::thread::sleep(NOTICE);
+            let work = WORK.lock().ok().and_then(|work| work.clone());
+            let kept = work.as_ref().is_some_and(|work| worth_keeping(work));
+            if let Some(work) = work.filter(|_| !kept) {
+                let _ = std::fs::remove_dir_all(work);
+            }
+            let what =
+                if kept { "stopped; the work so far is kept, the same command goes on with it" } else { "stopped; nothing was written" };
+            crate::cli::text::complain(&format!("error: {what}"));
+            std::process::exit(128 + i32::try_from(number).unwrap_or(0));
+        }
+    });
+    // Without a thread a signal is noticed at the next step alone.
+    drop(watching);
 }
 
 impl Observer for Progress {

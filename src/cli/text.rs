@@ -32,8 +32,8 @@ pub fn complain(line: &str) {
 
 /// Prints an object as JSON.
 pub fn say_json(value: &impl serde::Serialize) {
-    match serde_json::to_string_pretty(value) {
-        Ok(text) => say(&text),
+    match crate::storage::json(value) {
+        Ok(text) => say(text.trim_end()),
         Err(error) => complain(&format!("error: {error}")),
     }
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use crate::checkpoint::Checkpoint;
 use crate::compress::exports::Export;
-use crate::error::Result;
+use crate::error::{Result, tamed};
 use crate::formats::targets::{Engine, loaders};
 use crate::report::{Report, bytes};
 use crate::storage::Store;
@@ -25,12 +25,12 @@ pub fn write(report: &Report, export: &Export, checkpoint: &Checkpoint, output: 
         storage.put(&folder.join(ORIGINAL), before.as_bytes())?;
     }
     let front = before.as_deref().map(front_matter).unwrap_or_default();
-    storage.put(&folder.join("README.md"), text(report, export, &front, &name(checkpoint)).as_bytes()).map(drop)
+    storage.put(&folder.join("README.md"), tamed(&text(report, export, &front, &name(checkpoint))).as_bytes()).map(drop)
 }
 
 fn name(checkpoint: &Checkpoint) -> String {
     let folder = checkpoint.folder.canonicalize().unwrap_or_else(|_| checkpoint.folder.clone());
-    folder.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned())
+    folder.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().replace('<', "&lt;"))
 }
 
 /// The lines about licence and language of a card's front matter.
@@ -59,7 +59,7 @@ fn text(report: &Report, export: &Export, front: &[&str], name: &str) -> String 
 
 fn body(out: &mut String, report: &Report, export: &Export) -> std::fmt::Result {
     let size = &report.size;
-    writeln!(out, "Made by drawknife {} of a model of the type {}.\n", report.drawknife, report.model.model_type)?;
+    writeln!(out, "Made by drawknife {} of a model of the type {}.\n", report.drawknife, report.model.model_type.replace('<', "&lt;"))?;
     writeln!(out, "| | |\n|---|---|")?;
     writeln!(out, "| format | {} |", export.format.name)?;
     writeln!(out, "| weights | {} -> {} |", bytes(size.bytes_before), bytes(export.bytes()))?;

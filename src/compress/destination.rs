@@ -180,7 +180,11 @@ impl Destination {
 
 /// Whether a destination is free, or may be replaced.
 fn may_be_written(target: &Path, replace: bool) -> Result<()> {
-    let Ok(metadata) = std::fs::symlink_metadata(target) else { return Ok(()) };
+    let metadata = match std::fs::symlink_metadata(target) {
+        Ok(metadata) => metadata,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(Error::input(format!("cannot be written: {error}; give another with -o")).file(target)),
+    };
     if !replace {
         return Err(Error::input("the destination exists; give another with -o, or replace it with --force").file(target));
     }

@@ -334,7 +334,7 @@ impl<'a> Sinks<'a> {
             sinks.sinks.push(Sink { export, layout, waiting: gguf::Waiting::new() });
         }
         work.storage.sync_folder(&work.output())?;
-        sinks.writer = Some(Writer::start(files, Arc::clone(&work.storage), Some(work.log()?)));
+        sinks.writer = Some(Writer::start(files, Arc::clone(&work.storage), Some(work.log()?))?);
         for (number, name, bytes) in first {
             sinks.give(number, name, bytes)?;
         }

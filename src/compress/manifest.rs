@@ -19,6 +19,9 @@ use crate::storage::Store;
 /// Version of the manifest's shape and of the work folder.
 const VERSION: u32 = 1;
 
+/// Longest side file of a model that is hashed before the work, in bytes.
+const HASHED_BYTES: u64 = 256 << 20;
+
 /// Files of an output that the manifest does not speak of: itself, times, and pages that can be made again at any time.
 const LEFT_OUT: [&str; 4] = [MANIFEST, "timing.json", "report.html", "report.md"];
 
@@ -110,8 +113,15 @@ fn inputs(checkpoint: &Checkpoint) -> Result<Value> {
     let mut others = checkpoint.side_files()?;
     others.push(checkpoint.folder.join("config.json"));
     for path in others {
-        let bytes = std::fs::metadata(&path).map_err(|error| Error::unreadable(&path, &error))?.len();
-        files.insert(name(&path), json!({"bytes": bytes, "blake3": hash_file(&path)?.to_hex().as_str()}));
+        let metadata = std::fs::metadata(&path).map_err(|error| Error::unreadable(&path, &error))?;
+        let bytes = metadata.len();
+        // Large side files are told by their time, as weights are.
+        let value = if bytes > HASHED_BYTES {
+            json!({"bytes": bytes, "modified": format!("{}.{:09}", metadata.mtime(), metadata.mtime_nsec())})
+        } else {
+            json!({"bytes": bytes, "blake3": hash_file(&path)?.to_hex().as_str()})
+        };
+        files.insert(name(&path), value);
     }
     Ok(Value::Object(files))
 }

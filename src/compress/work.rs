@@ -98,7 +98,7 @@ impl Work {
     /// Whether work on a destination is left that can be gone on with.
     pub fn left(target: &Path) -> bool {
         let (parent, name) = (target.parent().unwrap_or(Path::new(".")), target.file_name().unwrap_or_default());
-        std::fs::metadata(Self::path(parent, name).join(JOURNAL)).is_ok_and(|journal| journal.len() > 0)
+        worth_keeping(&Self::path(parent, name))
     }
 
     /// Makes the folder or takes the one that is there.
@@ -299,8 +299,7 @@ impl Work {
 
     /// Whether the folder stays when this value goes, because something in it is worth going on with.
     pub fn stays(&self) -> bool {
-        let recorded = || std::fs::metadata(self.path.join(JOURNAL)).is_ok_and(|journal| journal.len() > 0);
-        !self.discard && (self.resumes() || recorded())
+        !self.discard && (self.resumes() || worth_keeping(&self.path))
     }
 }
 
@@ -312,6 +311,11 @@ impl Drop for Work {
         }
         let _ = self.lock.unlock();
     }
+}
+
+/// Whether something in a work folder was recorded.
+pub fn worth_keeping(path: &Path) -> bool {
+    std::fs::metadata(path.join(JOURNAL)).is_ok_and(|journal| journal.len() > 0)
 }
 
 /// A journal that a thread which failed may have left locked.

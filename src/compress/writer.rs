@@ -44,14 +44,18 @@ pub struct Writer {
 
 impl Writer {
     /// A thread for the files of all exports. Without a journal a commit only brings them to the disk.
-    pub fn start(files: Vec<Files>, storage: Arc<dyn Store>, log: Option<Arc<Mutex<Log>>>) -> Self {
+    ///
+    /// # Errors
+    /// When the system has no thread left.
+    pub fn start(files: Vec<Files>, storage: Arc<dyn Store>, log: Option<Arc<Mutex<Log>>>) -> Result<Self> {
         let (tasks, waiting) = sync_channel::<Task>(WAITING);
         let mut state = State { files, storage, log, hashers: HashMap::new(), complete: Vec::new(), recorded: Vec::new() };
-        let thread = std::thread::spawn(move || {
+        let thread = std::thread::Builder::new().name("writer".into()).spawn(move || {
             waiting.into_iter().try_for_each(|task| state.work(task))?;
             Ok(state.recorded)
         });
-        Self { tasks: Some(tasks), thread: Some(thread), waited: Duration::ZERO }
+        let thread = thread.map_err(|error| Error::run(format!("no thread to write the output: {error}")))?;
+        Ok(Self { tasks: Some(tasks), thread: Some(thread), waited: Duration::ZERO })
     }
 
     /// Gives a piece of an export to be written.

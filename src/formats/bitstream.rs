@@ -7,7 +7,8 @@ use crate::lanes::vectorized;
 
 /// Words of a stream of `count` codes.
 pub fn words(count: usize, bits: u8) -> usize {
-    (count * usize::from(bits)).div_ceil(32)
+    // A count that no file holds fits no tensor either.
+    count.saturating_mul(usize::from(bits)).div_ceil(32)
 }
 
 /// Packs `codes` row by row, each row a stream of its own; gives the little-endian bytes of `rows × words` words.

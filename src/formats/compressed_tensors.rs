@@ -298,8 +298,12 @@ impl Source for PackQuantized {
             return None;
         }
         let bytes = checkpoint.bytes(&format!("{name}.weight_shape")).ok()?;
-        let sizes: Vec<usize> =
-            bytes.as_chunks::<8>().0.iter().filter_map(|size| usize::try_from(i64::from_le_bytes(*size)).ok()).collect();
+        let sizes: Vec<usize> = bytes
+            .as_chunks::<8>()
+            .0
+            .iter()
+            .filter_map(|size| usize::try_from(i64::from_le_bytes(*size)).ok().filter(|&size| size <= 1 << 31))
+            .collect();
         sizes.as_slice().try_into().ok()
     }
 

@@ -213,6 +213,18 @@ fn factors(keys: &Keys<'_>, family: &Family, hidden: usize, head_dim: usize) -> 
 
 /// Keys that change the mathematics and that the forward does not know.
 fn refuse_unsupported(keys: &Keys<'_>) -> Result<()> {
+    let wrong =
+        |key: &str, kind: &str| Err(Error::input(format!("config.json: {key} is {}, it must be {kind}", shown(&keys.0[key].to_string()))));
+    for key in ["attention_bias", "mlp_bias", "qkv_bias", "tie_word_embeddings", "use_sliding_window", "use_bidirectional_attention"] {
+        if keys.0.get(key).is_some_and(|value| !value.is_null() && !value.is_boolean()) {
+            return wrong(key, "true or false");
+        }
+    }
+    for key in ["hidden_act", "hidden_activation"] {
+        if keys.0.get(key).is_some_and(|value| !value.is_null() && !value.is_string()) {
+            return wrong(key, "a name");
+        }
+    }
     for key in ["use_bidirectional_attention", "quantize_embeddings"] {
         if keys.flag(key) == Some(true) {
             return Err(Error::input(format!("config.json: {key} true is not supported")));

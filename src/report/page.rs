@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use minijinja::{AutoEscape, Environment};
 use serde_json::{Value, json};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, tamed};
 use crate::gate::{Gate, Verdict};
 use crate::report::bytes;
 use crate::report::charts::{self, Grid, Line};
@@ -60,7 +60,8 @@ fn rendered(name: &str, template: &str, files: &Files, charts: Value) -> Result<
         "report": files.report, "timing": files.timing, "charts": charts, "verdict": verdict(&files.report),
         "recipe": recipe(&files.report), "sensitive": sensitive(&files.sensitivity), "remarks": remarks(&files.report),
     });
-    environment.get_template(name).and_then(|template| template.render(context)).map_err(wrong)
+    // Names from a model may hold anything; escaping for HTML leaves what controls a terminal or turns text around.
+    environment.get_template(name).and_then(|template| template.render(context)).map(|page| tamed(&page)).map_err(wrong)
 }
 
 /// The verdict on the limits of the recipe: its word, and a sentence on each limit.

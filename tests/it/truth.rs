@@ -190,6 +190,8 @@ fn a_model_with_another_tokenizer_is_not_measured_on_its_own_tokens() {
         }
     }
     std::fs::write(&path, serde_json::to_vec(&tokenizer).unwrap()).unwrap();
+    // Whoever changes a file and knows it removes the hashes of what it was.
+    std::fs::remove_file(four.join("manifest.json")).unwrap();
     let four = four.to_str().unwrap();
     let measured = ["--reference", &model, "--seq", "64", "--max-tokens", "2048"];
     for command in [&["check", four][..], &["eval", four]] {
@@ -250,8 +252,10 @@ fn what_is_not_whole_is_broken_whatever_else_holds() {
         let found: Value = serde_json::from_slice(&output.stdout).unwrap();
         follows(&found, "check");
         assert_eq!((output.status.code(), found["verdict"].as_str()), (Some(5), Some("broken")), "{part}");
-        let broken = found["structure"].as_array().unwrap().iter().find(|finding| finding["ok"] == false).unwrap();
-        assert_eq!(broken["name"], part);
+        let broken = found["structure"].as_array().unwrap().iter().filter(|finding| finding["ok"] == false);
+        let broken: Vec<&str> = broken.filter_map(|finding| finding["name"].as_str()).collect();
+        // A flipped value is found twice: by itself, and by the hashes of the manifest.
+        assert!(broken.contains(&part) && (part == "files" || broken.contains(&"hashes")), "{broken:?}");
         let report = quick_junit::Report::deserialize_from_str(&std::fs::read_to_string(&junit).unwrap()).unwrap();
         assert!(report.failures >= 1 && report.errors == 0);
     }
@@ -328,7 +332,8 @@ fn a_target_is_met_keeps_fused_layers_together_and_lies_between_uniform_widths()
     let likeliest = worst[0]["original"].as_array().unwrap();
     assert!(likeliest.len() == 5 && likeliest.windows(2).all(|pair| pair[0][1].as_f64() >= pair[1][1].as_f64()));
     let page = std::fs::read_to_string(out.join("report.html")).unwrap();
-    assert!(page.matches("<svg").count() >= 5 && page.len() < 1 << 20 && !page.contains("http"));
+    assert!(page.matches("<svg").count() >= 5 && page.len() < 1 << 20);
+    assert!(!page.contains("http://") && !page.contains("https://") && page.contains("default-src 'none'"));
     follows(&read(&out.join("timing.json")), "timing");
     follows(&read(&out.join("manifest.json")), "manifest");
     follows(&read(&out.join("sensitivity.json")), "sensitivity");
