@@ -117,7 +117,7 @@ pub fn shown(name: &str) -> String {
 
 /// A path as it may be shown on a terminal.
 pub fn shown_path(path: &Path) -> String {
-    tamed(&path.to_string_lossy())
+    tamed(&path.to_string_lossy()).replace('\n', "\\n")
 }
 
 /// Whether a character controls a terminal or the direction of text.

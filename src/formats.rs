@@ -126,11 +126,29 @@ pub fn scales(checkpoint: &Checkpoint, name: &str, float: Float) -> Result<Vec<f
 /// # Errors
 /// When the checkpoint is quantized in a way that this version does not read.
 pub fn open(checkpoint: &Checkpoint) -> Result<Box<dyn Source>> {
-    match quantization(checkpoint) {
-        None => Ok(Box::new(Plain)),
-        Some(config) => Ok(Box::new(Bounded(packed(checkpoint, config)?))),
+    let Some(config) = quantization(checkpoint) else { return Ok(Box::new(Plain)) };
+    let source = packed(checkpoint, config)?;
+    if !checkpoint.names().any(|name| PACKED.iter().any(|end| name.ends_with(end))) {
+        let method = shown(config["quant_method"].as_str().unwrap_or("?"));
+        let what = format!(
+            "config.json says that the model is quantized ({method}), but no tensor is packed; remove quantization_config, or download the weights again"
+        );
+        return Err(Error::input(what).file(&checkpoint.folder));
     }
+    Ok(Box::new(Bounded(source)))
 }
+
+/// Ends of names that only tensors of packed layers have.
+const PACKED: [&str; 8] = [
+    ".qweight",
+    ".weight_packed",
+    ".weight_scale",
+    ".weight_scale_inv",
+    ".trits_coarse",
+    ".split_codes",
+    ".sparse_values",
+    ".weight_shape",
+];
 
 /// A source of packed layers whose weights are refused where their values would not be finite.
 #[derive(Debug)]

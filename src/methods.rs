@@ -64,7 +64,7 @@ impl Layer<'_> {
         let gram = gram.ok_or_else(|| Error::run("no calibration was seen").tensor(self.name))?;
         match gram.iter().all(|value| value.is_finite()) {
             true => Ok(gram),
-            false => Err(Error::run("the Gram matrix of the calibration inputs is not finite").tensor(self.name)),
+            false => Err(Error::input("the Gram matrix of the calibration inputs is not finite").tensor(self.name)),
         }
     }
 }

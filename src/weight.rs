@@ -172,9 +172,10 @@ impl Weight {
         match self {
             Self::Dense(matrix) => largest(&mut matrix.data.iter().copied()),
             Self::Sparse(sparse) => largest(&mut sparse.matrix.data.iter().copied()),
-            Self::Ints(ints) => largest(&mut ints.scales.iter().copied()) * f32::from(1u16 << ints.bits),
+            Self::Ints(ints) if ints.zeros.is_none() => largest(&mut ints.scales.iter().copied()) * f32::from(1u16 << (ints.bits - 1)),
+            Self::Ints(ints) => largest(&mut ints.scales.iter().copied()) * f32::from((1u16 << ints.bits) - 1),
             Self::Trits(trits) => largest(&mut trits.scales.iter().map(|[coarse, fine]| magnitude(*coarse) + magnitude(*fine))),
-            Self::Split(split) => largest(&mut split.scales.iter().flatten().copied()) * f32::from(1u16 << split.bits),
+            Self::Split(split) => largest(&mut split.scales.iter().flatten().copied()) * f32::from(1u16 << (split.bits - 1)),
             Self::Stored(_) | Self::Super(_) => 0.0,
         }
     }

@@ -91,7 +91,7 @@ fn body(out: &mut String, report: &Report, export: &Export) -> std::fmt::Result 
     writeln!(out, "\n## Recipe\n\n`drawknife compress MODEL -o OUT --recipe FILE` with\n\n```toml\n{}\n```", recipe.trim_end())?;
     if !report.notes.is_empty() {
         writeln!(out, "\n## Notes\n")?;
-        report.notes.iter().try_for_each(|note| writeln!(out, "- {note}"))?;
+        report.notes.iter().try_for_each(|note| writeln!(out, "- {}", note.replace('<', "&lt;")))?;
     }
     Ok(())
 }

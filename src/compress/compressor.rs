@@ -212,7 +212,7 @@ impl<'a> Compressor<'a> {
     fn write(&mut self, planned: &Planned, weight: &Weight, change: [f64; 2], layer_error: Option<f64>, notes: Vec<String>) -> Result<()> {
         let outlined = &planned.outlined;
         if !change[0].is_finite() {
-            return Err(Error::run("compression gave values that are not finite").tensor(&outlined.name));
+            return Err(Error::input("compression gave values that are not finite").tensor(&outlined.name));
         }
         self.sinks.layer(&outlined.name, weight)?;
         let storage = weight.storage();

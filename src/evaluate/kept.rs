@@ -97,7 +97,7 @@ impl Kept {
         for state in states.iter().flatten() {
             let total = state.prediction.log_total();
             if !total.is_finite() || !state.prediction.nll().is_finite() {
-                return Err(Error::run("the model gives predictions that are not finite; it is damaged"));
+                return Err(Error::input("the model gives predictions that are not finite; it is damaged"));
             }
             let logs = state.best.iter().map(|&(logit, _)| f64::from(logit) - total);
             let tail = if state.best.len() == kept.identity.vocabulary { 0.0 } else { 1.0 - logs.clone().map(f64::exp).sum::<f64>() };

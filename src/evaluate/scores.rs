@@ -57,7 +57,7 @@ impl Scores {
         };
         let finite = |score: &Score| [score.nll, score.reference_nll, score.divergence].iter().all(|value| value.is_finite());
         if !scored.iter().flatten().all(finite) {
-            return Err(Error::run("the model gives predictions that are not finite; it is damaged"));
+            return Err(Error::input("the model gives predictions that are not finite; it is damaged"));
         }
         if protocol.second_half {
             scored.iter_mut().zip(windows).for_each(|(scores, window)| drop(scores.drain(..window.len() / 2)));

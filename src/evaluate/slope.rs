@@ -28,7 +28,7 @@ pub fn drawn(stream: &Stream<'_, '_>, windows: &[Vec<u32>], run: &Run<'_>) -> Re
     sweep(&[stream], windows, &mut states, run, |states, logits| {
         logits.each(states, |state, row, _| state.add(row, logits.first));
     })?;
-    let lost = || Error::run("the model gives predictions that are not finite; it is damaged");
+    let lost = || Error::input("the model gives predictions that are not finite; it is damaged");
     let drawn = windows.iter().zip(&states).map(|(window, states)| {
         let tokens = states.iter().map(|state| state.token().ok_or_else(lost));
         std::iter::once(Ok(window[0])).chain(tokens).collect::<Result<Vec<u32>>>()

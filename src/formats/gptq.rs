@@ -189,6 +189,8 @@ fn auto_round_config(layers: &[Outlined]) -> Value {
 pub struct Gptq {
     /// What stored zero points are less than the real ones.
     less: u8,
+    /// Bits of every packed layer, where there is one number for all.
+    bits: Option<u8>,
 }
 
 /// How the tensors of one packed layer are laid out.
@@ -207,9 +209,20 @@ impl Gptq {
     pub fn read(config: &Value) -> Result<Self> {
         let version = config["checkpoint_format"].as_str().unwrap_or("gptq");
         let packing = config["packing_format"].as_str().unwrap_or("auto_round:auto_gptq");
+        let bits = match &config["bits"] {
+            Value::Null => None,
+            value => match value.as_u64() {
+                Some(bits @ 2..=8) => Some(bits as u8),
+                _ => {
+                    let found = shown(&value.to_string());
+                    return Err(Error::input(format!("config.json: quantization_config: bits is {found}, it must be 2 to 8")));
+                }
+            },
+        };
+        let bits = bits.filter(|_| config["dynamic"].is_null() && config["extra_config"].is_null());
         match (version, packing) {
-            ("gptq", "auto_round:auto_gptq") => Ok(Self { less: 1 }),
-            ("gptq_v2", "auto_round:auto_gptq") | ("gptq", "auto_round" | "auto_round:gptqmodel") => Ok(Self { less: 0 }),
+            ("gptq", "auto_round:auto_gptq") => Ok(Self { less: 1, bits }),
+            ("gptq_v2", "auto_round:auto_gptq") | ("gptq", "auto_round" | "auto_round:gptqmodel") => Ok(Self { less: 0, bits }),
             ("gptq" | "gptq_v2", packing) => Err(Error::input(format!(
                 "config.json: quantization_config: packing_format `{}` is not read by this version, only auto_round:auto_gptq",
                 shown(packing)
@@ -238,6 +251,9 @@ impl Gptq {
                 format!("is {dtype:?} {shape:?}, {rows} outputs of {columns} inputs in 2, 3, 4 or 8 bits are not of that shape"),
             )
         })?;
+        if let Some(said) = self.bits.filter(|&said| said != bits) {
+            return Err(wrong("qweight", format!("holds codes of {bits} bits, config.json says {said}")));
+        }
         let groups = scales.shape.first().copied().unwrap_or(0);
         let scale_float = float_of(scales.dtype).filter(|_| scales.shape == [groups, rows] && groups > 0 && columns % groups == 0);
         let scale_float = scale_float.ok_or_else(|| {

@@ -112,7 +112,7 @@ impl Site {
     /// As the method.
     pub fn apply(&self, method: &dyn Method, weight: Weight, original: &Matrix, layer: &Layer<'_>) -> Result<(Applied, Strength)> {
         if !self.all.capture.cross.iter().all(|value| value.is_finite()) {
-            return Err(Error::run("the calibration inputs are not finite").tensor(layer.name));
+            return Err(Error::input("the calibration inputs are not finite").tensor(layer.name));
         }
         let strength = match method.strength() {
             Some(strength) => strength,

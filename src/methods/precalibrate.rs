@@ -91,7 +91,7 @@ impl Method for Precalibrate {
     }
 
     fn apply(&self, weight: Weight, layer: &Layer<'_>) -> Result<Applied> {
-        let not_finite = || Error::run("a weight is not finite").tensor(layer.name);
+        let not_finite = || Error::input("a weight is not finite").tensor(layer.name);
         let pruned = matches!(weight, Weight::Sparse(_));
         let matrix = weight.to_matrix();
         let (bits, group) = (layer.bits.unwrap_or(self.bits), self.group.fit(matrix.columns));

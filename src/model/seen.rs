@@ -113,7 +113,7 @@ impl Seen {
     pub fn at(&self, site: Site) -> Result<&Statistics> {
         let statistics = self.sites.get(&site).ok_or_else(|| Error::run(format!("no calibration was seen at {site:?}")))?;
         match statistics.squares.iter().position(|square| !square.is_finite()) {
-            Some(column) => Err(Error::run(format!("the calibration inputs at {site:?} are not finite in column {column}"))),
+            Some(column) => Err(Error::input(format!("the calibration inputs at {site:?} are not finite in column {column}"))),
             None => Ok(statistics),
         }
     }

@@ -349,7 +349,7 @@ fn advance(
                 None => forward_run(model, index, parameters, seq, x, run, &mut |_, _| {}),
             };
             match crate::checkpoint::decode::nonfinite(&y) {
-                Some((_, count)) => Err(Error::run(format!(
+                Some((_, count)) => Err(Error::input(format!(
                     "block {index} gives {count} values that are NaN or infinite for window {} or after; the model is damaged or overflows",
                     windows.start
                 ))),
