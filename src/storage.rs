@@ -102,10 +102,10 @@ impl dyn Store + '_ {
         Ok(file)
     }
 
-    /// As [`Self::put`], an object as JSON with two spaces of indentation and a final newline.
+    /// As `put`, an object as JSON with two spaces of indentation and a final newline.
     ///
     /// # Errors
-    /// As [`Self::put`].
+    /// As `put`.
     pub fn put_json(&self, path: &Path, value: &impl serde::Serialize) -> Result<Opened> {
         self.put(path, json(value)?.as_bytes())
     }

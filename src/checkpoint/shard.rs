@@ -137,7 +137,11 @@ impl Shard {
     pub fn unchanged(&self) -> Result<()> {
         let now = self.file.metadata().map_err(|error| Error::io(&self.path, &error))?;
         if now.len() != self.bytes || (now.mtime(), now.mtime_nsec()) != self.modified {
-            let what = format!("the input changed while it was read: it had {} bytes, now {}; start again", self.bytes, now.len());
+            let how = match now.len() {
+                same if same == self.bytes => "it was written to".to_string(),
+                other => format!("it had {} bytes, now {other}", self.bytes),
+            };
+            let what = format!("the input changed while it was read: {how}; start again");
             return Err(Error::new(Fault::Changed, what).file(&self.path));
         }
         Ok(())

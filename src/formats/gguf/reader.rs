@@ -1,6 +1,6 @@
 //! Reads the container. Everything in a file is untrusted: no number is believed before the file was seen to be long enough.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 use std::io::{BufReader, Read};
 use std::os::unix::fs::FileExt;
@@ -221,7 +221,8 @@ fn read(beginning: &mut Beginning<impl Read>) -> Result<Contents, String> {
         let kind = kind.ok_or_else(|| format!("tensor {} has type {number}, which this version does not read", shown(&name)))?;
         let entries = shape.iter().try_fold(1usize, |product, &size| product.checked_mul(size)).filter(|&entries| entries < 1 << 44);
         let whole = shape.last().is_some_and(|columns| columns.is_multiple_of(kind.weights()));
-        if entries.is_none() || !whole {
+        let sensible = shape.iter().all(|&size| size < 1 << 44);
+        if entries.is_none() || !whole || !sensible {
             return Err(format!("tensor {} of shape {shape:?} is not whole blocks of {}", shown(&name), kind.weights()));
         }
         listed.push((Tensor { name, shape, kind }, offset));
@@ -239,13 +240,37 @@ fn read(beginning: &mut Beginning<impl Read>) -> Result<Contents, String> {
         }
         *offset += start;
     }
+    apart(&listed)?;
     Ok((known, listed))
+}
+
+/// Refuses tensors that share a name or bytes.
+fn apart(listed: &[(Tensor, u64)]) -> Result<(), String> {
+    let mut names = HashSet::new();
+    if let Some((twice, _)) = listed.iter().find(|(tensor, _)| !names.insert(tensor.name.as_str())) {
+        return Err(format!("tensor {} occurs twice", shown(&twice.name)));
+    }
+    let mut places: Vec<(u64, &Tensor)> =
+        listed.iter().filter(|(tensor, _)| tensor.bytes() > 0).map(|(tensor, at)| (*at, tensor)).collect();
+    places.sort_by_key(|(at, _)| *at);
+    match places.windows(2).find(|pair| pair[0].0 + pair[0].1.bytes() > pair[1].0) {
+        Some(pair) => Err(format!("tensor {} begins inside of tensor {}", shown(&pair[1].1.name), shown(&pair[0].1.name))),
+        None => Ok(()),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::formats::gguf::container::header;
+
+    #[test]
+    fn tensors_that_share_a_name_or_bytes_are_refused() {
+        let tensor = |name: &str| Tensor { name: name.into(), shape: vec![3], kind: Kind::F32 };
+        assert_eq!(apart(&[(tensor("a"), 96), (tensor("b"), 64)]), Ok(()));
+        assert!(apart(&[(tensor("a"), 96), (tensor("b"), 85)]).unwrap_err().contains("inside"));
+        assert!(apart(&[(tensor("a"), 96), (tensor("a"), 64)]).unwrap_err().contains("twice"));
+    }
 
     fn file() -> Vec<u8> {
         let keys = BTreeMap::from([
