@@ -23,7 +23,7 @@ use serde_json::{Map, Value};
 use crate::calibrate::corpus::Source as Origin;
 use crate::calibrate::corpus::{self, Packed};
 use crate::calibrate::tokens::Tokenizer;
-use crate::checkpoint::source::{Restored, Source};
+use crate::checkpoint::source::{Source, Through};
 use crate::checkpoint::{Checkpoint, read_file};
 use crate::compress::compressor::{Compressor, Finished};
 use crate::compress::destination::Destination;
@@ -148,12 +148,11 @@ impl Prepared {
     /// One line that names the first thing that is wrong.
     pub fn new(mut job: Job) -> Result<Self> {
         let checkpoint = Checkpoint::open(&job.model)?;
-        if std::fs::symlink_metadata(job.model.join("tokenizer.json")).is_ok() {
-            // A broken one would be carried into the output.
-            Tokenizer::open(&job.model)?;
-        }
+        // A broken one would be carried into the output.
+        let named = std::fs::symlink_metadata(job.model.join("tokenizer.json")).is_ok();
+        let tokenizer = if named { Some(Tokenizer::open(&job.model)?) } else { None };
         let known = known_family(&checkpoint.config).is_some();
-        let source = Restored(formats::open(&checkpoint)?);
+        let source = Through::restored(formats::open(&checkpoint)?);
         let model = if known { Some(Model::open(&checkpoint, &source)?) } else { None };
         let candidates = candidates(&checkpoint, &source, model.as_ref())?;
         let mut plan = Plan::resolve(&job.recipe, &candidates)?;
@@ -172,7 +171,7 @@ impl Prepared {
         }
         let (mut calibration, mut generation, mut evaluation, mut needed) = (None, None, None, Needed::LEAST);
         if let Some(model) = &model {
-            evaluation = evaluation_windows(&job, model, &mut notes)?;
+            evaluation = evaluation_windows(&job, model, tokenizer.as_ref(), &mut notes)?;
             (calibration, generation) = calibration_windows(&mut job, model, needs, &mut notes)?;
             let tokens = calibration.iter().flat_map(|packed: &Packed| &packed.windows).map(Vec::len).sum();
             needed = Needed::of(model, needs, tokens, generation.as_ref());
@@ -281,7 +280,7 @@ impl Prepared {
         let mut sinks = Sinks::create(&self.exports, &metadata, work, self.job.recipe.shard_bytes()?)?;
         exports::carry(&self.checkpoint, formats::open(&self.checkpoint)?.as_ref(), &self.plan, &self.norms, &mut sinks, run)?;
         watch.ends("copy the rest");
-        let source = Restored(formats::open(&self.checkpoint)?);
+        let source = Through::restored(formats::open(&self.checkpoint)?);
         let layer_error = self.job.recipe.report.layer_error;
         let needs = needs(&self.job.recipe, &self.plan);
         let mut compressor;
@@ -493,9 +492,19 @@ fn calibration_windows(job: &mut Job, model: &Model<'_>, needs: Needs, notes: &m
 }
 
 /// The evaluation windows; without a tokenizer or with too short a built-in text there are none, and a note says so.
-fn evaluation_windows(job: &Job, model: &Model<'_>, notes: &mut Vec<String>) -> Result<Option<(Vec<Vec<u32>>, Evaluation)>> {
+fn evaluation_windows(
+    job: &Job,
+    model: &Model<'_>,
+    tokenizer: Option<&Tokenizer>,
+    notes: &mut Vec<String>,
+) -> Result<Option<(Vec<Vec<u32>>, Evaluation)>> {
     let Some(options) = &job.quality else { return Ok(None) };
-    match tokenized(options, &job.model, model) {
+    let windows = match tokenizer {
+        Some(tokenizer) => tokenized(options, tokenizer, model),
+        // Says that it is missing.
+        None => Tokenizer::open(&job.model).and_then(|tokenizer| tokenized(options, &tokenizer, model)),
+    };
+    match windows {
         Ok(windows) => Ok(Some(windows)),
         Err(error) if options.text.is_none() => {
             notes.push(format!("quality cannot be measured: {error}"));
@@ -505,12 +514,11 @@ fn evaluation_windows(job: &Job, model: &Model<'_>, notes: &mut Vec<String>) -> 
     }
 }
 
-fn tokenized(options: &QualityOptions, folder: &Path, model: &Model<'_>) -> Result<(Vec<Vec<u32>>, Evaluation)> {
+fn tokenized(options: &QualityOptions, tokenizer: &Tokenizer, model: &Model<'_>) -> Result<(Vec<Vec<u32>>, Evaluation)> {
     let text = Text::open(options.text.as_deref())?;
-    let tokenizer = Tokenizer::open(folder)?;
     let protocol = Protocol { seq: options.protocol.seq.min(model.config.max_positions), ..options.protocol };
     let bos = tokenizer.bos(model.config.bos);
-    let windows = evaluate::windows(&text.content, &tokenizer, protocol, bos)?;
+    let windows = evaluate::windows(&text.content, tokenizer, protocol, bos)?;
     corpus::check_tokens(&windows, model.config.vocabulary)?;
     Ok((windows, Evaluation { text: text.name, blake3: text.blake3 }))
 }

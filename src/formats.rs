@@ -18,7 +18,7 @@ use serde_json::Value;
 
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::decode::{decode, nonfinite};
-use crate::checkpoint::source::{Plain, Source};
+use crate::checkpoint::source::{Plain, Source, Through};
 use crate::error::{Error, Result, shown};
 use crate::weight::{Float, Outlined, Weight};
 
@@ -135,7 +135,7 @@ pub fn open(checkpoint: &Checkpoint) -> Result<Box<dyn Source>> {
         );
         return Err(Error::input(what).file(&checkpoint.folder));
     }
-    Ok(Box::new(Bounded(source)))
+    Ok(Box::new(Through::new(source, bounded)))
 }
 
 /// Ends of names that only tensors of packed layers have.
@@ -150,31 +150,12 @@ const PACKED: [&str; 8] = [
     ".weight_shape",
 ];
 
-/// A source of packed layers whose weights are refused where their values would not be finite.
-#[derive(Debug)]
-struct Bounded(Box<dyn Source>);
-
-impl Source for Bounded {
-    fn shape(&self, checkpoint: &Checkpoint, name: &str) -> Option<[usize; 2]> {
-        self.0.shape(checkpoint, name)
+/// Refuses a packed weight whose values would not be finite.
+fn bounded(weight: Weight) -> Result<Weight> {
+    if weight.bound().is_finite() {
+        return Ok(weight);
     }
-
-    fn tensors(&self, checkpoint: &Checkpoint, name: &str) -> Vec<String> {
-        self.0.tensors(checkpoint, name)
-    }
-
-    fn check(&self, checkpoint: &Checkpoint, name: &str, shape: [usize; 2]) -> Result<()> {
-        self.0.check(checkpoint, name, shape)
-    }
-
-    fn weight(&self, checkpoint: &Checkpoint, name: &str, shape: [usize; 2]) -> Result<Weight> {
-        let weight = self.0.weight(checkpoint, name, shape)?;
-        if weight.bound().is_finite() {
-            return Ok(weight);
-        }
-        let what = "its scales or values are so large that weights are not finite; the model is damaged";
-        Err(Error::input(what).tensor(name).file(&checkpoint.folder))
-    }
+    Err(Error::input("its scales or values are so large that weights are not finite; the model is damaged"))
 }
 
 /// The source of a checkpoint that says that it is quantized.

@@ -15,7 +15,7 @@ pub type Reader = fn(&[u8]) -> bool;
 
 /// All of them, by name.
 pub const READERS: [(&str, Reader); 7] = [
-    ("header", header_file),
+    ("header", |bytes| header_of(bytes).is_ok()),
     ("index", |bytes| checkpoint::index(bytes).is_ok_and(|index| index.values().all(|name| checkpoint::plain_file_name(name).is_ok()))),
     ("config", |bytes| serde_json::from_slice::<Value>(bytes).is_ok_and(|value| Config::read(&value).is_ok())),
     ("tokenizer", |bytes| tokens::precheck(bytes).is_ok()),
@@ -24,12 +24,7 @@ pub const READERS: [(&str, Reader); 7] = [
     ("gguf", |bytes| reader::parse(bytes).is_ok()),
 ];
 
-/// Reads a whole safetensors file as it is read at opening.
-pub fn header_file(bytes: &[u8]) -> bool {
-    header_of(bytes).is_ok()
-}
-
-/// The checked header of a whole safetensors file.
+/// The checked header of a whole safetensors file, as it is read at opening.
 ///
 /// # Errors
 /// What is wrong with it.

@@ -45,28 +45,44 @@ impl Source for Plain {
     }
 }
 
-/// A source whose packed layers come as the floats that they stand for.
+/// A source whose weights go through something: they come changed, or are refused.
 #[derive(Debug)]
-pub struct Restored(pub Box<dyn Source>);
+pub struct Through {
+    source: Box<dyn Source>,
+    step: fn(Weight) -> Result<Weight>,
+}
 
-impl Source for Restored {
+impl Through {
+    /// A source that does `step` to every weight; its error is told with the layer and the folder.
+    pub fn new(source: Box<dyn Source>, step: fn(Weight) -> Result<Weight>) -> Self {
+        Self { source, step }
+    }
+
+    /// A source whose packed layers come as the floats that they stand for.
+    pub fn restored(source: Box<dyn Source>) -> Self {
+        Self::new(source, |weight| match weight {
+            stored @ (Weight::Stored(_) | Weight::Dense(_)) => Ok(stored),
+            packed => Ok(Weight::Dense(packed.into_matrix())),
+        })
+    }
+}
+
+impl Source for Through {
     fn shape(&self, checkpoint: &Checkpoint, name: &str) -> Option<[usize; 2]> {
-        self.0.shape(checkpoint, name)
+        self.source.shape(checkpoint, name)
     }
 
     fn tensors(&self, checkpoint: &Checkpoint, name: &str) -> Vec<String> {
-        self.0.tensors(checkpoint, name)
+        self.source.tensors(checkpoint, name)
     }
 
     fn check(&self, checkpoint: &Checkpoint, name: &str, shape: [usize; 2]) -> Result<()> {
-        self.0.check(checkpoint, name, shape)
+        self.source.check(checkpoint, name, shape)
     }
 
     fn weight(&self, checkpoint: &Checkpoint, name: &str, shape: [usize; 2]) -> Result<Weight> {
-        match self.0.weight(checkpoint, name, shape)? {
-            stored @ (Weight::Stored(_) | Weight::Dense(_)) => Ok(stored),
-            packed => Ok(Weight::Dense(packed.into_matrix())),
-        }
+        let weight = self.source.weight(checkpoint, name, shape)?;
+        (self.step)(weight).map_err(|error| error.tensor(name).file(&checkpoint.folder))
     }
 }
 

@@ -10,7 +10,7 @@ use crate::checkpoint::Checkpoint;
 use crate::cli::Invocation;
 use crate::cli::arguments::Compress;
 use crate::cli::device::pick_device;
-use crate::cli::progress::works_in;
+use crate::cli::progress::{command, resumable, works_in};
 use crate::cli::text::{say, say_json, table};
 use crate::compress::destination::{Claim, Destination};
 use crate::compress::estimate::{Estimate, estimate};
@@ -89,7 +89,7 @@ fn compress(job: Job, arguments: &Compress, invocation: &Invocation, run: &Run<'
     let claim = Claim { replace: arguments.force, restart: arguments.restart, ..Claim::default() };
     let mut destination = Destination::claim(&target(arguments)?, &job.model, claim)?;
     let target = destination.target().to_path_buf();
-    works_in(Some(&destination.work.path));
+    works_in(&destination.work.path);
     let dependencies = manifest::dependencies(&job, &Checkpoint::open(&job.model)?, run.device)?;
     if destination.begin(&dependencies)? {
         return finished_before(&target, invocation);
@@ -97,7 +97,7 @@ fn compress(job: Job, arguments: &Compress, invocation: &Invocation, run: &Run<'
     let resumed = destination.work.resumes();
     let prepared = match prepare(job, limit, &destination.work, run) {
         Ok(prepared) => prepared,
-        Err(error) => return Err(destination.give_up(error)),
+        Err(error) => return Err(resumable(destination.give_up(error), &target)),
     };
     if !invocation.json && !invocation.quiet {
         show_plan(&prepared, run.device, invocation, embedded);
@@ -106,13 +106,7 @@ fn compress(job: Job, arguments: &Compress, invocation: &Invocation, run: &Run<'
             say(&format!("resume    {} blocks and {} layers were done before", done.blocks.len(), done.layers.len()));
         }
     }
-    let report = match prepared.run(destination, &dependencies, run) {
-        Ok(report) => report,
-        Err(error) => {
-            let kept = matches!(error.fault, Fault::Interrupted(_)) && Work::left(&target);
-            return Err(if kept { error.advice(&format!("resume with: {}", command().join(" "))) } else { error });
-        }
-    };
+    let report = prepared.run(destination, &dependencies, run).map_err(|error| resumable(error, &target))?;
     let seconds = started.elapsed().as_secs_f64();
     if invocation.json {
         say_json(
@@ -149,15 +143,6 @@ fn finished_before(target: &Path, invocation: &Invocation) -> Result<()> {
         say(&format!("wrote     {} (the run before had finished it)", shown_path(target)));
     }
     Ok(())
-}
-
-/// The command line as a shell would take it.
-fn command() -> Vec<String> {
-    let plain = |word: &str| !word.is_empty() && word.chars().all(|c| c.is_alphanumeric() || "-_./=,:+@%".contains(c));
-    let quoted = |word: String| if plain(&word) { word } else { format!("'{}'", word.replace('\'', "'\\''")) };
-    std::iter::once("drawknife".to_string())
-        .chain(std::env::args_os().skip(1).map(|word| quoted(word.to_string_lossy().into_owned())))
-        .collect()
 }
 
 /// The built-in model in a temporary folder, when no model is given.

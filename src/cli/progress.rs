@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
 
-use crate::compress::work::worth_keeping;
-use crate::error::{Error, Result};
+use crate::compress::work::{Work, worth_keeping};
+use crate::error::{Error, Fault, Result};
 use crate::run::Observer;
 
 /// How long a signal may wait to be noticed.
@@ -58,10 +58,25 @@ impl Progress {
 static WORK: Mutex<Option<PathBuf>> = Mutex::new(None);
 
 /// Says which work folder is in use.
-pub fn works_in(folder: Option<&Path>) {
+pub fn works_in(folder: &Path) {
     if let Ok(mut work) = WORK.lock() {
-        *work = folder.map(Path::to_path_buf);
+        *work = Some(folder.to_path_buf());
     }
+}
+
+/// The command line as a shell would take it.
+pub fn command() -> Vec<String> {
+    let plain = |word: &str| !word.is_empty() && word.chars().all(|c| c.is_alphanumeric() || "-_./=,:+@%".contains(c));
+    let quoted = |word: String| if plain(&word) { word } else { format!("'{}'", word.replace('\'', "'\\''")) };
+    std::iter::once("drawknife".to_string())
+        .chain(std::env::args_os().skip(1).map(|word| quoted(word.to_string_lossy().into_owned())))
+        .collect()
+}
+
+/// Adds how to go on to the error of a run that a signal stopped, where there is something to go on with.
+pub fn resumable(error: Error, target: &Path) -> Error {
+    let kept = matches!(error.fault, Fault::Interrupted(_)) && Work::left(target);
+    if kept { error.advice(&format!("resume with: {}", command().join(" "))) } else { error }
 }
 
 /// Ends the program where a signal was not noticed in time: inside a library that asks nobody. What is recorded by then is on the
@@ -80,9 +95,11 @@ fn watch(signal: Arc<AtomicUsize>) {
             if let Some(work) = work.filter(|_| !kept) {
                 let _ = std::fs::remove_dir_all(work);
             }
-            let what =
-                if kept { "stopped; the work so far is kept, the same command goes on with it" } else { "stopped; nothing was written" };
-            crate::cli::text::complain(&format!("error: {what}"));
+            let what = match kept {
+                true => format!("stopped; the work so far is kept; resume with: {}", command().join(" ")),
+                false => "stopped; nothing was written".into(),
+            };
+            crate::cli::text::complain(&format!("error: {}", Error::run(what)));
             std::process::exit(128 + i32::try_from(number).unwrap_or(0));
         }
     });

@@ -36,12 +36,14 @@ pub struct Converted {
 /// When the format is unknown or does not hold a layer exactly, which is said before anything is written.
 pub fn convert(model: &Path, format: &str, mut destination: Destination, run: &Run<'_>) -> Result<Converted> {
     match fill(model, format, &mut destination, run) {
-        Ok(converted) => destination.publish().map(|()| converted),
+        Ok((converted, true)) => Ok(converted),
+        Ok((converted, false)) => destination.publish().map(|()| converted),
         Err(error) => Err(destination.give_up(error)),
     }
 }
 
-fn fill(model: &Path, format: &str, destination: &mut Destination, run: &Run<'_>) -> Result<Converted> {
+/// Fills the work folder; says whether an earlier run had put it into place already.
+fn fill(model: &Path, format: &str, destination: &mut Destination, run: &Run<'_>) -> Result<(Converted, bool)> {
     let unpacked = Unpacked::open(model, run.scratch)?;
     let checkpoint = Checkpoint::open(unpacked.folder())?;
     let source = formats::open(&checkpoint)?;
@@ -63,17 +65,24 @@ fn fill(model: &Path, format: &str, destination: &mut Destination, run: &Run<'_>
     let plan = Plan { stages: Vec::new(), layers, notes: Vec::new() };
     let export = Export::new(&checkpoint, source.as_ref(), &plan, format, &HashSet::new(), (&recipe::Export::default(), false))?;
     let dependencies = manifest::of_export(model, &checkpoint, format.name)?;
-    destination.begin(&dependencies)?;
+    let packed = export.layers.iter().filter(|layer| layer.storage.is_some()).count();
+    let converted = Converted { format: format.name, layers: packed, bytes: export.bytes() };
+    if destination.begin(&dependencies)? {
+        return Ok((converted, true));
+    }
     let (folder, work) = (destination.folder(), &destination.work);
     let storage: &dyn Store = work.storage.as_ref();
     destination.has_room(export.bytes())?;
     let exports = [export];
     let mut sinks = Sinks::create(&exports, &checkpoint.metadata(), work, u64::MAX)?;
     carry(&checkpoint, source.as_ref(), &plan, &HashSet::new(), &mut sinks, run)?;
-    let packed: Vec<&Outlined> = exports[0].layers.iter().filter(|layer| layer.storage.is_some()).collect();
-    run.observer.begin("convert", packed.len() as u64);
-    for layer in packed.iter().filter(|layer| !work.done().names.contains(&layer.name)) {
+    run.observer.begin("convert", packed as u64);
+    for layer in exports[0].layers.iter().filter(|layer| layer.storage.is_some()) {
         run.check_stop()?;
+        if sinks.was_done(&layer.name) {
+            run.observer.step(1, &layer.name);
+            continue;
+        }
         let weight = source.weight(&checkpoint, &layer.name, layer.shape)?;
         let weight = if matches!(layer.storage, Some(Storage::Ints { .. })) { as_integers(weight) } else { weight };
         sinks.layer(&layer.name, &weight)?;
@@ -89,7 +98,7 @@ fn fill(model: &Path, format: &str, destination: &mut Destination, run: &Run<'_>
     }
     exports[0].verify(&folder)?;
     manifest::write(&folder, &dependencies, storage)?;
-    Ok(Converted { format: format.name, layers: packed.len(), bytes: exports[0].bytes() })
+    Ok((converted, false))
 }
 
 /// What the other format is to hold of a layer: what it is now, or the same numbers in another storage.

@@ -1,6 +1,7 @@
 //! Where the output appears: complete or not at all. Work happens in a hidden folder beside the destination, whose output is
 //! renamed into place at the very end. What may be gone on with stays there when a run is cut off; all else is removed.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -111,13 +112,13 @@ impl Destination {
         &self.target
     }
 
-    /// Checks the free space of the file system.
+    /// Checks the free space of the file system. What the work folder holds by now is part of what is needed.
     ///
     /// # Errors
     /// When `needed` bytes do not fit.
     pub fn has_room(&self, needed: u64) -> Result<()> {
         let free = free_bytes(&self.work.path)?;
-        if free < needed {
+        if free.saturating_add(held_bytes(&self.work.path)) < needed {
             return Err(Error::full(format!(
                 "the output needs {} ({needed} bytes), {} are free; free some or give another place with -o",
                 bytes(needed),
@@ -170,7 +171,8 @@ impl Destination {
         let place = shown_path(&self.work.path);
         drop(self);
         match (error.fault, stays) {
-            (Fault::Interrupted(_) | Fault::Run, true) => error.advice("the work so far is kept, the same command goes on with it"),
+            (Fault::Interrupted(_), true) => error.advice("the work so far is kept"),
+            (Fault::Run, true) => error.advice("the work so far is kept, the same command goes on with it"),
             (Fault::Full, true) => error.advice(&format!("the work so far is kept in {place}; make room and run the same command again")),
             (Fault::Interrupted(_), false) => error.advice("nothing was written"),
             _ => error,
@@ -199,6 +201,16 @@ fn may_be_written(target: &Path, replace: bool) -> Result<()> {
     Ok(())
 }
 
+/// Bytes of the disk that a folder takes with all it holds.
+fn held_bytes(folder: &Path) -> u64 {
+    let held = |entry: std::fs::DirEntry| match entry.metadata() {
+        Ok(found) if found.is_dir() => held_bytes(&entry.path()),
+        Ok(found) => 512 * found.blocks(),
+        Err(_) => 0,
+    };
+    std::fs::read_dir(folder).map_or(0, |entries| entries.flatten().map(held).sum())
+}
+
 /// Free bytes of the file system that holds `path`.
 ///
 /// # Errors
@@ -214,6 +226,20 @@ mod tests {
 
     fn claim(replace: bool) -> Claim {
         Claim { replace, ..Claim::default() }
+    }
+
+    #[test]
+    fn room_that_the_work_has_taken_by_now_is_not_asked_for_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut destination = Destination::claim(&folder.path().join("out"), &folder.path().join("model"), claim(false)).unwrap();
+        destination.begin(&Map::new()).unwrap();
+        let taken = 256 << 20;
+        let file = destination.work.storage.create(&destination.folder().join("a"), taken).unwrap();
+        drop(file);
+        let free = free_bytes(folder.path()).unwrap();
+        assert!(held_bytes(&destination.work.path) >= taken);
+        destination.has_room(free + taken / 2).unwrap();
+        assert_eq!(destination.has_room(free + 2 * taken).unwrap_err().exit_code(), 1);
     }
 
     #[test]

@@ -5,7 +5,7 @@
 use std::time::Instant;
 
 use crate::calibrate::corpus::Packed;
-use crate::checkpoint::source::{Restored, Source};
+use crate::checkpoint::source::{Source, Through};
 use crate::compress::Prepared;
 use crate::compress::compressor::Compressor;
 use crate::compress::exports::Sinks;
@@ -65,7 +65,7 @@ pub fn estimate(prepared: &Prepared, preparing: f64, run: &Run<'_>) -> Result<Es
         let seconds = preparing + moving + trial.stream()?;
         return Ok(Estimate { seconds, memory_bytes: trial.memory(0), tried: true });
     }
-    let source = Restored(formats::open(&prepared.checkpoint)?);
+    let source = Through::restored(formats::open(&prepared.checkpoint)?);
     let model = &Model::open(&prepared.checkpoint, &source)?;
     let needs = crate::compress::needs(&prepared.job.recipe, &prepared.plan);
     let tokens = |windows: &[Vec<u32>]| windows.iter().map(Vec::len).sum::<usize>();
