@@ -384,7 +384,7 @@ pub fn index(bytes: &[u8]) -> Result<WeightMap, String> {
     struct Map(BTreeMap<String, String>);
     impl<'de> serde::Deserialize<'de> for Map {
         fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-            header::UniqueStrings.deserialize(deserializer).map(Self)
+            header::UniqueStrings(header::TENSORS).deserialize(deserializer).map(Self)
         }
     }
     #[derive(serde::Deserialize)]

@@ -22,6 +22,7 @@ use std::sync::Mutex;
 use clap::Parser;
 use clap::error::ErrorKind;
 
+use crate::calibrate::chat;
 use crate::cli::arguments::{Arguments, Command};
 use crate::cli::progress::Progress;
 use crate::device::opened;
@@ -52,6 +53,13 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(parsed) => parsed,
         Err(error) => return usage(&error),
     };
+    if matches!(parsed.command, Command::RenderChats) {
+        allocator::limit(chat::CHILD_BYTES);
+        return if chat::serve(std::io::stdin().lock(), std::io::stdout().lock()).is_ok() { ExitCode::SUCCESS } else { ExitCode::from(1) };
+    }
+    // Under this name the program is found even where it was replaced meanwhile.
+    let own = std::path::PathBuf::from("/proc/self/exe");
+    chat::isolate(if own.exists() { own } else { std::env::current_exe().unwrap_or(own) });
     std::panic::set_hook(Box::new(|info| {
         if let Ok(mut last) = LAST_PANIC.lock() {
             *last = info.to_string();
@@ -82,12 +90,12 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 }
 
 fn run(arguments: Arguments) -> Result<()> {
-    if let Some(threads) = arguments.threads {
-        if threads == 0 || threads > 4096 {
-            return Err(Error::input(format!("--threads {threads}: use 1 to 4096")));
-        }
-        rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().map_err(|error| Error::run(format!("threads: {error}")))?;
+    if let Some(threads) = arguments.threads.filter(|threads| !(1..=4096).contains(threads)) {
+        return Err(Error::input(format!("--threads {threads}: use 1 to 4096")));
     }
+    // 0 stands for one thread per processor.
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(arguments.threads.unwrap_or(0)).build_global();
+    pool.map_err(|error| Error::run(format!("no threads to work with: {error}; fewer may be allowed: --threads 1")))?;
     let bars = !arguments.quiet && !arguments.json && text::is_terminal();
     let invocation = Invocation {
         json: arguments.json,
@@ -109,6 +117,7 @@ fn run(arguments: Arguments) -> Result<()> {
         Command::Inspect(arguments) => inspect::run(&arguments, &invocation),
         Command::Presets(arguments) => look::presets(&arguments, &invocation),
         Command::Doctor => look::doctor(&invocation),
+        Command::RenderChats => Ok(()),
     }
 }
 

@@ -467,6 +467,9 @@ pub(crate) fn needs(recipe: &Recipe, plan: &Plan) -> Needs {
     if recipe.report.layer_error { plan.needs().max(Needs::Gram) } else { plan.needs() }
 }
 
+/// Fewer different tokens than these say nothing of how a model is used.
+const FEW_KINDS: usize = 32;
+
 /// What calibration is made of.
 type Calibrated = (Option<Packed>, Option<generate::Options>);
 
@@ -486,6 +489,10 @@ fn calibration_windows(job: &mut Job, model: &Model<'_>, needs: Needs, notes: &m
     fits(&packed.windows, model.config.max_positions)?;
     if packed.counts.end_of_text.is_none() && packed.counts.documents > 1 {
         notes.push("the model names no end-of-text token: documents follow each other without one".into());
+    }
+    let kinds = packed.windows.iter().flatten().collect::<std::collections::BTreeSet<_>>().len();
+    if kinds < FEW_KINDS {
+        notes.push(format!("the calibration text is made of {kinds} different tokens only; give text of the kind that the model is for"));
     }
     job.recipe.calibration.seq = Some(options.seq);
     Ok((Some(packed), None))
@@ -519,7 +526,7 @@ fn tokenized(options: &QualityOptions, tokenizer: &Tokenizer, model: &Model<'_>)
     let protocol = Protocol { seq: options.protocol.seq.min(model.config.max_positions), ..options.protocol };
     let bos = tokenizer.bos(model.config.bos);
     let windows = evaluate::windows(&text.content, tokenizer, protocol, bos)?;
-    corpus::check_tokens(&windows, model.config.vocabulary)?;
+    tokenizer.fits(windows.iter().flatten(), model.config.vocabulary)?;
     Ok((windows, Evaluation { text: text.name, blake3: text.blake3 }))
 }
 

@@ -77,13 +77,18 @@ impl Error {
     /// Puts the tensor's name in front.
     #[must_use]
     pub fn tensor(self, name: &str) -> Self {
-        Self { fault: self.fault, message: format!("tensor {}: {}", shown(name), self.message) }
+        self.behind(&format!("tensor {}: ", shown(name)))
     }
 
     /// Puts the file's path in front.
     #[must_use]
     pub fn file(self, path: &Path) -> Self {
-        Self { fault: self.fault, message: format!("{}: {}", shown_path(path), self.message) }
+        self.behind(&format!("{}: ", shown_path(path)))
+    }
+
+    /// Puts a place in front, unless it stands there already.
+    fn behind(self, place: &str) -> Self {
+        if self.message.starts_with(place) { self } else { Self { message: format!("{place}{}", self.message), ..self } }
     }
 
     /// Adds what is to be done.
@@ -161,6 +166,7 @@ mod tests {
         let error = Error::input("found 3\nneeded 4").tensor("a\u{1b}[31m").file(Path::new("x/y.safetensors"));
         assert_eq!(error.to_string(), "x/y.safetensors: tensor a\\u{1b}[31m: found 3; needed 4");
         assert_eq!(error.exit_code(), 2);
+        assert_eq!(Error::input("bad").tensor("a").tensor("a").to_string(), "tensor a: bad");
         assert_eq!(Error::new(Fault::Interrupted(15), "").exit_code(), 143);
     }
 

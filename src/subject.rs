@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use schemars::JsonSchema;
 use serde::Serialize;
 
-use crate::calibrate::corpus;
 use crate::calibrate::tokens::Tokenizer;
 use crate::checkpoint::source::Source;
 use crate::checkpoint::{Checkpoint, hash_file};
@@ -98,7 +97,7 @@ impl Subject {
         }
         let tokenizer = self.tokenizer()?;
         let windows = evaluate::windows(&text.content, &tokenizer, protocol, tokenizer.bos(model.config.bos))?;
-        corpus::check_tokens(&windows, model.config.vocabulary)?;
+        tokenizer.fits(windows.iter().flatten(), model.config.vocabulary)?;
         Ok(windows)
     }
 

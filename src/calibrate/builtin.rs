@@ -60,7 +60,7 @@ fn documents_of(name: &str, text: &'static str) -> Vec<String> {
     if !name.ends_with(".jsonl") {
         return documents(text).map(str::to_string).collect();
     }
-    let messages = |line: &str| serde_json::from_str(line).map(|line: serde_json::Value| super::corpus::plain_chat(&line["messages"]));
+    let messages = |line: &str| serde_json::from_str(line).map(|line: serde_json::Value| super::chat::plain_chat(&line["messages"]));
     text.lines().filter_map(|line| messages(line).ok()).collect()
 }
 

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use crate::calibrate::builtin;
-use crate::calibrate::tokens::Tokenizer;
+use crate::calibrate::chat::plain_chat;
+use crate::calibrate::tokens::{Tokenizer, within};
 use crate::checkpoint::read_file;
 use crate::error::{Error, Result};
 
@@ -128,7 +129,7 @@ pub fn pack(options: &Options, tokenizer: impl Fn() -> Result<Tokenizer>, eos: O
             Source::Own => SELF.to_string(),
             Source::File(path) => path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
         });
-        documents.extend(read(source, &mut hasher)?);
+        documents.extend(read(source, &mut hasher, vocabulary)?);
     }
     counts.blake3 = hasher.finalize().to_hex().to_string();
     counts.documents = documents.len();
@@ -136,6 +137,7 @@ pub fn pack(options: &Options, tokenizer: impl Fn() -> Result<Tokenizer>, eos: O
     let mut stream = Vec::new();
     let needs_text = documents.iter().any(|document| !matches!(document, Document::Tokens(_)));
     let tokenizer = if needs_text { Some(tokenizer()?) } else { None };
+    within(&eos, vocabulary).map_err(|what| Error::input(format!("config.json: eos_token_id: {what}")))?;
     let eos = eos.or_else(|| tokenizer.as_ref()?.named_token("eos_token"));
     counts.end_of_text = eos;
     let mut known = std::collections::HashSet::new();
@@ -172,7 +174,9 @@ pub fn pack(options: &Options, tokenizer: impl Fn() -> Result<Tokenizer>, eos: O
     }
     counts.tokens += stream.len();
     windows.extend(stream.chunks(options.seq).filter(|window| window.len() >= SHORTEST.min(options.seq)).map(<[u32]>::to_vec));
-    check_tokens(&windows, vocabulary)?;
+    if let Some(tokenizer) = &tokenizer {
+        tokenizer.fits(&stream, vocabulary)?;
+    }
     let windows = choose(windows, options);
     if windows.is_empty() {
         return Err(Error::input(format!(
@@ -210,19 +214,6 @@ pub fn hash_tokens(windows: &[Vec<u32>]) -> String {
     hasher.finalize().to_hex().to_string()
 }
 
-/// Refuses a token beyond the rows of the embedding.
-///
-/// # Errors
-/// Naming the token and the vocabulary.
-pub fn check_tokens(windows: &[Vec<u32>], vocabulary: usize) -> Result<()> {
-    match windows.iter().flatten().max() {
-        Some(&highest) if highest as usize >= vocabulary => Err(Error::input(format!(
-            "token {highest} is beyond the {vocabulary} rows of the embedding; the tokens belong to another model"
-        ))),
-        _ => Ok(()),
-    }
-}
-
 /// At most `samples` windows: a choice by the seed, in their order. Windows given as token numbers come first.
 fn choose(mut windows: Vec<Vec<u32>>, options: &Options) -> Vec<Vec<u32>> {
     let (count, samples) = (windows.len(), options.samples);
@@ -238,7 +229,7 @@ fn choose(mut windows: Vec<Vec<u32>>, options: &Options) -> Vec<Vec<u32>> {
     chosen.into_iter().map(|index| std::mem::take(&mut windows[index])).collect()
 }
 
-fn read(source: &Source, hasher: &mut blake3::Hasher) -> Result<Vec<Document>> {
+fn read(source: &Source, hasher: &mut blake3::Hasher, vocabulary: usize) -> Result<Vec<Document>> {
     match source {
         Source::Own => Err(Error::input("the model's own text is not a file; it stands alone")),
         Source::Builtin => {
@@ -246,7 +237,7 @@ fn read(source: &Source, hasher: &mut blake3::Hasher) -> Result<Vec<Document>> {
             let mut documents = Vec::new();
             for (name, text) in builtin::CALIBRATION {
                 if name.ends_with(".jsonl") {
-                    documents.extend(lines(text).map_err(|error| error.file(Path::new(name)))?);
+                    documents.extend(lines(text, vocabulary).map_err(|error| error.file(Path::new(name)))?);
                 } else {
                     documents.extend(builtin::documents(text).map(|text| Document::Text(text.to_string())));
                 }
@@ -257,7 +248,7 @@ fn read(source: &Source, hasher: &mut blake3::Hasher) -> Result<Vec<Document>> {
             let text = read_text(path)?;
             hasher.update(text.as_bytes());
             if path.extension().is_some_and(|extension| extension == "jsonl") {
-                lines(&text).map_err(|error| error.file(path))
+                lines(&text, vocabulary).map_err(|error| error.file(path))
             } else {
                 Ok(vec![Document::Text(text)])
             }
@@ -281,18 +272,19 @@ pub fn read_text(path: &Path) -> Result<String> {
     Ok(text)
 }
 
-fn lines(text: &str) -> Result<Vec<Document>> {
+fn lines(text: &str, vocabulary: usize) -> Result<Vec<Document>> {
     let numbered = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    numbered.map(|(number, line)| document(line).map_err(|what| Error::input(format!("line {}: {what}", number + 1)))).collect()
+    numbered.map(|(number, line)| document(line, vocabulary).map_err(|what| Error::input(format!("line {}: {what}", number + 1)))).collect()
 }
 
-fn document(line: &str) -> Result<Document, String> {
+fn document(line: &str, vocabulary: usize) -> Result<Document, String> {
     let value: Value = serde_json::from_str(line).map_err(|error| format!("not JSON: {error}"))?;
     if let Some(tokens) = value.get("input_ids") {
         let tokens = tokens.as_array().ok_or("`input_ids` is not a list")?;
         let one =
             |token: &Value| token.as_u64().and_then(|token| u32::try_from(token).ok()).ok_or_else(|| format!("`input_ids` holds {token}"));
         let tokens: Vec<u32> = tokens.iter().map(one).collect::<Result<_, _>>()?;
+        within(&tokens, vocabulary)?;
         return if tokens.is_empty() { Err("`input_ids` is empty".into()) } else { Ok(Document::Tokens(tokens)) };
     }
     if let Some(messages) = value.get("messages") {
@@ -307,12 +299,6 @@ fn document(line: &str) -> Result<Document, String> {
         Some(text) => Ok(Document::Text(text.to_string())),
         None => Err("has none of the fields `text`, `messages`, `input_ids`".into()),
     }
-}
-
-/// Messages as lines `role: content`, for models without a chat template.
-pub fn plain_chat(messages: &Value) -> String {
-    let line = |message: &Value| format!("{}: {}\n", message["role"].as_str().unwrap_or("?"), message["content"].as_str().unwrap_or(""));
-    messages.as_array().into_iter().flatten().map(line).collect()
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Text to token numbers, through the model's own tokenizer.json, and chats to text, through its own template.
+//! Text to token numbers, through the model's own tokenizer.json.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::de::IgnoredAny;
 use serde_json::Value;
 
+use crate::calibrate::chat::Renderer;
 use crate::checkpoint::{read_file, read_json};
 use crate::error::{Error, Result, shown};
 
@@ -14,13 +15,6 @@ const TOKENIZER_BYTES: u64 = 256 << 20;
 
 /// Numbers of tokens are below this, as vocabularies are (2²⁴).
 const MOST_TOKENS: u64 = 1 << 24;
-
-/// Longest chat template, in bytes; those of models have up to thirty thousand.
-const TEMPLATE_BYTES: usize = 128 << 10;
-/// Steps that a template may take per document.
-const FUEL: u64 = 2_000_000;
-/// Stack for the deepest template of that length.
-const STACK_BYTES: usize = 1 << 30;
 
 /// Text that is encoded at once, in bytes.
 const PIECE: usize = 4 << 20;
@@ -72,7 +66,7 @@ pub struct Tokenizer {
     path: PathBuf,
     inner: tokenizers::Tokenizer,
     config: Value,
-    template: Option<String>,
+    template: Option<Renderer>,
 }
 
 impl std::fmt::Debug for Tokenizer {
@@ -105,13 +99,14 @@ impl Tokenizer {
         let config = if config_path.exists() { read_json(&config_path)? } else { Value::Null };
         let template_path = folder.join("chat_template.jinja");
         let template = if template_path.exists() {
-            Some(String::from_utf8_lossy(&read_file(&template_path, 1 << 20)?).into_owned())
+            let text = String::from_utf8(read_file(&template_path, 1 << 20)?);
+            Some((text.map_err(|_| Error::input("not UTF-8").file(&template_path))?, template_path))
         } else {
-            template(&config["chat_template"])
+            let found = template(&config["chat_template"]).map_err(|what| Error::input(what).file(&config_path))?;
+            found.map(|text| (text, config_path))
         };
-        if let Some(length) = template.as_ref().map(String::len).filter(|&length| length > TEMPLATE_BYTES) {
-            return Err(Error::input(format!("chat template: {length} bytes, the limit is {TEMPLATE_BYTES}")).file(&path));
-        }
+        let tokens = ["bos_token", "eos_token"].map(|key| named_text(&config, key).unwrap_or_default());
+        let template = template.map(|(text, path)| Renderer::new(text, tokens, path)).transpose()?;
         Ok(Self { path, inner, config, template })
     }
 
@@ -145,6 +140,14 @@ impl Tokenizer {
         }
     }
 
+    /// Refuses tokens beyond the rows of the embedding.
+    ///
+    /// # Errors
+    /// Naming the token and the number of rows.
+    pub fn fits<'t>(&self, tokens: impl IntoIterator<Item = &'t u32>, rows: usize) -> Result<()> {
+        within(tokens, rows).map_err(|what| Error::input(format!("{what}; it belongs to another model")).file(&self.path))
+    }
+
     /// The text of some tokens; what cannot be decoded is a replacement character.
     pub fn decode(&self, tokens: &[u32]) -> String {
         match catch_unwind(AssertUnwindSafe(|| self.inner.decode(tokens, false))) {
@@ -155,7 +158,7 @@ impl Tokenizer {
 
     /// The number of the token that tokenizer_config.json names under `key`, such as `bos_token`.
     pub fn named_token(&self, key: &str) -> Option<u32> {
-        self.inner.token_to_id(&self.named_text(key)?)
+        self.inner.token_to_id(&named_text(&self.config, key)?)
     }
 
     /// The token that begins a text: what tokenizer_config.json says, also when it says none; without that file,
@@ -186,14 +189,9 @@ impl Tokenizer {
         tokens.into_iter().map(text).collect()
     }
 
-    fn named_text(&self, key: &str) -> Option<String> {
-        let value = &self.config[key];
-        value.as_str().or_else(|| value["content"].as_str()).map(str::to_string)
-    }
-
     /// The model's chat template, where it has one.
     pub fn template(&self) -> Option<&str> {
-        self.template.as_deref()
+        self.template.as_ref().map(Renderer::text)
     }
 
     /// Messages as the model's chat template writes them; `None` when it has none.
@@ -201,42 +199,39 @@ impl Tokenizer {
     /// # Errors
     /// When the template fails.
     pub fn render(&self, messages: &Value) -> Result<Option<String>> {
-        let Some(template) = &self.template else { return Ok(None) };
-        let mut environment = minijinja::Environment::new();
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.set_trim_blocks(true);
-        environment.set_lstrip_blocks(true);
-        environment.set_fuel(Some(FUEL));
-        environment.add_function("raise_exception", |message: String| -> Result<String, minijinja::Error> {
-            Err(minijinja::Error::new(minijinja::ErrorKind::InvalidOperation, message))
-        });
-        // A fixed date keeps the calibration of a model the same every day.
-        environment.add_function("strftime_now", |_: String| "01 Jan 2025".to_string());
-        let context = minijinja::context! {
-            messages => minijinja::Value::from_serialize(messages),
-            add_generation_prompt => false,
-            bos_token => self.named_text("bos_token").unwrap_or_default(),
-            eos_token => self.named_text("eos_token").unwrap_or_default(),
-        };
-        // The library goes down as deep as a template is nested, and a hostile one is nested deeply.
-        let rendered = std::thread::scope(|scope| {
-            let render = || environment.render_str(template, context);
-            let thread = std::thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, render);
-            thread.map(|thread| thread.join().map_err(|_| "it makes the template library fail".to_string()))
-        });
-        match rendered {
-            Ok(Ok(Ok(text))) => Ok(Some(text)),
-            Ok(Ok(Err(error))) => Err(Error::input(format!("chat template: {error}")).file(&self.path)),
-            Ok(Err(what)) => Err(Error::input(format!("chat template: {what}")).file(&self.path)),
-            Err(error) => Err(Error::run(format!("chat template: no thread for it: {error}")).file(&self.path)),
-        }
+        self.template.as_ref().map(|template| template.render(messages)).transpose()
     }
 }
 
+/// Whether all tokens are among the rows of an embedding.
+///
+/// # Errors
+/// The highest token, where it is not.
+pub fn within<'t>(tokens: impl IntoIterator<Item = &'t u32>, rows: usize) -> Result<(), String> {
+    match tokens.into_iter().max() {
+        Some(&highest) if highest as usize >= rows => Err(format!("token {highest} is beyond the {rows} rows of the embedding")),
+        _ => Ok(()),
+    }
+}
+
+/// The text of the token that a tokenizer_config.json names under `key`.
+fn named_text(config: &Value, key: &str) -> Option<String> {
+    let value = &config[key];
+    value.as_str().or_else(|| value["content"].as_str()).map(str::to_string)
+}
+
 /// The template in tokenizer_config.json: a string, or a list of named ones of which the default counts.
-fn template(value: &Value) -> Option<String> {
-    let named = || value.as_array()?.iter().find(|entry| entry["name"] == "default")?["template"].as_str();
-    value.as_str().or_else(named).map(str::to_string)
+fn template(value: &Value) -> Result<Option<String>, String> {
+    let text = match value {
+        Value::Null => return Ok(None),
+        Value::Array(list) => match list.iter().find(|entry| entry["name"] == "default") {
+            Some(entry) => &entry["template"],
+            None => return Ok(None),
+        },
+        other => other,
+    };
+    let wrong = || format!("chat_template is {}, it must be a text or a list of named ones", shown(&value.to_string()));
+    text.as_str().map(|text| Some(text.to_string())).ok_or_else(wrong)
 }
 
 #[cfg(test)]

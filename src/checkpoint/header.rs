@@ -1,7 +1,20 @@
 //! The header of one safetensors file: an own scanner with hard limits that refuses duplicates, holes, overlaps
 //! and sizes that do not fit the file, all in checked arithmetic. It runs before the safetensors crate sees a byte.
 
-use std::collections::{BTreeMap, HashSet};
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::as_conversions
+    )
+)]
+
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fmt;
 
 use safetensors::Dtype;
@@ -11,9 +24,17 @@ use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, Visitor};
 const HEADER_BYTES: u64 = 100_000_000;
 /// Longest header that is not padding, in bytes; checkpoints with 100,000 tensors stay far below.
 const TEXT_BYTES: usize = 16 << 20;
-const TENSORS: usize = 1_000_000;
+/// Most tensors of a file, and of an index.
+pub const TENSORS: usize = 1_000_000;
+/// Most entries of `__metadata__`.
+const METADATA: usize = 10_000;
 const NAME_BYTES: usize = 1024;
 const RANK: usize = 8;
+
+/// A length in memory as a length in a file.
+pub fn wide(length: usize) -> u64 {
+    u64::try_from(length).unwrap_or(u64::MAX)
+}
 
 /// One tensor of a file: its type, its shape and where its bytes lie behind the header.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -108,14 +129,12 @@ pub fn parse(text: &[u8], data_bytes: u64) -> Result<Header, String> {
     let header = HeaderSeed.deserialize(&mut reader).map_err(|error| format!("header: {error}"))?;
     reader.end().map_err(|error| format!("header: {error}"))?;
     contiguous(&header, data_bytes)?;
-    safetensors::SafeTensors::read_metadata(&[&(text.len() as u64).to_le_bytes(), text].concat()).map(drop).or_else(
-        |error| match error {
-            // The crate checks the data behind the header too, which is not in this buffer; that check is ours above.
-            safetensors::SafeTensorError::MetadataIncompleteBuffer => Ok(()),
-            other => Err(format!("header: {other}")),
-        },
-    )?;
-    Ok(Header { data_start: 8 + text.len() as u64, blake3: blake3::hash(text).to_hex().to_string(), ..header })
+    safetensors::SafeTensors::read_metadata(&[&wide(text.len()).to_le_bytes(), text].concat()).map(drop).or_else(|error| match error {
+        // The crate checks the data behind the header too, which is not in this buffer; that check is ours above.
+        safetensors::SafeTensorError::MetadataIncompleteBuffer => Ok(()),
+        other => Err(format!("header: {other}")),
+    })?;
+    Ok(Header { data_start: wide(text.len()).saturating_add(8), blake3: blake3::hash(text).to_hex().to_string(), ..header })
 }
 
 /// Tensors must tile the data exactly: from 0, without hole or overlap, to its end.
@@ -170,7 +189,7 @@ impl<'de> Visitor<'de> for HeaderSeed {
                 if std::mem::replace(&mut seen_metadata, true) {
                     return Err(A::Error::custom("__metadata__ occurs twice"));
                 }
-                header.metadata = map.next_value_seed(UniqueStrings)?;
+                header.metadata = map.next_value_seed(UniqueStrings(METADATA))?;
                 continue;
             }
             if name.len() > NAME_BYTES {
@@ -223,7 +242,7 @@ fn short_shape<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u64>, D
 
 fn checked(raw: RawInfo) -> Result<TensorInfo, String> {
     let [begin, end] = raw.data_offsets;
-    let bits = raw.shape.iter().try_fold(raw.dtype.bitsize() as u64, |total, &size| total.checked_mul(size));
+    let bits = raw.shape.iter().try_fold(wide(raw.dtype.bitsize()), |total, &size| total.checked_mul(size));
     let needed = bits.ok_or_else(|| format!("the shape {:?} overflows", raw.shape))?.div_ceil(8);
     let found = end.checked_sub(begin).ok_or_else(|| format!("data_offsets end at {end} before they begin at {begin}"))?;
     if needed != found {
@@ -233,9 +252,9 @@ fn checked(raw: RawInfo) -> Result<TensorInfo, String> {
     Ok(TensorInfo { dtype: raw.dtype, shape, begin, end })
 }
 
-/// A map of strings that refuses a key that occurs twice.
+/// A map of at most so many strings that refuses a key that occurs twice.
 #[derive(Debug)]
-pub struct UniqueStrings;
+pub struct UniqueStrings(pub usize);
 
 impl<'de> DeserializeSeed<'de> for UniqueStrings {
     type Value = BTreeMap<String, String>;
@@ -252,13 +271,15 @@ impl<'de> Visitor<'de> for UniqueStrings {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-        let mut seen = HashSet::new();
         let mut out = BTreeMap::new();
-        while let Some((key, value)) = map.next_entry::<String, String>()? {
-            if !seen.insert(key.clone()) {
-                return Err(A::Error::custom(format!("{} occurs twice", crate::error::shown(&key))));
+        while let Some(key) = map.next_key::<String>()? {
+            if out.len() >= self.0 {
+                return Err(A::Error::custom(format!("more than {} entries", self.0)));
             }
-            out.insert(key, value);
+            match out.entry(key) {
+                Entry::Vacant(place) => drop(place.insert(map.next_value()?)),
+                Entry::Occupied(twice) => return Err(A::Error::custom(format!("{} occurs twice", crate::error::shown(twice.key())))),
+            }
         }
         Ok(out)
     }

@@ -5,6 +5,18 @@
 //! fault of a disk arrives as a signal instead of an error. What maps is the buffer: large pages that go back to the system
 //! as soon as they are let go.
 
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::as_conversions
+    )
+)]
+
 use std::fs::File;
 use std::io::Read;
 use std::ops::{Deref, Range};
@@ -14,7 +26,7 @@ use std::path::{Path, PathBuf};
 use memmap2::MmapMut;
 use rayon::prelude::*;
 
-use crate::checkpoint::header::{self, Header, TensorInfo};
+use crate::checkpoint::header::{self, Header, TensorInfo, wide};
 use crate::error::{Error, Fault, Result};
 
 /// Bytes that one task reads.
@@ -99,7 +111,7 @@ impl Shard {
         let length = header::length(&first, bytes).map_err(|what| Error::input(what).file(path))?;
         let mut text = vec![0; usize::try_from(length).unwrap_or(usize::MAX)];
         file.read_exact_at(&mut text, 8).map_err(|error| Error::unreadable(path, &error))?;
-        let header = header::parse(&text, bytes - 8 - length).map_err(|what| Error::input(what).file(path))?;
+        let header = header::parse(&text, bytes.saturating_sub(8).saturating_sub(length)).map_err(|what| Error::input(what).file(path))?;
         Ok(Self { path: path.to_path_buf(), header, file, bytes, modified: (metadata.mtime(), metadata.mtime_nsec()) })
     }
 
@@ -109,9 +121,11 @@ impl Shard {
     /// When the file changed since it was opened, or cannot be read.
     pub fn bytes(&self, info: &TensorInfo, part: Range<u64>) -> Result<Bytes> {
         debug_assert!(part.start <= part.end && part.end <= info.bytes());
-        let length = usize::try_from(part.end - part.start).map_err(|error| Error::run(error.to_string()).file(&self.path))?;
+        let length =
+            usize::try_from(part.end.saturating_sub(part.start)).map_err(|error| Error::run(error.to_string()).file(&self.path))?;
         let mut buffer = Buffer::new(length).map_err(|error| Error::run(format!("{length} bytes of memory: {error}")).file(&self.path))?;
-        let read = |(number, piece): (usize, &mut [u8])| self.read(info, part.start + (number * PIECE) as u64, piece);
+        let read =
+            |(number, piece): (usize, &mut [u8])| self.read(info, part.start.saturating_add(wide(number.saturating_mul(PIECE))), piece);
         buffer.bytes().par_chunks_mut(PIECE).enumerate().try_for_each(read)?;
         self.unchanged()?;
         Ok(Bytes(buffer))
@@ -123,7 +137,7 @@ impl Shard {
     /// # Errors
     /// When the file cannot be read or has become shorter.
     pub fn read(&self, info: &TensorInfo, start: u64, out: &mut [u8]) -> Result<()> {
-        let at = self.header.data_start + info.begin + start;
+        let at = self.header.data_start.saturating_add(info.begin).saturating_add(start);
         self.file.read_exact_at(out, at).map_err(|error| match self.unchanged() {
             Ok(()) => Error::io(&self.path, &error),
             Err(changed) => changed,

@@ -8,6 +8,17 @@ const KEPT: libc::c_int = 32 << 20;
 /// Free memory at the end of the heap that is not handed back.
 const SLACK: libc::c_int = 512 << 20;
 
+/// Limits the address space of this process, for good. Does nothing where the system has no such limit.
+pub fn limit(bytes: u64) {
+    let limit = libc::rlimit { rlim_cur: bytes as libc::rlim_t, rlim_max: bytes as libc::rlim_t };
+    // SAFETY: setrlimit reads the structure, which outlives the call. Its result says whether the limit was taken; a refusal
+    // leaves the process as it was.
+    unsafe {
+        libc::setrlimit(libc::RLIMIT_AS, &limit);
+        libc::setrlimit(libc::RLIMIT_CORE, &libc::rlimit { rlim_cur: 0, rlim_max: 0 });
+    }
+}
+
 /// Tunes the allocator; to be called before any thread is started. Does nothing where the C library is another.
 pub fn tune() {
     #[cfg(target_env = "gnu")]

@@ -84,6 +84,9 @@ pub enum Command {
     Presets(Presets),
     /// Show what this machine offers.
     Doctor,
+    /// Render chats for another process of this program.
+    #[command(hide = true, name = crate::calibrate::chat::CHILD_VERB)]
+    RenderChats,
 }
 
 /// Arguments of `compress` and `plan`.

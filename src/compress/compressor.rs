@@ -209,13 +209,21 @@ impl<'a> Compressor<'a> {
         Ok(())
     }
 
-    fn write(&mut self, planned: &Planned, weight: &Weight, change: [f64; 2], layer_error: Option<f64>, notes: Vec<String>) -> Result<()> {
+    fn write(
+        &mut self,
+        planned: &Planned,
+        weight: &Weight,
+        change: [f64; 2],
+        layer_error: Option<f64>,
+        mut notes: Vec<String>,
+    ) -> Result<()> {
         let outlined = &planned.outlined;
         if !change[0].is_finite() {
             return Err(Error::input("compression gave values that are not finite").tensor(&outlined.name));
         }
         self.sinks.layer(&outlined.name, weight)?;
         let storage = weight.storage();
+        notes.extend(remarks::of_change(storage, ratio(change)));
         let entries = (outlined.shape[0] * outlined.shape[1]) as f64;
         let report = LayerReport {
             name: outlined.name.clone(),

@@ -2,10 +2,23 @@
 //! and the JSON. What a line names is done and on the disk; what no line names is not there. Lines, rather than records with a
 //! length, because a person may want to read them, and because a damaged length must not hide what follows it.
 
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::as_conversions
+    )
+)]
+
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use crate::checkpoint::header::wide;
 use crate::error::{Error, Result};
 use crate::report::{BlockReport, LayerReport};
 use crate::storage::{Opened, Store};
@@ -91,11 +104,11 @@ pub fn read(bytes: &[u8]) -> Result<Read, String> {
             Some((record, hash)) => {
                 read.records.push(record);
                 read.chain = hash;
-                read.bytes += line.len() as u64 + 1;
+                read.bytes = read.bytes.saturating_add(wide(line.len())).saturating_add(1);
                 rest = after;
             }
             None if after.is_empty() => break,
-            None => return Err(format!("line {} is not as it was written", read.records.len() + 1)),
+            None => return Err(format!("line {} is not as it was written", read.records.len().saturating_add(1))),
         }
     }
     Ok(read)
@@ -130,7 +143,7 @@ impl Journal {
         let line = format!("{hash} {json}\n");
         self.storage.write_at(&self.file, line.as_bytes(), self.at)?;
         self.storage.sync(&self.file)?;
-        self.at += line.len() as u64;
+        self.at = self.at.saturating_add(wide(line.len()));
         self.chain = hash;
         Ok(())
     }

@@ -3,7 +3,10 @@
 use crate::kernels::gram::add_column_squares;
 use crate::model::block::Site;
 use crate::model::seen::Seen;
-use crate::weight::Weight;
+use crate::weight::{Storage, Weight};
+
+/// A change of more than this is no rounding.
+const MOSTLY_LOST: f64 = 0.5;
 
 /// What is unusual about a weight before compression.
 pub fn of_weight(weight: &Weight) -> Option<String> {
@@ -18,6 +21,13 @@ pub fn of_weight(weight: &Weight) -> Option<String> {
         Weight::Dense(matrix) => of_floats(&matrix.data, matrix.columns),
         _ => None,
     }
+}
+
+/// What a compressed layer no longer holds: `error` is the sum of squares of its change over that of its weights.
+pub fn of_change(storage: Storage, error: f64) -> Option<String> {
+    let percent = 100.0 * error;
+    let lost = !matches!(storage, Storage::Sparse(_)) && error > MOSTLY_LOST;
+    lost.then(|| format!("{percent:.0} % of the layer is lost (squares of the change over squares of the weights); values may be too large or too small for its scales"))
 }
 
 /// What is unusual about floats, `rows × columns`.
@@ -69,6 +79,8 @@ mod tests {
         assert_eq!(of_floats(&[1.0, 1.0, 3.0, 4.0], 2).unwrap(), "1 of 2 rows hold one value each");
         assert_eq!(of_floats(&[0.0, -0.0, 4.0, 4.0, 1.0, 2.0], 2).unwrap(), "2 of 3 rows hold one value each, 1 of them zero");
         assert_eq!(of_floats(&[0.0; 4], 2).unwrap(), "all weights were zero before compression");
+        assert_eq!(of_change(Storage::Trits { group: 128 }, 0.2), None);
+        assert!(of_change(Storage::Trits { group: 128 }, 1.0).unwrap().starts_with("100 % of the layer is lost"));
         let seen = Seen { inputs: [(Site::Mlp, vec![1.0, 0.0, 0.0, 2.0, 0.0, 0.0])].into(), ..Seen::default() };
         let remarks = of_inputs(&seen, Site::Mlp, 3, 2);
         assert!(remarks[0].starts_with("2 of 3 input columns") && remarks[1].starts_with("2 calibration tokens"), "{remarks:?}");

@@ -278,6 +278,9 @@ fn scheme(weights: &Value) -> Result<Scheme, String> {
     let known = |key: &str| shown(&weights[key].to_string());
     let bits = weights["num_bits"].as_u64().and_then(|bits| u8::try_from(bits).ok()).filter(|bits| (2..=8).contains(bits));
     let bits = bits.ok_or_else(|| format!("num_bits is {}, it must be 2 to 8", known("num_bits")))?;
+    if weights.get("type").is_some_and(|kind| !kind.is_null() && kind != "int") {
+        return Err(format!("type is {}, this version reads int", known("type")));
+    }
     let symmetric = weights["symmetric"].as_bool().unwrap_or(true);
     let group = match weights["strategy"].as_str() {
         Some("channel") => None,

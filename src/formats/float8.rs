@@ -55,7 +55,10 @@ impl Float8 {
                 .tensor(&format!("{name}.weight_scale_inv"))
                 .file(&checkpoint.folder));
         };
-        let shape = checkpoint.info(&scale).map(|info| info.shape.clone()).unwrap_or_default();
+        let (dtype, shape) = checkpoint.info(&scale).map(|info| (Some(info.dtype), info.shape.clone())).unwrap_or_default();
+        if dtype.and_then(float_of).is_none() {
+            return Err(Error::input(format!("is {dtype:?}, floats are needed")).tensor(&scale).file(&checkpoint.folder));
+        }
         let [down, across] = self.block.unwrap_or([1, columns.max(1)]);
         let blocks = [rows.div_ceil(down), columns.div_ceil(across)];
         let found = match shape.as_slice() {

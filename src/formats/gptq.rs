@@ -191,6 +191,8 @@ pub struct Gptq {
     less: u8,
     /// Bits of every packed layer, where there is one number for all.
     bits: Option<u8>,
+    /// Group size of every packed layer, where there is one number for all; −1 stands for whole rows.
+    group: Option<i64>,
 }
 
 /// How the tensors of one packed layer are laid out.
@@ -219,10 +221,21 @@ impl Gptq {
                 }
             },
         };
-        let bits = bits.filter(|_| config["dynamic"].is_null() && config["extra_config"].is_null());
+        let group = match &config["group_size"] {
+            Value::Null => None,
+            value => match value.as_i64() {
+                Some(group @ (-1 | 1..=1_048_576)) => Some(group),
+                _ => {
+                    let what = format!("group_size is {}, it must be -1 or 1 to 1048576", shown(&value.to_string()));
+                    return Err(Error::input(format!("config.json: quantization_config: {what}")));
+                }
+            },
+        };
+        let one = config["dynamic"].is_null() && config["extra_config"].is_null();
+        let (bits, group) = (bits.filter(|_| one), group.filter(|_| one));
         match (version, packing) {
-            ("gptq", "auto_round:auto_gptq") => Ok(Self { less: 1, bits }),
-            ("gptq_v2", "auto_round:auto_gptq") | ("gptq", "auto_round" | "auto_round:gptqmodel") => Ok(Self { less: 0, bits }),
+            ("gptq", "auto_round:auto_gptq") => Ok(Self { less: 1, bits, group }),
+            ("gptq_v2", "auto_round:auto_gptq") | ("gptq", "auto_round" | "auto_round:gptqmodel") => Ok(Self { less: 0, bits, group }),
             ("gptq" | "gptq_v2", packing) => Err(Error::input(format!(
                 "config.json: quantization_config: packing_format `{}` is not read by this version, only auto_round:auto_gptq",
                 shown(packing)
@@ -265,6 +278,11 @@ impl Gptq {
                 ),
             )
         })?;
+        let said = self.group.map(|size| usize::try_from(size).map_or(1, |size| columns.div_ceil(size)));
+        if let Some(said) = said.filter(|&said| said != groups) {
+            let size = self.group.unwrap_or_default();
+            return Err(wrong("scales", format!("is {:?}, config.json says group_size {size}, which makes {said} groups", scales.shape)));
+        }
         let needed = [groups, bitstream::words(rows, bits)];
         if zeros.dtype != Dtype::I32 || zeros.shape != needed {
             return Err(wrong("qzeros", format!("is {:?} {:?}, I32 {needed:?} is needed", zeros.dtype, zeros.shape)));

@@ -136,8 +136,8 @@ impl Config {
             logits_factor: 1.0 / optional(family.logits_over)?.unwrap_or(1.0) as f32,
             biases: biases(&keys, family),
             layers: layers(&keys, family, head_dim, max_positions)?,
-            bos: tokens(keys.0.get("bos_token_id")).first().copied(),
-            eos: tokens(keys.0.get("eos_token_id")),
+            bos: keys.tokens("bos_token_id")?.first().copied(),
+            eos: keys.tokens("eos_token_id")?,
         })
     }
 
@@ -357,6 +357,26 @@ impl Keys<'_> {
         }
     }
 
+    /// Token numbers: one, a list or none; −1 means none.
+    ///
+    /// # Errors
+    /// When they are anything else.
+    pub fn tokens(&self, key: &str) -> Result<Vec<u32>> {
+        let number = |value: &Value| value.as_i64().is_some_and(|number| (-1..=i64::from(u32::MAX)).contains(&number));
+        match self.0.get(key) {
+            Some(Value::Array(list)) if list.iter().all(number) => {}
+            None | Some(Value::Null) => {}
+            Some(value) if number(value) => {}
+            Some(value) => {
+                return Err(Error::input(format!(
+                    "config.json: {key} is {}, it must be a token number or a list",
+                    shown(&value.to_string())
+                )));
+            }
+        }
+        Ok(tokens(self.0.get(key)))
+    }
+
     /// A flag; `None` when absent, null or not a flag.
     pub fn flag(&self, key: &str) -> Option<bool> {
         self.0.get(key).and_then(Value::as_bool)
@@ -398,6 +418,10 @@ mod tests {
             (json!({"model_type": "mamba"}), "mamba"),
             (json!({"rope_scaling": {"rope_type": "bend"}}), "bend"),
             (json!({"rope_parameters": {"rope_theta": 0.0}}), "rope_theta"),
+            (json!({"rope_scaling": {"type": 3}}), "type of rope is 3"),
+            (json!({"rope_scaling": "linear"}), "rope_scaling is"),
+            (json!({"eos_token_id": "2"}), "eos_token_id is \\\"2\\\""),
+            (json!({"bos_token_id": [1, 2.5]}), "bos_token_id is [1,2.5]"),
         ] {
             let error = Config::read(&base(extra)).unwrap_err().to_string();
             assert!(error.contains(reason), "{reason}: {error}");

@@ -43,6 +43,11 @@ pub struct Tables {
 /// One line naming the key.
 pub fn tables(keys: &Keys<'_>, family: &Family, head_dim: usize, max_positions: usize) -> Result<Tables> {
     let empty = Map::new();
+    for key in ["rope_scaling", "rope_parameters"] {
+        if let Some(value) = keys.0.get(key).filter(|value| !value.is_null() && !value.is_object()) {
+            return Err(Error::input(format!("config.json: {key} is {}, it must be an object", shown(&value.to_string()))));
+        }
+    }
     let object = |key: &str| keys.0.get(key).and_then(Value::as_object).filter(|map| !map.is_empty());
     let parameters = object("rope_scaling").or_else(|| object("rope_parameters")).unwrap_or(&empty);
     let one = |parameters: &Map<String, Value>, theta: f64| read(keys, &Keys(parameters), theta, head_dim, max_positions);
@@ -83,7 +88,14 @@ fn read(top: &Keys<'_>, keys: &Keys<'_>, theta: f64, head_dim: usize, max_positi
         let found = top.positive("original_max_position_embeddings")?.or(keys.positive("original_max_position_embeddings")?);
         Ok(found.unwrap_or(max_positions as f64))
     };
-    let kind = match keys.text("rope_type").or(keys.text("type")).unwrap_or("default") {
+    let named = |key: &str| keys.0.get(key).filter(|value| !value.is_null());
+    let name = match named("rope_type").or(named("type")) {
+        None => "default",
+        Some(value) => value
+            .as_str()
+            .ok_or_else(|| Error::input(format!("config.json: the type of rope is {}, it must be a name", shown(&value.to_string()))))?,
+    };
+    let kind = match name {
         "default" => Kind::Default,
         "linear" => Kind::Linear { factor: needed("factor")? },
         "dynamic" => Kind::Dynamic { factor: needed("factor")?, max_positions: max_positions as f64 },

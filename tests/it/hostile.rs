@@ -142,3 +142,34 @@ fn a_norm_that_is_not_finite_is_refused_by_name() {
         assert!(text.contains("model.layers.1.input_layernorm.weight") && text.contains("NaN"), "{name}: {text}");
     }
 }
+
+/// Templates that ask for more memory or time than there is.
+const BOMBS: &[(&str, &str)] = &[
+    ("doubling", "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}"),
+    ("join", "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x]|join('') %}{% endfor %}{{ ns.x }}"),
+    ("replace", "{% set ns = namespace(x='aa') %}{% for i in range(60) %}{% set ns.x = ns.x|replace('a', 'aa') %}{% endfor %}{{ ns.x }}"),
+    ("format", "{{ '%999999999999s'|format('x') }}"),
+    ("batch", "{{ [1]|batch(99999999999, 'x')|list }}"),
+    ("indent", "{{ 'a\\nb'|indent(99999999999) }}"),
+];
+
+#[test]
+fn a_chat_template_that_asks_for_all_memory_is_refused_by_name() {
+    let (folder, model) = workplace();
+    let chats = folder.path().join("chats.jsonl");
+    std::fs::write(&chats, "{\"messages\":[{\"role\":\"user\",\"content\":\"Good day to you all, and many more of them!\"}]}\n").unwrap();
+    let chats = chats.to_str().unwrap();
+    for (what, template) in BOMBS {
+        std::fs::write(Path::new(&model).join("chat_template.jinja"), template).unwrap();
+        let started = std::time::Instant::now();
+        let output = drawknife(&["plan", &model, "--preset", "prune50", "--calibration", chats]);
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{what}: {error}");
+        assert!(error.contains("chat_template.jinja: chat template: ") && error.trim_end().lines().count() == 1, "{what}: {error}");
+        assert!(started.elapsed().as_secs() < 20, "{what}");
+    }
+    std::fs::write(Path::new(&model).join("chat_template.jinja"), "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
+        .unwrap();
+    let output = drawknife(&["plan", &model, "--preset", "prune50", "--calibration", chats]);
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+}

@@ -1,11 +1,24 @@
 //! Reads the container. Everything in a file is untrusted: no number is believed before the file was seen to be long enough.
 
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::as_conversions
+    )
+)]
+
 use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 use std::io::{BufReader, Read};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use crate::checkpoint::header::wide;
 use crate::error::{Error, Result, shown};
 use crate::formats::gguf::blocks::Kind;
 use crate::formats::gguf::container::{Tensor, Value};
@@ -33,17 +46,17 @@ struct Beginning<R> {
 
 impl<R: Read> Beginning<R> {
     fn bytes(&mut self, count: u64) -> Result<Vec<u8>, String> {
-        if count > self.length - self.at.min(self.length) {
+        if count > self.length.saturating_sub(self.at) {
             return Err(format!("ends at byte {}, {count} more are announced at byte {}", self.length, self.at));
         }
-        let mut bytes = vec![0; count as usize];
+        let mut bytes = vec![0; usize::try_from(count).map_err(|error| error.to_string())?];
         self.input.read_exact(&mut bytes).map_err(|error| error.to_string())?;
-        self.at += count;
+        self.at = self.at.saturating_add(count);
         Ok(bytes)
     }
 
     fn number<const N: usize>(&mut self) -> Result<[u8; N], String> {
-        Ok(self.bytes(N as u64)?.try_into().expect("as many bytes as were asked for"))
+        self.bytes(wide(N))?.try_into().map_err(|_| "fewer bytes than were asked for".into())
     }
 
     fn u32(&mut self) -> Result<u32, String> {
@@ -63,11 +76,11 @@ impl<R: Read> Beginning<R> {
     fn value(&mut self, kind: u32) -> Result<Option<Value>, String> {
         Ok(match kind {
             4 => Some(Value::U32(self.u32()?)),
-            5 => Some(Value::U32(i32::from_le_bytes(self.number()?).max(0) as u32)),
+            5 => Some(Value::U32(u32::try_from(i32::from_le_bytes(self.number()?)).unwrap_or(0))),
             6 => Some(Value::F32(f32::from_le_bytes(self.number()?))),
-            7 => Some(Value::Bool(self.bytes(1)?[0] != 0)),
+            7 => Some(Value::Bool(self.number::<1>()? != [0])),
             8 => Some(Value::Text(self.text()?)),
-            10 => Some(Value::U32(self.u64()?.min(u64::from(u32::MAX)) as u32)),
+            10 => Some(Value::U32(u32::try_from(self.u64()?).unwrap_or(u32::MAX))),
             9 => {
                 let (kind, count) = (self.u32()?, self.u64()?);
                 return self.array(kind, count);
@@ -132,7 +145,7 @@ impl Reader {
     /// # Errors
     /// When they cannot be read.
     pub fn bytes(&self, tensor: &Tensor, start: u64) -> Result<Vec<u8>> {
-        let mut bytes = vec![0; tensor.bytes() as usize];
+        let mut bytes = vec![0; usize::try_from(tensor.bytes()).unwrap_or(usize::MAX)];
         self.file.read_exact_at(&mut bytes, start).map_err(|error| Error::unreadable(&self.path, &error).tensor(&tensor.name))?;
         Ok(bytes)
     }
@@ -183,7 +196,7 @@ impl Reader {
 /// # Errors
 /// What is wrong.
 pub fn parse(bytes: &[u8]) -> Result<(usize, usize), String> {
-    let (keys, tensors) = read(&mut Beginning { input: bytes, at: 0, length: bytes.len() as u64 })?;
+    let (keys, tensors) = read(&mut Beginning { input: bytes, at: 0, length: wide(bytes.len()) })?;
     Ok((keys.len(), tensors.len()))
 }
 
@@ -214,7 +227,9 @@ fn read(beginning: &mut Beginning<impl Read>) -> Result<Contents, String> {
         if dimensions > 4 {
             return Err(format!("tensor {} has {dimensions} dimensions", shown(&name)));
         }
-        let mut shape = (0..dimensions).map(|_| Ok(beginning.u64()? as usize)).collect::<Result<Vec<_>, String>>()?;
+        let mut shape = (0..dimensions)
+            .map(|_| usize::try_from(beginning.u64()?).map_err(|error| error.to_string()))
+            .collect::<Result<Vec<_>, String>>()?;
         shape.reverse();
         let (number, offset) = (beginning.u32()?, beginning.u64()?);
         let kind = Kind::ALL.into_iter().find(|kind| kind.number() == number);
@@ -238,7 +253,7 @@ fn read(beginning: &mut Beginning<impl Read>) -> Result<Contents, String> {
         if end.is_none_or(|end| end > beginning.length) {
             return Err(format!("tensor {} goes beyond the end of the file at byte {}", shown(&tensor.name), beginning.length));
         }
-        *offset += start;
+        *offset = offset.saturating_add(start);
     }
     apart(&listed)?;
     Ok((known, listed))
@@ -253,8 +268,9 @@ fn apart(listed: &[(Tensor, u64)]) -> Result<(), String> {
     let mut places: Vec<(u64, &Tensor)> =
         listed.iter().filter(|(tensor, _)| tensor.bytes() > 0).map(|(tensor, at)| (*at, tensor)).collect();
     places.sort_by_key(|(at, _)| *at);
-    match places.windows(2).find(|pair| pair[0].0 + pair[0].1.bytes() > pair[1].0) {
-        Some(pair) => Err(format!("tensor {} begins inside of tensor {}", shown(&pair[1].1.name), shown(&pair[0].1.name))),
+    let mut pairs = places.iter().zip(places.iter().skip(1));
+    match pairs.find(|((at, tensor), (next, _))| at.saturating_add(tensor.bytes()) > *next) {
+        Some(((_, tensor), (_, next))) => Err(format!("tensor {} begins inside of tensor {}", shown(&next.name), shown(&tensor.name))),
         None => Ok(()),
     }
 }
