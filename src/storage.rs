@@ -284,4 +284,42 @@ mod tests {
         assert!(error.to_string().starts_with("x/y: ") && error.to_string().contains("77 bytes"), "{error}");
         assert_eq!(error.exit_code(), 1);
     }
+
+    #[test]
+    fn files_have_their_length_at_once_and_are_cut_and_written_anywhere() {
+        let folder = tempfile::tempdir().unwrap();
+        let (disk, path): (&dyn Store, _) = (&Disk, folder.path().join("a"));
+        let file = disk.create(&path, 9).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), 9);
+        disk.write_at(&file, b"xy", 3).unwrap();
+        disk.cut(&file, 5).unwrap();
+        disk.sync(&file).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"\0\0\0xy");
+        disk.write_at(&disk.open(&path).unwrap(), b"z", 0).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"z\0\0xy");
+        let private = folder.path().join("p");
+        disk.create_private_folder(&private).unwrap();
+        assert_eq!(std::os::unix::fs::MetadataExt::mode(&std::fs::metadata(&private).unwrap()) & 0o777, 0o700);
+        assert!(disk.create_private_folder(&private).is_err() && disk.open(&folder.path().join("none")).is_err());
+        let forbidden = disk.create_private_folder(Path::new("/proc/none/p")).unwrap_err();
+        assert!(forbidden.to_string().contains("/proc/none"), "{forbidden}");
+        assert!(disk.sync_folder(&folder.path().join("none")).is_err() && disk.exchange(&path, &folder.path().join("none")).is_err());
+        assert!(disk.remove(Path::new("/proc/self/status")).is_err());
+        let null = Opened { path: "/dev/null".into(), file: File::create("/dev/null").unwrap() };
+        assert!(disk.sync(&null).is_err() && disk.cut(&null, 1).is_err());
+        assert!(disk.create(&folder.path().join("huge"), u64::MAX / 2).unwrap_err().to_string().contains("9223372036854775807 bytes"));
+    }
+
+    #[test]
+    fn a_whole_file_replaces_another_with_the_rights_of_a_new_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.json");
+        write_whole(&path, b"old").unwrap();
+        write_whole_json(&path, &serde_json::json!({"a": 1})).unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "{\n  \"a\": 1\n}\n");
+        let mode = std::os::unix::fs::MetadataExt::mode(&std::fs::metadata(&path).unwrap());
+        assert_ne!(mode & 0o600, 0);
+        assert_eq!((mode & 0o111, std::fs::read_dir(folder.path()).unwrap().count()), (0, 1));
+        assert!(write_whole(&folder.path().join("none/a"), b"").is_err());
+    }
 }

@@ -390,3 +390,140 @@ fn short(value: &Value) -> String {
         value => shown(&value.to_string().chars().take(60).collect::<String>()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::Disk;
+
+    fn plan(recipe: &str) -> Map<String, Value> {
+        serde_json::json!({"program": "1", "recipe": {"stage": [{"bits": 4}, {"method": recipe}]}}).as_object().unwrap().clone()
+    }
+
+    fn open(path: &Path) -> Result<Work> {
+        Work::open(path.to_path_buf(), Arc::new(Disk), false)
+    }
+
+    fn block(number: usize) -> Record {
+        let files = ["compressed", "float"].map(|stream| Kept { name: Work::states(number + 1, stream), bytes: 1, blake3: "0".into() });
+        let block = BlockReport { block: number, output_error: None, stages: Vec::new() };
+        Record { done: vec![format!("layer {number}")], block: Some(block), files: files.into(), ..Record::default() }
+    }
+
+    #[test]
+    fn work_that_recorded_something_stays_and_is_gone_on_with_and_other_work_does_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = Work::path(folder.path(), std::ffi::OsStr::new("out"));
+        assert!(!Work::left(&folder.path().join("out")));
+        let mut work = open(&path).unwrap();
+        assert!(work.log().is_err() && !work.resumes() && !work.stays());
+        work.begin(&plan("a")).unwrap();
+        drop(work);
+        assert!(!path.exists(), "nothing was recorded");
+        let mut work = open(&path).unwrap();
+        work.begin(&plan("a")).unwrap();
+        locked(&work.log().unwrap()).append(&block(0)).unwrap();
+        assert!(work.stays());
+        drop(work);
+        assert!(Work::left(&folder.path().join("out")));
+        let mut work = open(&path).unwrap();
+        assert!(work.resumes() && work.records() == [block(0)]);
+        let refused = work.begin(&plan("b")).unwrap_err().to_string();
+        assert!(refused.contains("recipe.stage.1.method (\\\"a\\\" before, \\\"b\\\" now); run"), "{refused}");
+        let mut other = plan("b");
+        other.insert("seed".into(), 3.into());
+        let refused = work.begin(&other).unwrap_err().to_string();
+        assert!(refused.contains(" and 1 more (seed); run"), "{refused}");
+        work.begin(&plan("a")).unwrap();
+        locked(&work.log().unwrap()).append(&block(1)).unwrap();
+        assert_eq!(journal::read(&std::fs::read(path.join(JOURNAL)).unwrap()).unwrap().records, [block(0), block(1)]);
+        work.discard();
+        assert!(!work.stays());
+        drop(work);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn one_process_holds_a_folder_and_another_is_told_which() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("work");
+        let mut work = open(&path).unwrap();
+        let refused = open(&path).unwrap_err();
+        assert!(refused.to_string().contains(&format!("is being written by process {} on ", std::process::id())), "{refused}");
+        assert!(refused.exit_code() == 2 && !refused.to_string().contains(" at "), "{refused}");
+        work.begin(&plan("a")).unwrap();
+        let log = work.log().unwrap();
+        locked(&log).append(&block(0)).unwrap();
+        std::fs::write(path.join(LOCK), "process 1 elsewhere").unwrap();
+        assert!(locked(&log).append(&block(1)).unwrap_err().to_string().contains("another process took over"));
+        work.discard();
+        drop(work);
+        drop(open(&path).unwrap());
+        assert!(open(Path::new("/proc/none")).is_err());
+    }
+
+    #[test]
+    fn states_of_the_last_two_blocks_stay_and_all_goes_with_restart() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("work");
+        let mut work = open(&path).unwrap();
+        work.begin(&plan("a")).unwrap();
+        (0..3).for_each(|number| locked(&work.log().unwrap()).append(&block(number)).unwrap());
+        for name in (1..5).flat_map(|number| ["compressed", "float"].map(|stream| Work::states(number, stream))) {
+            std::fs::write(path.join(name), "x").unwrap();
+        }
+        let journal = std::fs::read(path.join(JOURNAL)).unwrap();
+        std::fs::write(path.join(JOURNAL), [&journal[..], b"torn"].concat()).unwrap();
+        drop(work);
+        let mut work = open(&path).unwrap();
+        let done = work.done();
+        assert_eq!((done.blocks.len(), done.names.len(), done.states), (3, 3, block(2).files));
+        work.begin(&plan("a")).unwrap();
+        let mut left: Vec<_> = std::fs::read_dir(path.join(STATES)).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, ["00002-compressed", "00002-float", "00003-compressed", "00003-float"]);
+        assert_eq!(std::fs::read(path.join(JOURNAL)).unwrap(), journal, "what was torn is cut off");
+        drop(work);
+        std::fs::write(path.join(JOURNAL), [b"x", &journal[..]].concat()).unwrap();
+        assert!(open(&path).unwrap_err().to_string().contains("line 1 is not as it was written; start over with --restart"));
+        let mut work = Work::open(path.clone(), Arc::new(Disk), true).unwrap();
+        assert!(!work.resumes() && std::fs::read_dir(&path).unwrap().count() == 1);
+        work.begin(&plan("b")).unwrap();
+        locked(&work.log().unwrap()).append(&block(0)).unwrap();
+        work.forget().unwrap();
+        assert!(work.log().is_err() && !work.stays());
+    }
+
+    #[test]
+    fn small_files_are_kept_and_a_changed_one_is_found() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("work");
+        let mut work = open(&path).unwrap();
+        work.begin(&plan("a")).unwrap();
+        work.keep("words.json", b"[1]").unwrap();
+        assert_eq!(work.was_finished(), None);
+        work.finished(&blake3::hash(b"all")).unwrap();
+        drop(work);
+        let work = open(&path).unwrap();
+        assert_eq!(work.kept("words.json").unwrap().unwrap(), b"[1]");
+        assert_eq!(work.kept("others.json").unwrap(), None);
+        assert_eq!(work.was_finished(), Some(blake3::hash(b"all").to_hex().as_str()));
+        std::fs::write(path.join("words.json"), "[2]").unwrap();
+        assert!(work.kept("words.json").unwrap_err().to_string().contains("not as it was written"));
+        std::fs::remove_file(path.join("words.json")).unwrap();
+        assert!(work.kept("words.json").is_err());
+        std::fs::write(path.join(PLAN), "{").unwrap();
+        assert!(work.depends_on(&plan("a")).unwrap_err().to_string().contains("not as it was written ("));
+    }
+
+    #[test]
+    fn a_folder_has_a_name_of_allowed_length_that_belongs_to_one_destination() {
+        let name = |length: usize| Work::path(Path::new("p"), std::ffi::OsStr::new(&"n".repeat(length)));
+        assert_eq!(name(3), Path::new("p/.nnn.drawknife-work"));
+        assert!(name(200).to_str().unwrap().contains(&"n".repeat(200)));
+        assert!(name(255).file_name().unwrap().len() < 200 && name(255) != name(254));
+        assert_eq!(differing(&serde_json::json!([1, 2]), &serde_json::json!([1])), [(String::new(), "[1,2] before, [1] now".to_string())]);
+        assert_eq!(short(&Value::String("x".repeat(100))).chars().count(), 2 + 60 - 1);
+        assert_eq!(short(&Value::Null), "absent");
+    }
+}

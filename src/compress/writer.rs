@@ -160,3 +160,93 @@ impl State {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use safetensors::Dtype;
+    use serde_json::Map;
+
+    use super::*;
+    use crate::compress::work::Work;
+    use crate::formats::Entry;
+    use crate::formats::output::Layout;
+    use crate::storage::Disk;
+
+    fn layout() -> Layout {
+        let entry = |name: &str, size| Entry { name: name.into(), dtype: Dtype::U8, shape: vec![size] };
+        Layout::shards(&[entry("a", 4), entry("b", 2)], 100, &Default::default()).unwrap()
+    }
+
+    fn work(folder: &Path) -> Work {
+        let mut work = Work::open(folder.join("work"), Arc::new(Disk), false).unwrap();
+        work.begin(&Map::new()).unwrap();
+        work
+    }
+
+    fn records(folder: &Path) -> Vec<Record> {
+        crate::compress::journal::read(&std::fs::read(folder.join("work/journal")).unwrap()).unwrap().records
+    }
+
+    #[test]
+    fn a_record_names_what_is_complete_with_its_hash_and_comes_after_the_bytes() {
+        let folder = tempfile::tempdir().unwrap();
+        let (work, mut layout) = (work(folder.path()), layout());
+        let files = Files::create(&layout, &work.output(), Arc::new(Disk)).unwrap();
+        let mut writer = Writer::start(vec![files], Arc::new(Disk), Some(work.log().unwrap())).unwrap();
+        let stale = folder.path().join("stale");
+        std::fs::write(&stale, "").unwrap();
+        for (name, bytes) in [("a", "01"), ("b", "xy"), ("a", "2")] {
+            writer.write(0, layout.piece(name, bytes.into()).unwrap()).unwrap();
+        }
+        let beside = (work.storage.as_ref() as &dyn Store).put(&work.path.join("states/1"), b"z").unwrap();
+        let record = Record { done: vec!["layer".into()], ..Record::default() };
+        writer.commit(Commit { record, files: vec![beside], stale: vec![stale.clone()] }).unwrap();
+        writer.write(0, layout.piece("a", b"3".to_vec()).unwrap()).unwrap();
+        writer.commit(Commit::default()).unwrap();
+        let recorded = writer.settle().unwrap();
+        let hashed = |tensor: &str, bytes: &str| {
+            let blake3 = blake3::hash(bytes.as_bytes()).to_hex().to_string();
+            Hashed { export: 0, tensor: tensor.into(), blake3 }
+        };
+        assert_eq!(recorded, [hashed("b", "xy"), hashed("a", "0123")]);
+        let records = records(folder.path());
+        assert_eq!((records[0].done.as_slice(), records[0].tensors.as_slice()), (&["layer".to_string()][..], &recorded[..1]));
+        assert_eq!((records.len(), records[1].tensors.as_slice()), (2, &recorded[1..]));
+        assert!(!stale.exists());
+        let bytes = std::fs::read(work.output().join("model.safetensors")).unwrap();
+        assert!(bytes.ends_with(b"0123xy"));
+        assert!(writer.write(0, layout_piece()).unwrap_err().to_string().contains("given up"));
+    }
+
+    fn layout_piece() -> Piece {
+        layout().piece("b", b"q".to_vec()).unwrap()
+    }
+
+    #[test]
+    fn a_disk_that_refuses_stops_the_thread_with_its_reason_and_nothing_is_recorded() {
+        let folder = tempfile::tempdir().unwrap();
+        let work = work(folder.path());
+        let files = Files::create(&layout(), &work.output(), Arc::new(Disk)).unwrap();
+        let mut writer = Writer::start(vec![files], Arc::new(Disk), Some(work.log().unwrap())).unwrap();
+        // What cannot be waited for: a device that holds nothing.
+        let nothing = Opened { path: "/dev/null".into(), file: std::fs::File::create("/dev/null").unwrap() };
+        writer.write(0, layout_piece()).unwrap();
+        writer.commit(Commit { files: vec![nothing], ..Commit::default() }).unwrap();
+        let error = (0..100).find_map(|_| writer.write(0, layout_piece()).err()).unwrap();
+        assert!(error.to_string().contains("/dev/null"), "{error}");
+        assert!(records(folder.path()).is_empty());
+    }
+
+    #[test]
+    fn without_a_journal_a_commit_only_brings_the_bytes_to_the_disk() {
+        let folder = tempfile::tempdir().unwrap();
+        let files = Files::create(&layout(), folder.path(), Arc::new(Disk)).unwrap();
+        let mut writer = Writer::start(vec![files], Arc::new(Disk), None).unwrap();
+        writer.write(0, layout_piece()).unwrap();
+        writer.commit(Commit::default()).unwrap();
+        assert_eq!(writer.settle().unwrap(), []);
+        assert!(std::fs::read(folder.path().join("model.safetensors")).unwrap().ends_with(b"q\0"));
+    }
+}

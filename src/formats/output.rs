@@ -343,6 +343,60 @@ mod tests {
     }
 
     #[test]
+    fn a_file_is_full_when_the_next_tensor_would_exceed_it() {
+        let lengths = |shard: u64| -> Vec<u64> {
+            let layout = Layout::shards(&[entry("a", 4), entry("b", 4), entry("c", 9), entry("d", 1)], shard, &BTreeMap::new()).unwrap();
+            layout.files.iter().map(|file| file.bytes - file.beginning.len() as u64).collect()
+        };
+        assert_eq!(lengths(8), [8, 9, 1]);
+        assert_eq!(lengths(7), [4, 4, 9, 1]);
+        assert_eq!(lengths(18), [18]);
+    }
+
+    #[test]
+    fn every_deviation_of_what_is_read_back_is_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let storage: Arc<dyn Store> = Arc::new(Disk);
+        let metadata = BTreeMap::from([("made by".to_string(), "test".to_string())]);
+        let mut layout = Layout::shards(&[entry("a", 4), entry("b", 3)], 4, &metadata).unwrap();
+        let files = Files::create(&layout, folder.path(), Arc::clone(&storage)).unwrap();
+        assert!(!layout.is_written("a") && layout.complete().is_err());
+        files.write(&layout.piece("a", b"0123".to_vec()).unwrap()).unwrap();
+        let (hash, other) = (blake3::hash(b"0123").to_hex().to_string(), blake3::hash(b"012").to_hex().to_string());
+        let check = |name: &str, hash: &str| layout.verify(folder.path(), &HashMap::from([(name, hash)])).unwrap();
+        assert_eq!(check("a", &hash), Ok(()));
+        assert!(check("a", &other).unwrap_err().contains("tensor a: is not as it was written"));
+        assert!(check("x", &hash).unwrap_err().contains("tensor x: not part of the output"));
+        let (path, index) = (folder.path().join("model-00002-of-00002.safetensors"), folder.path().join(INDEX));
+        let (sound, listed) = (std::fs::read(&path).unwrap(), std::fs::read(&index).unwrap());
+        assert_eq!(Shard::open(&path).unwrap().header.metadata["made by"], "test");
+        std::fs::write(&path, &sound[..sound.len() - 1]).unwrap();
+        assert!(check("a", &hash).unwrap_err().contains("were reserved"));
+        std::fs::write(&path, [b"x", &sound[1..]].concat()).unwrap();
+        assert!(check("a", &hash).unwrap_err().contains("its header is not the one"));
+        std::fs::write(&path, &sound).unwrap();
+        std::fs::write(&index, &listed[1..]).unwrap();
+        assert!(check("a", &hash).unwrap_err().contains("is not as it was written"));
+        std::fs::remove_file(&index).unwrap();
+        assert!(
+            layout.verify(folder.path(), &HashMap::new()).is_err() && Files::reopen(&layout, folder.path(), Arc::clone(&storage)).is_err()
+        );
+        std::fs::write(&index, &listed).unwrap();
+        let reopened = Files::reopen(&layout, folder.path(), storage).unwrap();
+        layout.written("b").unwrap();
+        assert!(layout.is_written("b") && layout.complete().is_ok() && layout.written("x").is_err());
+        assert!(layout.piece("b", vec![1]).unwrap_err().to_string().contains("3 bytes planned, 4 given"));
+        reopened.sync().unwrap();
+    }
+
+    #[test]
+    fn a_single_file_has_room_for_its_farthest_tensor_and_its_beginning() {
+        let layout = Layout::single("m.gguf", vec![0; 9], vec![("a".into(), 32, 5), ("b".into(), 16, 4)]);
+        assert_eq!((layout.files[0].bytes, layout.files[0].name.as_str()), (37, "m.gguf"));
+        assert_eq!(Layout::single("m", vec![0; 9], Vec::new()).files[0].bytes, 9);
+    }
+
+    #[test]
     fn an_incomplete_tensor_is_a_failed_verification() {
         let folder = tempfile::tempdir().unwrap();
         let mut output = Output::create(folder.path(), &[entry("a", 4)], 8, &BTreeMap::new()).unwrap();
