@@ -2,18 +2,21 @@
 //! beside them. Everything in it is untrusted; it is checked completely before any weight is read.
 
 pub mod decode;
+pub mod files;
 pub mod header;
+pub mod index;
 pub mod shard;
 pub mod source;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+pub use files::{hash_file, read_file, read_json};
 pub use header::TensorInfo;
+use index::{WeightMap, agrees, read_index};
 use safetensors::Dtype;
-use serde::de::DeserializeSeed;
 use serde_json::Value;
 pub use shard::{Bytes, Shard};
 
@@ -23,10 +26,6 @@ use crate::weight::{Float, Stored};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
-/// Longest configuration that is parsed, in bytes.
-const JSON_BYTES: u64 = 4 << 20;
-/// Longest index that is parsed, in bytes.
-const INDEX_BYTES: u64 = 256 << 20;
 
 /// An opened and checked model folder.
 #[derive(Debug)]
@@ -53,6 +52,11 @@ impl Checkpoint {
         let config = read_json(&folder.join("config.json"))?;
         if !config.is_object() {
             return Err(Error::input("not a JSON object").file(&folder.join("config.json")));
+        }
+        let kind = &config["model_type"];
+        if kind.as_str().is_none_or(|kind| kind.trim().is_empty()) {
+            let found = if kind.is_null() { "missing".to_string() } else { shown(&kind.to_string()) };
+            return Err(Error::input(format!("model_type is {found}, it must name a family of models")).file(&folder.join("config.json")));
         }
         let (names, index) = shard_names(folder)?;
         let shards = names.iter().map(|name| Shard::open(&folder.join(name))).collect::<Result<Vec<_>>>()?;
@@ -254,22 +258,13 @@ impl Checkpoint {
     }
 }
 
-/// blake3 of a file.
-///
-/// # Errors
-/// When it cannot be read.
-pub fn hash_file(path: &Path) -> Result<blake3::Hash> {
-    let mut hasher = blake3::Hasher::new();
-    let file = std::fs::File::open(path).map_err(|error| Error::unreadable(path, &error))?;
-    hasher.update_reader(file).map_err(|error| Error::io(path, &error))?;
-    Ok(hasher.finalize())
-}
-
 fn is_side_file(path: &Path) -> bool {
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let weights = [".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"].iter().any(|end| name.ends_with(end));
     let index = name.ends_with(".safetensors.index.json") || name.ends_with(".bin.index.json");
-    path.is_file() && !weights && !index && !name.starts_with('.') && name != "config.json"
+    // A name that is no text cannot stand in a manifest.
+    let text = path.file_name().is_some_and(|name| name.to_str().is_some());
+    text && path.is_file() && !weights && !index && !name.starts_with('.') && name != "config.json"
 }
 
 fn expect(info: &TensorInfo, shape: &[usize]) -> Result<()> {
@@ -300,30 +295,6 @@ pub fn dtype_of(float: Float) -> Dtype {
         Float::F16 => Dtype::F16,
         Float::F32 => Dtype::F32,
     }
-}
-
-/// Reads a regular file that is not absurdly large.
-///
-/// # Errors
-/// When it is missing, not a regular file, or longer than `limit` bytes.
-pub fn read_file(path: &Path, limit: u64) -> Result<Vec<u8>> {
-    let metadata = std::fs::metadata(path).map_err(|error| Error::unreadable(path, &error))?;
-    if !metadata.is_file() {
-        return Err(Error::input("not a regular file").file(path));
-    }
-    if metadata.len() > limit {
-        return Err(Error::input(format!("has {} bytes, the limit is {limit}", metadata.len())).file(path));
-    }
-    std::fs::read(path).map_err(|error| Error::unreadable(path, &error))
-}
-
-/// Reads a JSON file.
-///
-/// # Errors
-/// When it is missing or not JSON.
-pub fn read_json(path: &Path) -> Result<Value> {
-    let bytes = read_file(path, JSON_BYTES)?;
-    serde_json::from_slice(&bytes).map_err(|error| Error::input(format!("not valid JSON: {error}")).file(path))
 }
 
 /// The names of the weight files and, where there is one, the index's map from tensors to files.
@@ -364,71 +335,4 @@ fn shard_names(folder: &Path) -> Result<(Vec<String>, Option<WeightMap>)> {
         return Err(Error::input(format!("holds only {}; give the original Hugging Face folder", shown(&gguf))).file(folder));
     }
     Err(Error::input(format!("no {SINGLE} and no {INDEX}; give a Hugging Face model folder")).file(folder))
-}
-
-/// The index: from tensor to file.
-pub type WeightMap = BTreeMap<String, String>;
-
-fn read_index(path: &Path) -> Result<WeightMap> {
-    let bytes = read_file(path, INDEX_BYTES)?;
-    let index = index(&bytes).map_err(|what| Error::input(what).file(path))?;
-    index.values().try_for_each(|name| plain_file_name(name)).map_err(|error| error.file(path))?;
-    Ok(index)
-}
-
-/// Reads the bytes of an index. Names of files in it are not looked at.
-///
-/// # Errors
-/// What is wrong: no JSON, a name that occurs twice, nothing in it.
-pub fn index(bytes: &[u8]) -> Result<WeightMap, String> {
-    struct Map(BTreeMap<String, String>);
-    impl<'de> serde::Deserialize<'de> for Map {
-        fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-            header::UniqueStrings(header::TENSORS).deserialize(deserializer).map(Self)
-        }
-    }
-    #[derive(serde::Deserialize)]
-    struct Index {
-        weight_map: Map,
-    }
-    let index: Index = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
-    if index.weight_map.0.is_empty() {
-        return Err("weight_map is empty".into());
-    }
-    Ok(index.weight_map.0)
-}
-
-/// A name from the index may only be one plain file name.
-///
-/// # Errors
-/// When it is anything else.
-pub fn plain_file_name(name: &str) -> Result<()> {
-    let mut components = Path::new(name).components();
-    let plain = matches!((components.next(), components.next()), (Some(Component::Normal(part)), None) if part.to_str() == Some(name));
-    if plain && name.ends_with(".safetensors") && !name.contains('\0') {
-        return Ok(());
-    }
-    Err(Error::input(format!("names the file {:?}, which is not a plain *.safetensors name", shown(name))))
-}
-
-fn agrees(index: &BTreeMap<String, String>, files: &[String], tensors: &BTreeMap<String, usize>) -> Result<()> {
-    for (name, file) in index {
-        match tensors.get(name) {
-            None => {
-                return Err(
-                    Error::input(format!("said to be in {}, which does not hold it; download both again", shown(file))).tensor(name)
-                );
-            }
-            Some(&number) if files[number] != *file => {
-                return Err(Error::input(format!("said to be in {}, but it is in {}", shown(file), files[number])).tensor(name));
-            }
-            Some(_) => {}
-        }
-    }
-    match tensors.keys().find(|name| !index.contains_key(*name)) {
-        Some(name) => {
-            Err(Error::input(format!("stands in {} but not in the index; download the index again", files[tensors[name]])).tensor(name))
-        }
-        None => Ok(()),
-    }
 }

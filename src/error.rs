@@ -113,7 +113,10 @@ impl Error {
 /// A name from an untrusted file, escaped and cut so that it can neither flood nor control a terminal.
 pub fn shown(name: &str) -> String {
     const LONGEST: usize = 200;
-    let mut out: String = name.chars().take(LONGEST).flat_map(char::escape_debug).collect();
+    let mut out = String::new();
+    for c in name.chars().take(LONGEST) {
+        if matches!(c, '"' | '\'') { out.push(c) } else { out.extend(c.escape_debug()) }
+    }
     if name.chars().nth(LONGEST).is_some() {
         out.push('…');
     }

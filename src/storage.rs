@@ -230,7 +230,16 @@ pub fn json(value: &impl serde::Serialize) -> Result<String> {
 /// # Errors
 /// When it cannot be written.
 pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
-    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+    match std::fs::metadata(path) {
+        // Like the null device, or standard output by its name.
+        Ok(found) if found.file_type().is_char_device() => {
+            let written = File::options().write(true).open(path).and_then(|mut file| std::io::Write::write_all(&mut file, bytes));
+            return written.map_err(|error| failed(path, &error, bytes.len() as u64));
+        }
+        Ok(found) if !found.is_file() => return Err(Error::input("not a regular file; give another name").file(path)),
+        _ => {}
+    }
     let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     // As any new file: what the mask of the process takes away is not there.
     let file = tempfile::Builder::new().permissions(std::fs::Permissions::from_mode(0o666)).tempfile_in(folder);
@@ -321,5 +330,9 @@ mod tests {
         assert_ne!(mode & 0o600, 0);
         assert_eq!((mode & 0o111, std::fs::read_dir(folder.path()).unwrap().count()), (0, 1));
         assert!(write_whole(&folder.path().join("none/a"), b"").is_err());
+        assert!(write_whole(folder.path(), b"").unwrap_err().to_string().contains("not a regular file"));
+        write_whole(Path::new("/dev/null"), b"x").unwrap();
+        let device = std::fs::metadata("/dev/null").unwrap();
+        assert!(std::os::unix::fs::FileTypeExt::is_char_device(&device.file_type()));
     }
 }

@@ -4,7 +4,7 @@
 use serde_json::Value;
 
 use crate::calibrate::tokens;
-use crate::checkpoint::{self, header};
+use crate::checkpoint::{header, index};
 use crate::compress::journal;
 use crate::formats::gguf::reader;
 use crate::model::config::Config;
@@ -16,7 +16,7 @@ pub type Reader = fn(&[u8]) -> bool;
 /// All of them, by name.
 pub const READERS: [(&str, Reader); 7] = [
     ("header", |bytes| header_of(bytes).is_ok()),
-    ("index", |bytes| checkpoint::index(bytes).is_ok_and(|index| index.values().all(|name| checkpoint::plain_file_name(name).is_ok()))),
+    ("index", |bytes| index::index(bytes).is_ok_and(|index| index.values().all(|name| index::plain_file_name(name).is_ok()))),
     ("config", |bytes| serde_json::from_slice::<Value>(bytes).is_ok_and(|value| Config::read(&value).is_ok())),
     ("tokenizer", |bytes| tokens::precheck(bytes).is_ok()),
     ("recipe", |bytes| std::str::from_utf8(bytes).is_ok_and(|text| Recipe::parse(text).is_ok())),

@@ -12,7 +12,7 @@ use crate::checkpoint::read_file;
 use crate::error::{Error, Result};
 
 /// Largest text file that is read, in bytes.
-const TEXT_BYTES: u64 = 4 << 30;
+pub const TEXT_BYTES: u64 = 4 << 30;
 /// What counts call text that the model itself wrote.
 const SELF: &str = "self-generated";
 /// Fewest tokens that make a window.
@@ -137,7 +137,6 @@ pub fn pack(options: &Options, tokenizer: impl Fn() -> Result<Tokenizer>, eos: O
     let mut stream = Vec::new();
     let needs_text = documents.iter().any(|document| !matches!(document, Document::Tokens(_)));
     let tokenizer = if needs_text { Some(tokenizer()?) } else { None };
-    within(&eos, vocabulary).map_err(|what| Error::input(format!("config.json: eos_token_id: {what}")))?;
     let eos = eos.or_else(|| tokenizer.as_ref()?.named_token("eos_token"));
     counts.end_of_text = eos;
     let mut known = std::collections::HashSet::new();
@@ -180,7 +179,8 @@ pub fn pack(options: &Options, tokenizer: impl Fn() -> Result<Tokenizer>, eos: O
     let windows = choose(windows, options);
     if windows.is_empty() {
         return Err(Error::input(format!(
-            "the calibration text gives {} tokens, at least {SHORTEST} are needed; give more text with --calibration",
+            "the calibration text ({}) gives {} tokens, at least {SHORTEST} are needed; give more text with --calibration",
+            counts.sources.join(", "),
             counts.tokens
         )));
     }

@@ -1,11 +1,13 @@
 //! Text to token numbers, through the model's own tokenizer.json.
 
+use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use serde::de::IgnoredAny;
 use serde_json::Value;
 
+use crate::calibrate::builtin;
 use crate::calibrate::chat::Renderer;
 use crate::checkpoint::{read_file, read_json};
 use crate::error::{Error, Result, shown};
@@ -18,6 +20,8 @@ const MOST_TOKENS: u64 = 1 << 24;
 
 /// Text that is encoded at once, in bytes.
 const PIECE: usize = 4 << 20;
+/// A text of so many bytes or fewer may be special tokens and nothing else.
+const SHORT: usize = 64;
 /// Bytes that one token hardly ever exceeds on average.
 const BYTES_PER_TOKEN: usize = 16;
 
@@ -43,7 +47,28 @@ pub fn precheck(bytes: &[u8]) -> Result<(), String> {
     if let Some(token) = added.iter().find(|token| token.id >= MOST_TOKENS) {
         return Err(format!("the added token {} has number {}, the limit is {MOST_TOKENS}", shown(&token.content), token.id));
     }
-    Ok(())
+    match value.normalizer.as_ref().map_or(1, growth) {
+        times if times > MOST_GROWTH => Err(format!("its normalizer makes a text up to {times} times as long, the limit is {MOST_GROWTH}")),
+        _ => Ok(()),
+    }
+}
+
+/// How much longer a normalizer may make a text.
+const MOST_GROWTH: usize = 256;
+
+/// How many times as long a normalizer makes a text at most.
+fn growth(normalizer: &Value) -> usize {
+    let length = |value: &Value| value.as_str().map_or(0, str::len);
+    match normalizer["type"].as_str() {
+        Some("Sequence") => normalizer["normalizers"].as_array().into_iter().flatten().fold(1, |all, one| growth(one).saturating_mul(all)),
+        // An expression may match nothing and put its content between any two characters.
+        Some("Replace") => match &normalizer["pattern"]["String"] {
+            Value::Null => length(&normalizer["content"]).saturating_add(1),
+            pattern => length(&normalizer["content"]).div_ceil(length(pattern).max(1)).max(1),
+        },
+        Some("Prepend") => length(&normalizer["prepend"]).div_ceil(64).max(1),
+        _ => 1,
+    }
 }
 
 /// What of a tokenizer.json is looked at.
@@ -52,6 +77,7 @@ struct Outline {
     #[serde(rename = "model")]
     _model: IgnoredAny,
     added_tokens: Option<Vec<Added>>,
+    normalizer: Option<Value>,
 }
 
 #[derive(serde::Deserialize)]
@@ -65,6 +91,8 @@ struct Added {
 pub struct Tokenizer {
     path: PathBuf,
     inner: tokenizers::Tokenizer,
+    /// Numbers of the special tokens.
+    special: HashSet<u32>,
     config: Value,
     template: Option<Renderer>,
 }
@@ -107,7 +135,9 @@ impl Tokenizer {
         };
         let tokens = ["bos_token", "eos_token"].map(|key| named_text(&config, key).unwrap_or_default());
         let template = template.map(|(text, path)| Renderer::new(text, tokens, path)).transpose()?;
-        Ok(Self { path, inner, config, template })
+        let added = inner.get_added_tokens_decoder();
+        let special = added.iter().filter(|(_, token)| token.special).map(|(&number, _)| number).collect();
+        Ok(Self { path, inner, special, config, template })
     }
 
     /// Token numbers of a text, with the tokenizer's own special tokens around it when `special`; at most `limit` of
@@ -129,6 +159,10 @@ impl Tokenizer {
                 break;
             }
         }
+        if special && text.trim().len() > SHORT && !tokens.is_empty() && tokens.iter().all(|token| self.special.contains(token)) {
+            let what = format!("makes nothing but special tokens of a text of {} bytes; it is damaged", text.len());
+            return Err(Error::input(what).file(&self.path));
+        }
         Ok(tokens)
     }
 
@@ -138,6 +172,17 @@ impl Tokenizer {
             Ok(Err(error)) => Err(Error::input(format!("cannot encode the text: {error}")).file(&self.path)),
             Err(_) => Err(Error::input("cannot encode the text: the tokenizer makes its library fail").file(&self.path)),
         }
+    }
+
+    /// Tries the tokenizer on a text of many kinds, whose tokens must be rows of the embedding.
+    ///
+    /// # Errors
+    /// When the library fails on it, or a token is no row.
+    pub fn probe(&self, rows: usize) -> Result<()> {
+        let mut text: String = builtin::EVALUATION.iter().map(|(_, text)| text.chars().take(4000).collect::<String>()).collect();
+        // What expressions that go back and forth stumble over.
+        text.extend([&"a".repeat(64), "! ", &"1 ".repeat(32), "\u{1}\n"]);
+        self.fits(&self.encode(&text, true, None)?, rows)
     }
 
     /// Refuses tokens beyond the rows of the embedding.
@@ -237,6 +282,18 @@ fn template(value: &Value) -> Result<Option<String>, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_normalizer_that_makes_texts_much_longer_is_refused() {
+        let check = |normalizer: &str| precheck(format!(r#"{{"model":{{}},"normalizer":{normalizer}}}"#).as_bytes());
+        let replace = |content: &str| format!(r#"{{"type":"Replace","pattern":{{"String":" "}},"content":"{content}"}}"#);
+        let twice = |one: &str| format!(r#"{{"type":"Sequence","normalizers":[{one},{one}]}}"#);
+        assert_eq!((check(&replace("▁")), check("null"), check(r#"{"type":"NFC"}"#)), (Ok(()), Ok(()), Ok(())));
+        assert_eq!(check(&twice(&replace(&"a".repeat(16)))), Ok(()));
+        assert!(check(&twice(&replace(&"a".repeat(17)))).unwrap_err().contains("289 times"));
+        assert!(check(&format!(r#"{{"type":"Prepend","prepend":"{}"}}"#, "a".repeat(1 << 20))).unwrap_err().contains("16384 times"));
+        assert!(check(&format!(r#"{{"type":"Replace","pattern":{{"Regex":"a*"}},"content":"{}"}}"#, "a".repeat(256))).is_err());
+    }
 
     #[test]
     fn texts_are_cut_behind_lines_and_characters() {

@@ -59,11 +59,18 @@ pub fn examine(subject: &Subject, engine: Option<Engine>, run: &Run<'_>) -> Vec<
     };
     findings.push(Finding::of("weights", decoded.as_ref().map(told).map_err(copied)));
     findings.push(Finding::of("other tensors", others_finite(subject, run)));
-    findings.push(Finding::of("tokenizer", subject.tokenizer().map(|_| "tokenizer.json reads".into())));
+    findings.push(Finding::of("tokenizer", tokenizer(subject)));
     if let (Ok(decoded), Some(format)) = (&decoded, format_of(subject)) {
         findings.extend(loader_findings(format, &decoded.layers, engine));
     }
     findings
+}
+
+/// Whether the tokenizer works, and gives tokens that the model has.
+fn tokenizer(subject: &Subject) -> Result<String> {
+    let tokenizer = subject.tokenizer()?;
+    let rows = subject.model().map_or(usize::MAX, |model| model.config.vocabulary);
+    tokenizer.probe(rows).map(|()| "tokenizer.json reads, and gives tokens of the model".into())
 }
 
 /// Whether files are what this program wrote, where it left a manifest.

@@ -101,7 +101,7 @@ pub fn length(first: &[u8], file_bytes: u64) -> Result<u64, String> {
 fn foreign(first: &[u8]) -> Option<&'static str> {
     let text = first.to_ascii_lowercase();
     let starts = |magic: &[u8]| text.starts_with(magic);
-    if starts(b"pk\x03\x04") || starts(b"\x80\x02") {
+    if starts(b"pk\x03\x04") || matches!(first, [0x80, 2..=5, ..]) {
         return Some("this is a PyTorch pickle, not safetensors; convert it with save_pretrained(safe_serialization=True)");
     }
     if starts(b"gguf") {
@@ -198,8 +198,9 @@ impl<'de> Visitor<'de> for HeaderSeed {
             if header.tensors.len() >= TENSORS {
                 return Err(A::Error::custom(format!("more than {TENSORS} tensors")));
             }
-            let raw: RawInfo = map.next_value()?;
-            let info = checked(raw).map_err(|what| A::Error::custom(format!("tensor {}: {what}", crate::error::shown(&name))))?;
+            let wrong = |what: String| A::Error::custom(format!("tensor {}: {what}", crate::error::shown(&name)));
+            let raw: RawInfo = map.next_value().map_err(|error| wrong(error.to_string()))?;
+            let info = checked(raw).map_err(wrong)?;
             if let Some(previous) = header.tensors.insert(name.clone(), info) {
                 let begin = previous.begin;
                 return Err(A::Error::custom(format!("tensor {} occurs twice (first at byte {begin})", crate::error::shown(&name))));
@@ -210,7 +211,7 @@ impl<'de> Visitor<'de> for HeaderSeed {
 }
 
 #[derive(serde::Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "an object of dtype, shape and data_offsets")]
 struct RawInfo {
     dtype: Dtype,
     #[serde(deserialize_with = "short_shape")]

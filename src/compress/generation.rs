@@ -6,7 +6,7 @@ use crate::calibrate::corpus::{self, Packed};
 use crate::calibrate::starts::starts;
 use crate::calibrate::tokens::Tokenizer;
 use crate::checkpoint::read_json;
-use crate::compress::work::Work;
+use crate::compress::work::{WINDOWS, Work};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::config::tokens;
@@ -41,21 +41,18 @@ pub fn prepare(folder: &Path, model: &Model<'_>, options: &corpus::Options, note
     Ok((Packed { windows: Vec::new(), counts: corpus::own_counts(options) }, generation))
 }
 
-/// What the windows are kept as for whoever goes on.
-const KEPT: &str = "windows.json";
-
 /// Lets the model write, where it is to and an earlier run did not.
 ///
 /// # Errors
 /// When it cannot.
 pub fn write(model: &Model<'_>, generation: Option<&Options>, packed: Option<&mut Packed>, work: &Work, run: &Run<'_>) -> Result<()> {
     if let (Some(generation), Some(packed)) = (generation, packed) {
-        packed.windows = match work.kept(KEPT)? {
-            Some(kept) => serde_json::from_slice(&kept).map_err(|error| Error::damaged(error).file(&work.path.join(KEPT)))?,
+        packed.windows = match work.kept(WINDOWS)? {
+            Some(kept) => serde_json::from_slice(&kept).map_err(|error| Error::damaged(error).file(&work.path.join(WINDOWS)))?,
             None => {
                 let windows = generate(model, generation, BUDGET, run)?;
                 let bytes = serde_json::to_vec(&windows).map_err(|error| Error::run(error.to_string()))?;
-                work.keep(KEPT, &bytes)?;
+                work.keep(WINDOWS, &bytes)?;
                 windows
             }
         };

@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::calibrate::corpus::Source as Origin;
+use crate::calibrate::corpus::TEXT_BYTES;
+use crate::checkpoint::files::hash_within;
 use crate::checkpoint::{Checkpoint, hash_file, read_json};
 use crate::compress::Job;
 use crate::compress::destination::MANIFEST;
@@ -57,7 +59,7 @@ pub struct Hashed {
 pub fn dependencies(job: &Job, checkpoint: &Checkpoint, device: &Device) -> Result<Map<String, Value>> {
     let text = match &job.quality {
         Some(options) => {
-            let text = options.text.as_deref().map(hash_file).transpose()?.map(|hash| hash.to_hex().to_string());
+            let text = options.text.as_deref().map(|path| hash_within(path, TEXT_BYTES)).transpose()?.map(|hash| hash.to_hex().to_string());
             let protocol = options.protocol;
             json!({"text": text.unwrap_or_else(|| "built in".into()), "tokens": protocol.max_tokens, "seq": protocol.seq})
         }
@@ -98,7 +100,7 @@ fn calibration(job: &Job) -> Vec<String> {
         _ => None,
     });
     // A file that cannot be read is told of where it is read.
-    files.map(|path| hash_file(&path).map_or_else(|_| "unreadable".into(), |hash| hash.to_hex().to_string())).collect()
+    files.map(|path| hash_within(&path, TEXT_BYTES).map_or_else(|_| "unreadable".into(), |hash| hash.to_hex().to_string())).collect()
 }
 
 /// What says that the files of a model are the same ones.

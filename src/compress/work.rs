@@ -32,6 +32,11 @@ const LOCK: &str = "LOCK";
 const PLAN: &str = "plan.json";
 const JOURNAL: &str = "journal";
 const STATES: &str = "states";
+const OUTPUT: &str = "out";
+/// A file that is kept for whoever goes on: windows that a model wrote.
+pub const WINDOWS: &str = "windows.json";
+/// All that there is in a work folder.
+const CONTENTS: [&str; 6] = [LOCK, PLAN, JOURNAL, STATES, OUTPUT, WINDOWS];
 
 /// A work folder that this process holds.
 #[derive(Debug)]
@@ -107,9 +112,11 @@ impl Work {
     /// When another process holds it, it cannot be written, or its journal is damaged.
     pub fn open(path: PathBuf, storage: Arc<dyn Store>, restart: bool) -> Result<Self> {
         let (mut lock, owner) = loop {
-            match storage.create_private_folder(&path) {
-                Err(error) if !path.is_dir() => return Err(error),
-                _ => {}
+            match (storage.create_private_folder(&path), std::fs::symlink_metadata(&path)) {
+                (Ok(()), _) => {}
+                (Err(_), Ok(found)) if found.is_dir() => ours(&path)?,
+                (Err(_), Ok(_)) => return Err(Error::input("is no work folder of this program; remove it").file(&path)),
+                (Err(error), Err(_)) => return Err(error),
             }
             if let Some(held) = hold(&path)? {
                 break held;
@@ -152,7 +159,7 @@ impl Work {
 
     /// The folder of the output.
     pub fn output(&self) -> PathBuf {
-        self.path.join("out")
+        self.path.join(OUTPUT)
     }
 
     /// What earlier runs recorded.
@@ -313,6 +320,18 @@ impl Drop for Work {
     }
 }
 
+/// Refuses a folder that holds what this program puts into none.
+fn ours(folder: &Path) -> Result<()> {
+    let entries = std::fs::read_dir(folder).map_err(|error| Error::io(folder, &error))?;
+    match entries.flatten().map(|entry| entry.file_name()).find(|name| !CONTENTS.iter().any(|known| name == known)) {
+        Some(other) => {
+            Err(Error::input(format!("holds {}, which no work of this program does; move it away", shown(&other.to_string_lossy())))
+                .file(folder))
+        }
+        None => Ok(()),
+    }
+}
+
 /// Whether something in a work folder was recorded.
 pub fn worth_keeping(path: &Path) -> bool {
     std::fs::metadata(path.join(JOURNAL)).is_ok_and(|journal| journal.len() > 0)
@@ -460,6 +479,12 @@ mod tests {
         drop(work);
         drop(open(&path).unwrap());
         assert!(open(Path::new("/proc/none")).is_err());
+        let (other, link) = (folder.path().join("other"), folder.path().join("link"));
+        std::fs::create_dir(&other).unwrap();
+        std::fs::write(other.join("letter"), "dear").unwrap();
+        std::os::unix::fs::symlink(&other, &link).unwrap();
+        assert!(open(&link).unwrap_err().to_string().contains("no work folder") && other.join("letter").exists());
+        assert!(open(&other).unwrap_err().to_string().contains("holds letter") && other.join("letter").exists());
     }
 
     #[test]
@@ -500,18 +525,18 @@ mod tests {
         let path = folder.path().join("work");
         let mut work = open(&path).unwrap();
         work.begin(&plan("a")).unwrap();
-        work.keep("words.json", b"[1]").unwrap();
+        work.keep(WINDOWS, b"[1]").unwrap();
         assert_eq!(work.was_finished(), None);
         work.finished(&blake3::hash(b"all")).unwrap();
         drop(work);
         let work = open(&path).unwrap();
-        assert_eq!(work.kept("words.json").unwrap().unwrap(), b"[1]");
+        assert_eq!(work.kept(WINDOWS).unwrap().unwrap(), b"[1]");
         assert_eq!(work.kept("others.json").unwrap(), None);
         assert_eq!(work.was_finished(), Some(blake3::hash(b"all").to_hex().as_str()));
-        std::fs::write(path.join("words.json"), "[2]").unwrap();
-        assert!(work.kept("words.json").unwrap_err().to_string().contains("not as it was written"));
-        std::fs::remove_file(path.join("words.json")).unwrap();
-        assert!(work.kept("words.json").is_err());
+        std::fs::write(path.join(WINDOWS), "[2]").unwrap();
+        assert!(work.kept(WINDOWS).unwrap_err().to_string().contains("not as it was written"));
+        std::fs::remove_file(path.join(WINDOWS)).unwrap();
+        assert!(work.kept(WINDOWS).is_err());
         std::fs::write(path.join(PLAN), "{").unwrap();
         assert!(work.depends_on(&plan("a")).unwrap_err().to_string().contains("not as it was written ("));
     }

@@ -104,6 +104,7 @@ impl Config {
             )));
         }
         let head_dim = head_dim(&keys, family, hidden, heads)?;
+        let vocabulary = keys.required("vocab_size", 1 << 24)?;
         let activation = activation(&keys, family)?;
         let [scale, embed_factor] = factors(&keys, family, hidden, head_dim)?;
         let cap = |on: bool, key: &str, default: Option<f64>| match keys.0.contains_key(key) {
@@ -120,7 +121,7 @@ impl Config {
             family,
             hidden,
             intermediate: keys.required("intermediate_size", 1 << 24)?,
-            vocabulary: keys.required("vocab_size", 1 << 24)?,
+            vocabulary,
             heads,
             kv_heads,
             head_dim,
@@ -136,8 +137,8 @@ impl Config {
             logits_factor: 1.0 / optional(family.logits_over)?.unwrap_or(1.0) as f32,
             biases: biases(&keys, family),
             layers: layers(&keys, family, head_dim, max_positions)?,
-            bos: keys.tokens("bos_token_id")?.first().copied(),
-            eos: keys.tokens("eos_token_id")?,
+            bos: keys.tokens("bos_token_id", vocabulary)?.first().copied(),
+            eos: keys.tokens("eos_token_id", vocabulary)?,
         })
     }
 
@@ -357,12 +358,12 @@ impl Keys<'_> {
         }
     }
 
-    /// Token numbers: one, a list or none; −1 means none.
+    /// Token numbers below `vocabulary`: one, a list or none; −1 means none.
     ///
     /// # Errors
     /// When they are anything else.
-    pub fn tokens(&self, key: &str) -> Result<Vec<u32>> {
-        let number = |value: &Value| value.as_i64().is_some_and(|number| (-1..=i64::from(u32::MAX)).contains(&number));
+    pub fn tokens(&self, key: &str, vocabulary: usize) -> Result<Vec<u32>> {
+        let number = |value: &Value| value.as_i64().is_some_and(|number| number >= -1);
         match self.0.get(key) {
             Some(Value::Array(list)) if list.iter().all(number) => {}
             None | Some(Value::Null) => {}
@@ -374,7 +375,14 @@ impl Keys<'_> {
                 )));
             }
         }
-        Ok(tokens(self.0.get(key)))
+        let value = self.0.get(key);
+        let highest = value.into_iter().flat_map(|value| value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice));
+        match highest.filter_map(Value::as_u64).max() {
+            Some(highest) if highest >= vocabulary as u64 => {
+                Err(Error::input(format!("config.json: {key} is {highest}, vocab_size is {vocabulary}")))
+            }
+            _ => Ok(tokens(value)),
+        }
     }
 
     /// A flag; `None` when absent, null or not a flag.
@@ -408,7 +416,7 @@ mod tests {
             (json!({"hidden_size": -4}), "hidden_size is -4"),
             (json!({"hidden_size": 1e12}), "hidden_size is"),
             (json!({"num_hidden_layers": 2_147_483_648u64}), "num_hidden_layers is 2147483648"),
-            (json!({"vocab_size": "100"}), "vocab_size is \\\"100\\\""),
+            (json!({"vocab_size": "100"}), "vocab_size is \"100\""),
             (json!({"vocab_size": null}), "vocab_size is missing"),
             (json!({"num_attention_heads": 3}), "not a multiple"),
             (json!({"num_key_value_heads": 3}), "not a multiple of num_key_value_heads 3"),
@@ -420,8 +428,9 @@ mod tests {
             (json!({"rope_parameters": {"rope_theta": 0.0}}), "rope_theta"),
             (json!({"rope_scaling": {"type": 3}}), "type of rope is 3"),
             (json!({"rope_scaling": "linear"}), "rope_scaling is"),
-            (json!({"eos_token_id": "2"}), "eos_token_id is \\\"2\\\""),
+            (json!({"eos_token_id": "2"}), "eos_token_id is \"2\""),
             (json!({"bos_token_id": [1, 2.5]}), "bos_token_id is [1,2.5]"),
+            (json!({"bos_token_id": [1, 100]}), "bos_token_id is 100, vocab_size is 100"),
         ] {
             let error = Config::read(&base(extra)).unwrap_err().to_string();
             assert!(error.contains(reason), "{reason}: {error}");

@@ -4,6 +4,7 @@
 mod backward;
 mod broken;
 mod command;
+mod corpus;
 mod crash;
 mod formats;
 mod fuzz;
