@@ -20,7 +20,7 @@ use crate::checkpoint::Checkpoint;
 use crate::checkpoint::source::{Source, expect_shape};
 use crate::error::{Error, Result};
 use crate::matrix::Matrix;
-use crate::model::block::{Block, Linear, Norm, Place, Role};
+use crate::model::block::{Block, Linear, Norm, Place, Role, Site};
 use crate::model::config::Config;
 use crate::weight::Weight;
 
@@ -32,6 +32,22 @@ const PREFIXES: &[&str] = &["model.", "language_model.model.", "model.language_m
 
 /// Most rows of a slice of the head: logits exist for so many tokens of the vocabulary at once.
 const HEAD_SLICE_ROWS: usize = 8192;
+
+/// A linear layer as a checkpoint stores it: of one role, or of several whose rows stand one after the other.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Module {
+    /// Full name without `.weight`.
+    pub name: String,
+    /// What its rows do, in order.
+    pub roles: Vec<Role>,
+}
+
+impl Module {
+    /// The input that it reads.
+    pub fn site(&self) -> Site {
+        self.roles.first().map_or(Site::Attention, |role| role.site())
+    }
+}
 
 /// A decoder whose tensors were checked against its description.
 #[derive(Debug)]
@@ -85,13 +101,13 @@ impl<'a> Model<'a> {
             self.checkpoint.float(name)?;
         }
         for index in 0..config.layers.len() {
-            for role in Role::ALL {
-                let name = self.linear_name(index, role);
-                let needed = self.shape(role);
-                let found = self.source.shape(self.checkpoint, &name);
+            for module in self.modules(index) {
+                let (name, needed) = (&module.name, self.module_shape(&module));
+                let found = self.source.shape(self.checkpoint, name);
                 expect_shape(self.checkpoint, &format!("{name}.weight"), found, needed)?;
-                self.source.check(self.checkpoint, &name, needed)?;
-                let (bias, required) = (format!("{name}.bias"), config.biases[role.bias_class()]);
+                self.source.check(self.checkpoint, name, needed)?;
+                let required = module.roles.first().is_some_and(|role| config.biases[role.bias_class()]);
+                let bias = format!("{name}.bias");
                 if required || self.checkpoint.has(&bias) {
                     self.vector_shape(&bias, needed[0])?;
                 }
@@ -128,9 +144,26 @@ impl<'a> Model<'a> {
         }
     }
 
-    /// The name of a linear layer, without `.weight`.
-    pub fn linear_name(&self, index: usize, role: Role) -> String {
-        format!("{}layers.{index}.{}", self.prefix, role.name())
+    /// The linear layers of a block as the checkpoint stores them, in the order of a forward.
+    pub fn modules(&self, index: usize) -> Vec<Module> {
+        let family = self.config.family;
+        let fused = |name: Option<&'static str>, roles: &[Role]| -> Vec<(&'static str, Vec<Role>)> {
+            match name {
+                Some(name) => vec![(name, roles.to_vec())],
+                None => roles.iter().map(|&role| (role.name(), vec![role])).collect(),
+            }
+        };
+        let mut modules = fused(family.fused_qkv, &[Role::Query, Role::Key, Role::Value]);
+        modules.extend(fused(None, &[Role::Output]));
+        modules.extend(fused(family.fused_mlp, &[Role::Gate, Role::Up]));
+        modules.extend(fused(None, &[Role::Down]));
+        modules.into_iter().map(|(name, roles)| Module { name: format!("{}layers.{index}.{name}", self.prefix), roles }).collect()
+    }
+
+    /// `[outputs, inputs]` of a module.
+    pub fn module_shape(&self, module: &Module) -> [usize; 2] {
+        let columns = module.roles.first().map_or(0, |&role| self.shape(role)[1]);
+        [module.roles.iter().map(|&role| self.shape(role)[0]).sum(), columns]
     }
 
     /// `[outputs, inputs]` of a role.
@@ -170,22 +203,35 @@ impl<'a> Model<'a> {
     /// # Errors
     /// When a tensor is not finite or cannot be read.
     pub fn load_block(&self, index: usize) -> Result<Block> {
-        let linear = |role: Role| {
-            let (name, shape) = (self.linear_name(index, role), self.shape(role));
-            let bias = format!("{name}.bias");
-            let bias = if self.checkpoint.has(&bias) { Some(self.checkpoint.vector(&bias, shape[0])?) } else { None };
-            let weight = match self.source.weight(self.checkpoint, &name, shape)? {
-                Weight::Stored(stored) => Weight::Dense(stored.to_matrix()),
-                weight => weight,
-            };
-            Ok(Linear { weight, name, role, bias })
-        };
+        let mut linears = Vec::new();
+        for module in self.modules(index) {
+            linears.extend(self.load_module(module)?);
+        }
         let norm = |(name, place, width): (String, Place, usize)| Ok(Norm { weight: self.checkpoint.vector(&name, width)?, name, place });
-        Ok(Block {
-            index,
-            linears: Role::ALL.into_iter().map(linear).collect::<Result<_>>()?,
-            norms: self.norms(index).into_iter().map(norm).collect::<Result<_>>()?,
-        })
+        Ok(Block { index, linears, norms: self.norms(index).into_iter().map(norm).collect::<Result<_>>()? })
+    }
+
+    /// Reads a module: a linear layer for each of its roles.
+    fn load_module(&self, module: Module) -> Result<Vec<Linear>> {
+        let shape = self.module_shape(&module);
+        let Module { name, roles } = module;
+        let bias = format!("{name}.bias");
+        let bias = if self.checkpoint.has(&bias) { Some(self.checkpoint.vector(&bias, shape[0])?) } else { None };
+        let weight = match self.source.weight(self.checkpoint, &name, shape)? {
+            Weight::Stored(stored) => Weight::Dense(stored.to_matrix()),
+            weight => weight,
+        };
+        if let [role] = roles.as_slice() {
+            return Ok(vec![Linear { weight, name, role: *role, bias }]);
+        }
+        let mut first = 0;
+        let part = |role: Role| {
+            let rows: Vec<usize> = (first..first + self.shape(role)[0]).collect();
+            let bias = bias.as_ref().map(|bias| bias[first..first + rows.len()].to_vec());
+            first += rows.len();
+            Linear { weight: weight.picked(&rows), name: name.clone(), role, bias }
+        };
+        Ok(roles.into_iter().map(part).collect())
     }
 
     /// The first hidden states of some tokens, `tokens × hidden`.

@@ -16,13 +16,12 @@ use crate::evaluate::sweep::Stream;
 use crate::evaluate::{Bos, Protocol};
 use crate::matrix::Matrix;
 use crate::methods;
-use crate::model::Model;
 use crate::model::bench::Bench;
-use crate::model::block::Role;
 use crate::model::hidden::{Hidden, Keeping};
 use crate::model::seen::Needs;
 use crate::model::slopes::{Inputs, Slope};
 use crate::model::walk::{BackVisitor, Pass, embed, walk, walk_back, walk_part};
+use crate::model::{Model, Module};
 use crate::plan::recipe::{Calibration, OneOrMany, Recipe};
 use crate::run::{Muted, Run};
 use crate::sensitivity::file::{Candidate, Identity, LayerSensitivity, SCHEMA, Sensitivity};
@@ -119,7 +118,8 @@ pub fn sensitivity(subject: &Subject, options: &Options, path: Option<&Path>, ru
         found.layers = Sensitivity::open(path)?.resumed(&found, options.exact).map_err(|error| error.file(path))?;
     }
     let blocks = model.config.layers.len();
-    let steps: usize = (0..blocks).map(|block| Role::ALL.len() * options.schemes.len() * work(&model, block, options.exact)).sum();
+    let steps: usize =
+        (0..blocks).map(|block| model.modules(block).len() * options.schemes.len() * work(&model, block, options.exact)).sum();
     run.observer.begin("sensitivity", steps as u64);
     let muted = Muted(run.observer);
     let quiet = Run { observer: &muted, ..*run };
@@ -179,9 +179,10 @@ struct Measuring<'a> {
 impl BackVisitor for Measuring<'_> {
     fn needs(&mut self, index: usize) -> Needs {
         let model = self.stream.model;
-        let done = Role::ALL.iter().all(|&role| self.found.layer(&model.linear_name(index, role)).is_some());
+        let modules = model.modules(index);
+        let done = modules.iter().all(|module| self.found.layer(&module.name).is_some());
         if done {
-            let steps = Role::ALL.len() * self.options.schemes.len() * work(model, index, self.options.exact);
+            let steps = modules.len() * self.options.schemes.len() * work(model, index, self.options.exact);
             self.run.observer.step(steps as u64, &format!("block {index}, known"));
         }
         if done { Needs::Nothing } else { self.options.schemes.iter().map(Scheme::needs).max().unwrap_or(Needs::Nothing).max(Needs::Gram) }
@@ -191,11 +192,11 @@ impl BackVisitor for Measuring<'_> {
         let index = bench.index();
         let each = work(self.stream.model, index, self.options.exact);
         let mut layers = Vec::new();
-        for role in Role::ALL {
-            let (mut layer, matrices) = self.layer(bench, role, &slopes[role as usize])?;
+        for module in self.stream.model.modules(index) {
+            let (mut layer, matrices) = self.layer(bench, &module, &joined(&module, slopes))?;
             if self.options.exact {
                 let started = Instant::now();
-                let effects = self.effects(bench, &matrices, index)?;
+                let effects = self.effects(bench, &module, &matrices)?;
                 layer.candidates.iter_mut().zip(effects).for_each(|(candidate, effect)| effect.into(candidate));
                 *self.exact += started.elapsed();
             }
@@ -229,16 +230,15 @@ impl Effect {
 
 impl Measuring<'_> {
     /// Every scheme on one layer: what is known without another forward and, where they are measured exactly, the weights.
-    fn layer(&self, bench: &Bench<'_>, role: Role, slope: &Slope) -> Result<(LayerSensitivity, Vec<(Role, Matrix)>)> {
-        let model = self.stream.model;
-        let name = model.linear_name(bench.index(), role);
-        let original = bench.original(role).ok_or_else(|| Error::run("the original block was not kept").tensor(&name))?;
-        let (shape, float) = (model.shape(role), Float::BF16);
+    fn layer(&self, bench: &Bench<'_>, module: &Module, slope: &Slope) -> Result<(LayerSensitivity, Vec<Matrix>)> {
+        let (name, site) = (module.name.clone(), module.site());
+        let original = bench.originals(module).ok_or_else(|| Error::run("the original block was not kept").tensor(&name))?;
+        let (shape, float) = (self.stream.model.module_shape(module), Float::BF16);
         let (mut candidates, mut matrices) = (Vec::new(), Vec::new());
         for scheme in &self.options.schemes {
             self.quiet.check_stop()?;
             let (Some(storage), Some(bits)) = (scheme.leaves(shape), scheme.bits(shape, float)) else { continue };
-            let statistics = bench.seen.at(role.site()).map_err(|error| error.tensor(&name))?;
+            let statistics = bench.seen.at(site).map_err(|error| error.tensor(&name))?;
             let matrix = scheme.compress(&name, &original, Some(statistics), float, self.run.device.gpu.as_ref())?.into_matrix();
             let [gradient, predicted_kld] = predicted(slope, &original, &matrix, self.scored);
             let share = |[change, total]: [f64; 2]| if total > 0.0 { change / total } else { 0.0 };
@@ -247,7 +247,7 @@ impl Measuring<'_> {
                 storage: storage.to_string(),
                 bits,
                 weight_error: share(methods::change(&original.data, &matrix.data)),
-                layer_error: bench.seen.layer_error(role.site(), &original, &matrix).map(share),
+                layer_error: bench.seen.layer_error(site, &original, &matrix).map(share),
                 gradient,
                 predicted_kld,
                 kld: None,
@@ -256,18 +256,18 @@ impl Measuring<'_> {
                 nll_stderr: None,
             });
             if self.options.exact {
-                matrices.push((role, matrix));
+                matrices.push(matrix);
             }
         }
         Ok((LayerSensitivity { name, block: bench.index(), shape, candidates }, matrices))
     }
 
     /// The whole model with one layer compressed, for every candidate of a block.
-    fn effects(&self, bench: &Bench<'_>, others: &[(Role, Matrix)], index: usize) -> Result<Vec<Effect>> {
-        let count = others.len();
+    fn effects(&self, bench: &Bench<'_>, module: &Module, others: &[Matrix]) -> Result<Vec<Effect>> {
+        let (count, index) = (others.len(), bench.index());
         let lengths: Vec<usize> = self.windows.iter().flat_map(|window| vec![window.len(); count]).collect();
         let mut hidden = Hidden::new(&lengths, self.stream.model.config.hidden, Keeping::EXACT, self.run.scratch)?;
-        bench.with_others(others, &mut hidden)?;
+        bench.with_others(module, others, &mut hidden)?;
         walk_part(self.stream.model, index + 1..self.stream.model.config.layers.len(), (&mut hidden, None), "", self.quiet, &mut Pass)?;
         let own = Stream { model: self.stream.model, hidden };
         let scores = Scores::new(&own, Beside::Stream(self.stream), self.windows, PROTOCOL, self.quiet)?;
@@ -280,6 +280,16 @@ impl Measuring<'_> {
         };
         Ok((0..count).map(effect).collect())
     }
+}
+
+/// The slopes of all roles of a module, one after the other.
+fn joined(module: &Module, slopes: &[Slope]) -> Slope {
+    let mut whole = Slope::default();
+    for &role in &module.roles {
+        whole.gradient.extend_from_slice(&slopes[role as usize].gradient);
+        whole.squares.extend_from_slice(&slopes[role as usize].squares);
+    }
+    whole
 }
 
 /// Two predictions of what a change of a weight does: Σ |dL/dW ⊙ (W − Ŵ)|, and in nats ½ Σ F ⊙ (W − Ŵ)² with the diagonal of

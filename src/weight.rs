@@ -2,6 +2,7 @@
 //! formats write whichever variant they find, and neither knows the other.
 
 pub mod ints;
+pub mod rows;
 pub mod sparse;
 pub mod split;
 pub mod stored;

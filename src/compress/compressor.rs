@@ -188,18 +188,23 @@ impl<'a> Compressor<'a> {
     fn write_block(&mut self, bench: &Bench<'_>, mut handed: BTreeMap<Role, Handed>) -> Result<()> {
         let plan = self.plan;
         let tokens = (0..bench.hidden.len()).map(|window| bench.hidden.tokens(window)).sum();
-        for linear in &bench.block.linears {
-            let Some(planned) = plan.layer(&linear.name).filter(|planned| planned.outlined.storage.is_some()) else { continue };
-            let (mut change, mut layer_error) = ([0.0; 2], None);
-            let mut notes = handed.remove(&linear.role).unwrap_or_default().notes;
-            if let Some(original) = bench.original(linear.role) {
-                let (compressed, site) = (linear.weight.to_matrix(), linear.role.site());
+        for module in bench.model.modules(bench.index()) {
+            let Some(planned) = plan.layer(&module.name).filter(|planned| planned.outlined.storage.is_some()) else { continue };
+            let (mut change, mut layer_error, mut notes) = ([0.0; 2], None, Vec::new());
+            for note in module.roles.iter().filter_map(|role| handed.remove(role)).flat_map(|handed| handed.notes) {
+                if !notes.contains(&note) {
+                    notes.push(note);
+                }
+            }
+            let weight = bench.joined(&module)?;
+            if let Some(original) = bench.originals(&module) {
+                let (compressed, site) = (weight.to_matrix(), module.site());
                 change = methods::change(&original.data, &compressed.data);
                 layer_error = bench.seen.layer_error(site, &original, &compressed).map(ratio);
                 notes.extend(remarks::of_floats(&original.data, original.columns));
                 notes.extend(remarks::of_inputs(&bench.seen, site, original.columns, tokens));
             }
-            self.write(planned, &linear.weight, change, layer_error, notes)?;
+            self.write(planned, &weight, change, layer_error, notes)?;
         }
         if plan.norms() {
             for norm in &bench.block.norms {

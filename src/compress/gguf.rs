@@ -20,8 +20,7 @@ use crate::formats::gguf::{FORMAT, carrier, tokenizer};
 use crate::formats::output::Layout;
 use crate::model::architecture::NormKind;
 use crate::model::config::{Config, model_type};
-use crate::weight::super_blocks::SIZE;
-use crate::weight::{Float, Ints, Outlined, Sparse, Storage, SuperBlocks, Weight};
+use crate::weight::{Float, Outlined, Storage, Weight};
 
 /// The file's name.
 pub const FILE: &str = "model.gguf";
@@ -308,7 +307,7 @@ impl File {
         let Some(&at) = self.places.get(&name) else { return Err(Error::run("has no place in the file").tensor(&name)) };
         let placed = &self.tensors[at].1;
         let turned = match placed.change {
-            Change::Paired { heads } => Some(reordered(weight, &paired(layer.shape[0], heads).collect::<Vec<_>>())),
+            Change::Paired { heads } => Some(weight.picked(&paired(layer.shape[0], heads).collect::<Vec<_>>())),
             _ => None,
         };
         let encoded = (FORMAT.encode)(turned.as_ref().unwrap_or(weight), layer.float);
@@ -358,45 +357,6 @@ fn notes(left: &[String], layers: &[Outlined], config: &Config, arch: &str) -> V
 pub fn paired(rows: usize, heads: usize) -> impl Iterator<Item = usize> {
     let size = rows / heads.max(1);
     (0..rows).map(move |row| row / size * size + row % size % 2 * (size / 2) + row % size / 2)
-}
-
-/// A weight with its rows in another order.
-pub fn reordered(weight: &Weight, order: &[usize]) -> Weight {
-    let rows = |values: &[f32], width: usize| -> Vec<f32> {
-        order.iter().flat_map(|&row| values[row * width..][..width].iter().copied()).collect()
-    };
-    let bytes =
-        |values: &[u8], width: usize| -> Vec<u8> { order.iter().flat_map(|&row| values[row * width..][..width].iter().copied()).collect() };
-    match weight {
-        Weight::Ints(ints) => {
-            let groups = ints.groups();
-            Weight::Ints(Ints {
-                codes: bytes(&ints.codes, ints.columns),
-                scales: rows(&ints.scales, groups),
-                zeros: ints.zeros.as_ref().map(|zeros| bytes(zeros, groups)),
-                ..*ints
-            })
-        }
-        Weight::Super(blocks) => {
-            let (supers, smalls) = (blocks.columns / SIZE, blocks.columns / blocks.kind.block());
-            Weight::Super(SuperBlocks {
-                codes: bytes(&blocks.codes, blocks.columns),
-                floats: order.iter().flat_map(|&row| blocks.floats[row * supers..][..supers].iter().copied()).collect(),
-                wholes: order.iter().flat_map(|&row| blocks.wholes[row * smalls..][..smalls].iter().copied()).collect(),
-                ..*blocks
-            })
-        }
-        Weight::Sparse(Sparse { matrix, pattern }) => {
-            let mut matrix = matrix.clone();
-            matrix.data = rows(&matrix.data, matrix.columns);
-            Weight::Sparse(Sparse { matrix, pattern: *pattern })
-        }
-        other => {
-            let mut matrix = other.to_matrix().into_owned();
-            matrix.data = rows(&matrix.data, matrix.columns);
-            Weight::Dense(matrix)
-        }
-    }
 }
 
 /// What the keys say of the model itself.

@@ -5,7 +5,6 @@ use safetensors::Dtype;
 use crate::checkpoint::source::Source;
 use crate::checkpoint::{Checkpoint, float_of};
 use crate::error::{Error, Result};
-use crate::model::block::Role;
 use crate::model::{Model, config};
 use crate::plan::Candidate;
 use crate::weight::Float;
@@ -46,10 +45,9 @@ pub fn candidates(checkpoint: &Checkpoint, source: &dyn Source, model: Option<&M
     let Some(model) = model else { return by_name(checkpoint, source) };
     let mut candidates = Vec::new();
     for index in 0..model.config.layers.len() {
-        for role in Role::ALL {
-            let name = model.linear_name(index, role);
-            let float = float(checkpoint, &name);
-            candidates.push(Candidate { name, shape: model.shape(role), float });
+        for module in model.modules(index) {
+            let float = float(checkpoint, &module.name);
+            candidates.push(Candidate { shape: model.module_shape(&module), name: module.name, float });
         }
     }
     Ok(candidates)

@@ -9,7 +9,6 @@ use crate::kernels::likelihood::Prediction;
 use crate::kernels::rms_norm::rms_norm_adjoint;
 use crate::kernels::sampling::{self, Choice};
 use crate::kernels::{tensor, values};
-use crate::model::architecture::NormKind;
 use crate::model::forward;
 use crate::model::hidden::Hidden;
 use crate::run::Run;
@@ -73,10 +72,9 @@ pub fn slope(stream: &Stream<'_, '_>, windows: &[Vec<u32>], run: &Run<'_>) -> Re
             slope.write(window..window + 1, &slopes)?;
         }
     }
-    let one_plus = config.family.norm == NormKind::OnePlus;
     for window in 0..windows.len() {
         let mut slopes = slope.read(window..window + 1)?;
-        rms_norm_adjoint(&stream.hidden.read(window..window + 1)?, &weight, config.epsilon as f32, one_plus, &mut slopes, None);
+        rms_norm_adjoint(&stream.hidden.read(window..window + 1)?, &weight, config.epsilon as f32, config.family.norm, &mut slopes, None);
         slope.write(window..window + 1, &slopes)?;
     }
     Ok(slope)

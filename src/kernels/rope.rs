@@ -18,6 +18,8 @@ pub struct Table {
     pub cosines: Vec<f32>,
     /// Sines times the attention factor.
     pub sines: Vec<f32>,
+    /// Whether a pair are neighbours, columns 2t and 2t + 1; else they are columns t and t + half.
+    pub interleaved: bool,
 }
 
 impl Table {
@@ -34,7 +36,16 @@ impl Table {
             half: frequencies.len(),
             cosines: angles().map(|angle| angle.cos() * factor).collect(),
             sines: angles().map(|angle| angle.sin() * factor).collect(),
+            interleaved: false,
         }
+    }
+
+    /// The table that also multiplies what turns by a factor of its row.
+    #[must_use]
+    pub fn scaled(&self, factor: impl Fn(usize) -> f32) -> Self {
+        let half = self.half.max(1);
+        let scaled = |values: &[f32]| values.iter().enumerate().map(|(at, value)| value * factor(at / half)).collect();
+        Self { cosines: scaled(&self.cosines), sines: scaled(&self.sines), ..self.clone() }
     }
 
     /// The table that turns the other way: the adjoint of the rotation, attention factor included.
@@ -44,7 +55,7 @@ impl Table {
     }
 }
 
-/// Rotates every head of `x` (windows · seq × heads · head_dim). The pair of column t is column t + half.
+/// Rotates every head of `x` (windows · seq × heads · head_dim).
 pub fn rope(x: Tensor<2>, head_dim: usize, table: &Table) -> Tensor<2> {
     if Floats::of(&x).is_none() {
         return rope_reference(x, head_dim, table);
@@ -55,17 +66,25 @@ pub fn rope(x: Tensor<2>, head_dim: usize, table: &Table) -> Tensor<2> {
     tensor(data, dims, &device)
 }
 
-/// The definition in tensor algebra: [u·c − v·s, v·c + u·s, untouched columns].
+/// The definition in tensor algebra: [u·c − v·s, v·c + u·s, untouched columns], where the pair (u, v) are the halves of the
+/// columns that turn, or neighbours.
 pub fn rope_reference(x: Tensor<2>, head_dim: usize, table: &Table) -> Tensor<2> {
     let ([tokens, width], device, half) = (x.dims(), x.device(), table.half);
     let heads = width / head_dim;
     let shape = [1, table.seq, 1, half];
     let cosines: Tensor<4> = tensor(table.cosines.clone(), shape, &device);
     let sines: Tensor<4> = tensor(table.sines.clone(), shape, &device);
-    let x = x.reshape([tokens / table.seq, table.seq, heads, head_dim]);
-    let u = x.clone().narrow(3, 0, half);
-    let v = x.clone().narrow(3, half, half);
-    let mut parts = vec![u.clone() * cosines.clone() - v.clone() * sines.clone(), v * cosines + u * sines];
+    let windows = tokens / table.seq;
+    let x = x.reshape([windows, table.seq, heads, head_dim]);
+    // Neighbours are a last axis of two, halves a last axis but one.
+    let split = if table.interleaved { [half, 2] } else { [2, half] };
+    let axis = if table.interleaved { 4 } else { 3 };
+    let pairs: Tensor<5> = x.clone().narrow(3, 0, 2 * half).reshape([windows, table.seq, heads, split[0], split[1]]);
+    let one = |which: usize| pairs.clone().narrow(axis, which, 1).reshape([windows, table.seq, heads, half]);
+    let (u, v): (Tensor<4>, Tensor<4>) = (one(0), one(1));
+    let turned = [u.clone() * cosines.clone() - v.clone() * sines.clone(), v * cosines + u * sines];
+    let turned: Vec<Tensor<5>> = turned.into_iter().map(|part| part.unsqueeze_dim(axis)).collect();
+    let mut parts = vec![Tensor::cat(turned, axis).reshape([windows, table.seq, heads, 2 * half])];
     if head_dim > 2 * half {
         parts.push(x.narrow(3, 2 * half, head_dim - 2 * half));
     }
@@ -82,6 +101,13 @@ pub fn rope_cpu(x: &mut [f32], width: usize, head_dim: usize, table: &Table) {
             #[inline(always)]
             || {
                 for head in row.chunks_exact_mut(head_dim) {
+                    if table.interleaved {
+                        for ((pair, &c), &s) in head.as_chunks_mut::<2>().0.iter_mut().zip(cosines).zip(sines) {
+                            let [u, v] = *pair;
+                            *pair = [u * c - v * s, v * c + u * s];
+                        }
+                        continue;
+                    }
                     let (u, v) = head.split_at_mut(half);
                     for (((u, v), &c), &s) in u.iter_mut().zip(v).zip(cosines).zip(sines) {
                         (*u, *v) = (*u * c - *v * s, *v * c + *u * s);

@@ -2,15 +2,7 @@
 //! reads the row; a new family whose switches exist is one more row.
 
 use crate::kernels::gated::Activation;
-
-/// How a norm uses its weight; the statistics are the root mean square in all of them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum NormKind {
-    /// x̂ · w.
-    Plain,
-    /// x̂ · (1 + w).
-    OnePlus,
-}
+pub use crate::kernels::rms_norm::NormKind;
 
 /// The tensor names of the up to four norms of a block; a missing norm is the identity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,21 +15,38 @@ pub struct Places {
     pub mlp_in: Option<&'static str>,
     /// After the MLP, before the residual sum.
     pub mlp_out: Option<&'static str>,
+    /// Whether the MLP reads what attention reads, rather than the residual stream after it.
+    pub parallel: bool,
 }
 
-const PRE: Places =
-    Places { attention_in: Some("input_layernorm"), attention_out: None, mlp_in: Some("post_attention_layernorm"), mlp_out: None };
+const PRE: Places = Places {
+    attention_in: Some("input_layernorm"),
+    attention_out: None,
+    mlp_in: Some("post_attention_layernorm"),
+    mlp_out: None,
+    parallel: false,
+};
 const SANDWICH: Places = Places {
     attention_in: Some("input_layernorm"),
     attention_out: Some("post_attention_layernorm"),
     mlp_in: Some("pre_feedforward_layernorm"),
     mlp_out: Some("post_feedforward_layernorm"),
+    parallel: false,
 };
+const SANDWICH_GLM: Places = Places {
+    attention_in: Some("input_layernorm"),
+    attention_out: Some("post_self_attn_layernorm"),
+    mlp_in: Some("post_attention_layernorm"),
+    mlp_out: Some("post_mlp_layernorm"),
+    parallel: false,
+};
+const PARALLEL: Places = Places { attention_in: Some("input_layernorm"), attention_out: None, mlp_in: None, mlp_out: None, parallel: true };
 const POST: Places = Places {
     attention_in: None,
     attention_out: Some("post_attention_layernorm"),
     mlp_in: None,
     mlp_out: Some("post_feedforward_layernorm"),
+    parallel: false,
 };
 
 /// Norm of queries and keys before the rotation.
@@ -99,6 +108,48 @@ pub enum Embed {
     Key(&'static str),
 }
 
+/// The factor of the logits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogitsFactor {
+    /// 1.
+    One,
+    /// 1 over the value of this key.
+    Over(&'static str),
+    /// The value of this key.
+    Times(&'static str),
+}
+
+/// Which layers rotate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rotates {
+    /// All.
+    Every,
+    /// Those that the list of this key says (1) or not (0).
+    Listed(&'static str),
+    /// Those under a sliding window.
+    Sliding,
+}
+
+/// Which columns of a head turn together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pairing {
+    /// Column t and column t + half.
+    Half,
+    /// Columns 2t and 2t + 1.
+    Interleaved,
+}
+
+/// Which linear layers of attention have biases.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Biases {
+    /// All, where `attention_bias` is true.
+    Flag,
+    /// Queries, keys and values, where `attention_bias` is true.
+    QkvFlag,
+    /// Queries, keys and values, always.
+    Qkv,
+}
+
 /// What config.json leaves out.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Defaults {
@@ -106,8 +157,12 @@ pub struct Defaults {
     pub head_dim: Option<usize>,
     /// `num_key_value_heads` when absent; `None` means as many as heads.
     pub kv_heads: Option<usize>,
-    /// `rms_norm_eps`.
+    /// The ε of norms.
     pub epsilon: f64,
+    /// `partial_rotary_factor`.
+    pub partial: f64,
+    /// Factor of the logits.
+    pub logits: f64,
     /// `rope_theta` (of full-attention layers).
     pub theta: f64,
     /// `rope_local_base_freq` of sliding layers, where they have a table of their own.
@@ -126,6 +181,8 @@ const DEFAULTS: Defaults = Defaults {
     head_dim: None,
     kv_heads: None,
     epsilon: 1e-6,
+    partial: 1.0,
+    logits: 1.0,
     theta: 1e4,
     local_theta: None,
     tied: false,
@@ -157,12 +214,24 @@ pub struct Family {
     pub embed: Embed,
     /// Key of the factor of both residual branches.
     pub residual: Option<&'static str>,
-    /// Key of a divisor of the logits.
-    pub logits_over: Option<&'static str>,
-    /// Key of the list that says which layers rotate (1) or not (0).
-    pub rope_list: Option<&'static str>,
-    /// Whether queries, keys and values always have biases.
-    pub qkv_bias: bool,
+    /// Factor of the logits.
+    pub logits: LogitsFactor,
+    /// Which layers rotate.
+    pub rotates: Rotates,
+    /// Which columns turn together.
+    pub pairing: Pairing,
+    /// Whether queries grow with the position, by `llama_4_scaling_beta`.
+    pub position_scale: bool,
+    /// Names that `rope_type` has for long-context rotation beside its own.
+    pub longrope_too: &'static [&'static str],
+    /// Biases of attention.
+    pub biases: Biases,
+    /// Name of the one tensor of queries, keys and values, where they are one.
+    pub fused_qkv: Option<&'static str>,
+    /// Name of the one tensor of gate and up, where they are one.
+    pub fused_mlp: Option<&'static str>,
+    /// Key of the ε of norms.
+    pub epsilon: &'static str,
     /// Key and default of the activation.
     pub activation: (&'static str, Activation),
     /// What config.json leaves out.
@@ -180,16 +249,22 @@ const LLAMA: Family = Family {
     logits_cap: false,
     embed: Embed::One,
     residual: None,
-    logits_over: None,
-    rope_list: None,
-    qkv_bias: false,
+    logits: LogitsFactor::One,
+    rotates: Rotates::Every,
+    pairing: Pairing::Half,
+    position_scale: false,
+    longrope_too: &[],
+    biases: Biases::Flag,
+    fused_qkv: None,
+    fused_mlp: None,
+    epsilon: "rms_norm_eps",
     activation: ("hidden_act", Activation::Silu),
     defaults: DEFAULTS,
 };
 
 const QWEN2: Family = Family {
     model_type: "qwen2",
-    qkv_bias: true,
+    biases: Biases::Qkv,
     windows: Windows::ByType(SlidingRule::FromMaxWindowLayers),
     defaults: Defaults { kv_heads: Some(32), window: Some(4096), max_positions: 32768, ..DEFAULTS },
     ..LLAMA
@@ -239,7 +314,7 @@ pub const FAMILIES: &[Family] = &[
     Family {
         model_type: "qwen3",
         qk_norm: QkNorm::Head,
-        qkv_bias: false,
+        biases: Biases::Flag,
         defaults: Defaults { head_dim: Some(128), ..QWEN2.defaults },
         ..QWEN2
     },
@@ -264,14 +339,51 @@ pub const FAMILIES: &[Family] = &[
         scale: Scale::Key("attention_multiplier"),
         embed: Embed::Key("embedding_multiplier"),
         residual: Some("residual_multiplier"),
-        logits_over: Some("logits_scaling"),
+        logits: LogitsFactor::Over("logits_scaling"),
         ..LLAMA
     },
     Family {
         model_type: "smollm3",
         windows: Windows::ByType(SlidingRule::WithoutRope),
-        rope_list: Some("no_rope_layers"),
+        rotates: Rotates::Listed("no_rope_layers"),
         defaults: Defaults { kv_heads: Some(4), theta: 2e6, tied: true, max_positions: 32768, ..DEFAULTS },
+        ..LLAMA
+    },
+    Family {
+        model_type: "ministral3",
+        windows: Windows::Every,
+        position_scale: true,
+        defaults: Defaults { head_dim: Some(128), kv_heads: Some(8), epsilon: 1e-5, theta: 1e6, max_positions: 262_144, ..DEFAULTS },
+        ..LLAMA
+    },
+    Family {
+        model_type: "phi3",
+        windows: Windows::Every,
+        longrope_too: &["su", "yarn"],
+        fused_qkv: Some("self_attn.qkv_proj"),
+        fused_mlp: Some("mlp.gate_up_proj"),
+        defaults: Defaults { epsilon: 1e-5, max_positions: 4096, ..DEFAULTS },
+        ..LLAMA
+    },
+    Family {
+        model_type: "glm4",
+        places: SANDWICH_GLM,
+        pairing: Pairing::Interleaved,
+        biases: Biases::QkvFlag,
+        fused_mlp: Some("mlp.gate_up_proj"),
+        defaults: Defaults { head_dim: Some(128), kv_heads: Some(2), epsilon: 1.5625e-7, partial: 0.5, max_positions: 131_072, ..DEFAULTS },
+        ..LLAMA
+    },
+    Family {
+        model_type: "cohere2",
+        norm: NormKind::Layer,
+        places: PARALLEL,
+        windows: Windows::ByType(SlidingRule::AllButEvery(4)),
+        logits: LogitsFactor::Times("logit_scale"),
+        rotates: Rotates::Sliding,
+        pairing: Pairing::Interleaved,
+        epsilon: "layer_norm_eps",
+        defaults: Defaults { epsilon: 1e-5, logits: 0.0625, tied: true, window: Some(4096), max_positions: 8192, ..DEFAULTS },
         ..LLAMA
     },
 ];

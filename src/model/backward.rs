@@ -19,7 +19,6 @@ use crate::kernels::rms_norm::rms_norm_adjoint;
 use crate::kernels::rope::{Table, rope_cpu};
 use crate::kernels::rough_product::{Precision, product_in};
 use crate::kernels::{Floats, dot_lanes, tensor, values, vectorized};
-use crate::model::architecture::NormKind;
 use crate::model::block::{Parameters, Place, Role, Site};
 use crate::model::forward::{self, Point, Spec};
 
@@ -355,11 +354,14 @@ impl<'a> Adjoint<'a> {
         self.branch(Role::Down, Place::MlpOut, stream, down, up, norms);
         let (passed_gate, passed_up) = (self.passed(Point::Gate), self.passed(Point::Up));
         gated_adjoint(self.spec.config.activation, passed_gate, passed_up, up, room(gate, passed_gate.len()));
-        let d = room(branch, stream.len());
-        self.input(Role::Gate, gate, d, false);
-        self.input(Role::Up, up, d, true);
-        self.norm(Place::MlpIn, Point::Joined, d, norms);
-        add(stream, d);
+        let parallel = self.spec.config.family.places.parallel;
+        if !parallel {
+            let d = room(branch, stream.len());
+            self.input(Role::Gate, gate, d, false);
+            self.input(Role::Up, up, d, true);
+            self.norm(Place::MlpIn, Point::Joined, d, norms);
+            add(stream, d);
+        }
         self.branch(Role::Output, Place::AttentionOut, stream, output, mixed, norms);
         self.attention(mixed, [&mut *q, &mut *k, &mut *v], norms);
         if self.wanted.input || self.wanted.norms && self.operands.norms[Place::AttentionIn as usize].is_some() {
@@ -367,6 +369,10 @@ impl<'a> Adjoint<'a> {
             self.input(Role::Query, q, d, false);
             self.input(Role::Key, k, d, true);
             self.input(Role::Value, v, d, true);
+            if parallel {
+                self.input(Role::Gate, gate, d, true);
+                self.input(Role::Up, up, d, true);
+            }
             self.norm(Place::AttentionIn, Point::Input, d, norms);
             add(stream, d);
         }
@@ -397,9 +403,11 @@ impl<'a> Adjoint<'a> {
         };
         let (q, k, v) = (room(q, passed.q.len()), room(k, passed.k.len()), room(v, passed.v.len()));
         self.spec.attention().adjoint(&passed, q, k, v);
-        if let Some(table) = self.spec.table.as_ref().map(Table::adjoint) {
-            rope_cpu(q, config.query_width(), config.head_dim, &table);
-            rope_cpu(k, config.kv_width(), config.head_dim, &table);
+        let widths = [config.query_width(), config.kv_width()];
+        for ((place, d), width) in [(Place::Query, &mut *q), (Place::Key, &mut *k)].into_iter().zip(widths) {
+            if let Some(table) = self.spec.table_of(place).map(Table::adjoint) {
+                rope_cpu(d, width, config.head_dim, &table);
+            }
         }
         self.norm(Place::Query, Point::Query, q, norms);
         self.norm(Place::Key, Point::Key, k, norms);
@@ -412,10 +420,10 @@ impl<'a> Adjoint<'a> {
     /// From the gradient of a norm's output to that of its input, in place; nothing where there is no norm.
     fn norm(&self, place: Place, input: Point, d: &mut [f32], norms: &mut [Vec<f32>; 6]) {
         let Some(weight) = &self.operands.norms[place as usize] else { return };
-        let (epsilon, one_plus) = (self.spec.config.epsilon as f32, self.spec.config.family.norm == NormKind::OnePlus);
+        let (epsilon, kind) = (self.spec.config.epsilon as f32, self.spec.config.family.norm);
         let x = self.passed(input);
         let sums = self.wanted.norms.then_some(norms[place as usize].as_mut_slice());
-        rms_norm_adjoint(x, weight.slice(), epsilon, one_plus, d, sums);
+        rms_norm_adjoint(x, weight.slice(), epsilon, kind, d, sums);
     }
 
     /// dX = dY W, or dX plus it where `add`.

@@ -5,6 +5,7 @@
 //! blocks give; the *float* stream is what the original model gives. Methods that aim at the float model's outputs see
 //! both, site by site, with everything before the site as it stands by then.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use burn::tensor::Tensor;
@@ -13,14 +14,15 @@ use crate::error::{Error, Result};
 use crate::kernels::rough_product::Precision;
 use crate::kernels::{tensor, values};
 use crate::matrix::Matrix;
-use crate::model::Model;
 use crate::model::backward::{self, Gradients, Wanted, trimmed_squared_error};
 use crate::model::block::{Block, Linear, Parameters, Place, Role, Site};
 use crate::model::capture::{Capture, Sums};
 use crate::model::forward::{self, Spec};
 use crate::model::hidden::Hidden;
 use crate::model::seen::Seen;
+use crate::model::{Model, Module};
 use crate::run::Run;
+use crate::weight::Weight;
 
 /// Of this many windows one is held out of the statistics of a capture.
 const HELD_OUT: usize = 10;
@@ -118,6 +120,32 @@ impl Bench<'_> {
         let weight = self.original.as_ref()?.weight(role);
         let [rows, columns] = weight.dims();
         Some(Matrix::new(rows, columns, values(weight.clone())))
+    }
+
+    /// The original weight of all roles of a module, one after the other.
+    pub fn originals(&self, module: &Module) -> Option<Matrix> {
+        let [first, others @ ..] = module.roles.as_slice() else { return None };
+        let mut whole = self.original(*first)?;
+        for &role in others {
+            let mut part = self.original(role)?;
+            whole.rows += part.rows;
+            whole.data.append(&mut part.data);
+        }
+        Some(whole)
+    }
+
+    /// The weight of a module as it stands.
+    ///
+    /// # Errors
+    /// When the block does not have it.
+    pub fn joined(&self, module: &Module) -> Result<Cow<'_, Weight>> {
+        let weights: Vec<&Weight> =
+            self.block.linears.iter().filter(|linear| module.roles.contains(&linear.role)).map(|linear| &linear.weight).collect();
+        match weights.as_slice() {
+            [] => Err(Error::run("not part of the block").tensor(&module.name)),
+            [one] => Ok(Cow::Borrowed(one)),
+            several => Ok(Cow::Owned(Weight::stacked(several))),
+        }
     }
 
     /// The original weight of a norm.
@@ -230,17 +258,23 @@ impl Bench<'_> {
         Ok(sum / entries.max(1) as f64)
     }
 
-    /// The original block's outputs for all windows with another weight in one place, each: output c of window w goes to
+    /// The original block's outputs for all windows with another weight of one module, each: output c of window w goes to
     /// window w · (number of weights) + c of `outputs`.
     ///
     /// # Errors
     /// When hidden states cannot be read or written, or the original block is not there.
-    pub fn with_others(&self, others: &[(Role, Matrix)], outputs: &mut Hidden) -> Result<()> {
+    pub fn with_others(&self, module: &Module, others: &[Matrix], outputs: &mut Hidden) -> Result<()> {
         let original = self.original.as_ref().ok_or_else(|| Error::run("the original block was not kept"))?;
-        for (number, (role, matrix)) in others.iter().enumerate() {
+        for (number, matrix) in others.iter().enumerate() {
             self.run.check_stop()?;
             let mut parameters = original.clone();
-            parameters.set_weight(*role, tensor(matrix.data.clone(), [matrix.rows, matrix.columns], &self.run.device.burn));
+            let mut rest = matrix.data.as_slice();
+            for &role in &module.roles {
+                let shape = self.model.shape(role);
+                let (part, others) = rest.split_at(shape[0] * shape[1]);
+                parameters.set_weight(role, tensor(part.to_vec(), shape, &self.run.device.burn));
+                rest = others;
+            }
             let runs = crate::model::walk::runs(self.model, self.hidden);
             let results = self.hidden.map(&runs, |windows, x| Ok(self.forward(&parameters, self.hidden.tokens(windows.start), x)))?;
             for (windows, y) in runs.into_iter().zip(results) {
@@ -321,11 +355,16 @@ impl Bench<'_> {
             Site::Output => Ok([between.mixed.read(windows.clone())?, inputs.read(windows)?]),
             Site::Mlp => {
                 let spec = Spec::new(&self.model.config, self.block.index, self.hidden.tokens(windows.start));
-                let h = between.joined.read(windows)?;
+                let h = self.mlp_source(inputs, between, windows)?;
                 Ok([values(forward::mlp_input(&spec, original, self.tensor(h))), Vec::new()])
             }
             Site::Attention | Site::Down => self.step(site, original, inputs, between, windows),
         }
+    }
+
+    /// What the MLP reads before its norm, of one stream for some windows.
+    fn mlp_source(&self, inputs: &Hidden, between: &Between, windows: Range<usize>) -> Result<Vec<f32>> {
+        if self.model.config.family.places.parallel { inputs.read(windows) } else { between.joined.read(windows) }
     }
 
     /// Input of the site and the residual stream before it, of one stream for some windows; `between` moves on.
@@ -354,12 +393,13 @@ impl Bench<'_> {
                 let x = self.tensor(inputs.read(windows.clone())?);
                 let mixed = tensor(mixed, [x.dims()[0], self.model.config.query_width()], &self.run.device.burn);
                 let h = values(forward::join(&spec, parameters, x, mixed));
-                between.joined.write(windows, &h)?;
+                between.joined.write(windows.clone(), &h)?;
+                let h = self.mlp_source(inputs, between, windows)?;
                 [values(forward::mlp_input(&spec, parameters, self.tensor(h))), Vec::new()]
             }
             Site::Down => {
-                let h = between.joined.read(windows)?;
-                [values(forward::middle(&spec, parameters, self.tensor(h.clone()), &mut |_, _| {})), h]
+                let source = self.mlp_source(inputs, between, windows.clone())?;
+                [values(forward::middle(&spec, parameters, self.tensor(source), &mut |_, _| {})), between.joined.read(windows)?]
             }
         })
     }

@@ -1,11 +1,13 @@
 //! config.json, in the spellings of transformers 4 and 5, to one typed description. Every number is bounded before
 //! it is used; nothing is allocated in proportion to a number that no tensor has confirmed.
 
+use std::borrow::Cow;
+
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result, shown};
 use crate::kernels::gated::Activation;
-use crate::model::architecture::{Embed, Family, QkNorm, Scale, SlidingRule, Windows, family};
+use crate::model::architecture::{Biases, Embed, Family, LogitsFactor, QkNorm, Rotates, Scale, SlidingRule, Windows, family};
 use crate::model::rotation::{self, Rotation};
 
 /// Everything about a decoder that its tensors do not say.
@@ -71,7 +73,30 @@ pub fn model_type(config: &Value) -> &str {
 
 /// The family of a config, where it is one that can be computed.
 pub fn known_family(config: &Value) -> Option<&'static Family> {
-    family(model_type(config))
+    family(model_type(&decoder(config)))
+}
+
+/// The decoder of a model that has other parts too, and what its text part is where config.json does not say it.
+const WRAPPERS: [(&str, &str); 2] = [("gemma3", "gemma3_text"), ("mistral3", "mistral")];
+
+/// What config.json says of the decoder: all of it, or its `text_config` with what the whole says of tokens and of tying.
+pub fn decoder(config: &Value) -> Cow<'_, Value> {
+    let (Some(text), None) = (config.get("text_config").filter(|text| text.is_object()), family(model_type(config))) else {
+        return Cow::Borrowed(config);
+    };
+    let mut text = text.clone();
+    let wrapper = WRAPPERS.iter().find(|(wrapper, _)| *wrapper == model_type(config));
+    if text.get("model_type").is_none() {
+        text["model_type"] = wrapper.map_or(Value::Null, |(_, text)| (*text).into());
+    }
+    // The flag of the whole decides, and it is true where it is absent.
+    text["tie_word_embeddings"] = config.get("tie_word_embeddings").cloned().unwrap_or(Value::Bool(true));
+    for key in ["bos_token_id", "eos_token_id", "num_nextn_predict_layers"] {
+        if let Some(value) = config.get(key).filter(|_| text.get(key).is_none()) {
+            text[key] = value.clone();
+        }
+    }
+    Cow::Owned(text)
 }
 
 impl Config {
@@ -80,6 +105,8 @@ impl Config {
     /// # Errors
     /// One line naming the key and its value.
     pub fn read(config: &Value) -> Result<Self> {
+        let config = decoder(config);
+        let config = config.as_ref();
         let Some(family) = known_family(config) else {
             let known: Vec<&str> = crate::model::architecture::FAMILIES.iter().map(|family| family.model_type).collect();
             let found = shown(model_type(config));
@@ -125,7 +152,7 @@ impl Config {
             heads,
             kv_heads,
             head_dim,
-            epsilon: keys.positive("rms_norm_eps")?.unwrap_or(defaults.epsilon),
+            epsilon: keys.positive(family.epsilon)?.unwrap_or(defaults.epsilon),
             max_positions,
             tied: keys.flag("tie_word_embeddings").unwrap_or(defaults.tied),
             activation,
@@ -134,7 +161,11 @@ impl Config {
             logits_cap: cap(family.logits_cap, "final_logit_softcapping", defaults.caps[1])?.map(|cap| cap as f32),
             embed_factor: embed_factor as f32,
             residual_factor: optional(family.residual)?.unwrap_or(1.0) as f32,
-            logits_factor: 1.0 / optional(family.logits_over)?.unwrap_or(1.0) as f32,
+            logits_factor: match family.logits {
+                LogitsFactor::One => 1.0,
+                LogitsFactor::Over(key) => 1.0 / keys.positive(key)?.unwrap_or(defaults.logits) as f32,
+                LogitsFactor::Times(key) => keys.positive(key)?.unwrap_or(defaults.logits) as f32,
+            },
             biases: biases(&keys, family),
             layers: layers(&keys, family, head_dim, max_positions)?,
             bos: keys.tokens("bos_token_id", vocabulary)?.first().copied(),
@@ -165,7 +196,11 @@ impl Config {
 /// Which linear layers must have biases; families that always have those of attention do not look at the flag.
 fn biases(keys: &Keys<'_>, family: &Family) -> [bool; 3] {
     let [attention, mlp] = ["attention_bias", "mlp_bias"].map(|key| keys.flag(key) == Some(true));
-    if family.qkv_bias { [true, false, false] } else { [attention, attention, mlp] }
+    match family.biases {
+        Biases::Qkv => [true, false, false],
+        Biases::QkvFlag => [attention, false, false],
+        Biases::Flag => [attention, attention, mlp],
+    }
 }
 
 fn head_dim(keys: &Keys<'_>, family: &Family, hidden: usize, heads: usize) -> Result<usize> {
@@ -241,8 +276,11 @@ fn refuse_unsupported(keys: &Keys<'_>) -> Result<()> {
 
 fn layers(keys: &Keys<'_>, family: &Family, head_dim: usize, max_positions: usize) -> Result<Vec<Layer>> {
     let count = keys.required("num_hidden_layers", 10_000)?;
-    let rotates = rotating(keys, family, count)?;
+    let mut rotates = rotating(keys, family, count)?;
     let slides = sliding(keys, family, count, &rotates)?;
+    if family.rotates == Rotates::Sliding {
+        rotates.clone_from(&slides);
+    }
     let window = match keys.0.get("sliding_window") {
         Some(Value::Null) => None,
         Some(_) => keys.count("sliding_window", 1 << 31)?,
@@ -257,7 +295,7 @@ fn layers(keys: &Keys<'_>, family: &Family, head_dim: usize, max_positions: usiz
 }
 
 fn rotating(keys: &Keys<'_>, family: &Family, count: usize) -> Result<Vec<bool>> {
-    let Some(key) = family.rope_list else { return Ok(vec![true; count]) };
+    let Rotates::Listed(key) = family.rotates else { return Ok(vec![true; count]) };
     if let Some(list) = keys.0.get(key).and_then(Value::as_array) {
         if list.len() != count {
             return Err(Error::input(format!("config.json: {key} lists {} layers, num_hidden_layers is {count}", list.len())));
@@ -449,6 +487,20 @@ mod tests {
         null["final_logit_softcapping"] = Value::Null;
         assert_eq!(caps(null), (Some(50.0), None));
         assert_eq!(caps(json!({"model_type": "gemma3_text", "num_key_value_heads": 2})), (None, None));
+    }
+
+    #[test]
+    fn the_text_part_of_a_larger_model_is_its_decoder() {
+        let text = base(json!({"num_key_value_heads": 4, "bos_token_id": 3}));
+        let mut inner = text.clone();
+        inner.as_object_mut().unwrap().remove("model_type");
+        for (wrapper, family) in WRAPPERS {
+            let config = Config::read(&json!({"model_type": wrapper, "text_config": inner, "eos_token_id": 7})).unwrap();
+            assert_eq!((config.family.model_type, config.tied, config.bos, config.eos), (family, true, Some(3), vec![7]));
+        }
+        let other = json!({"model_type": "pictures", "text_config": text, "tie_word_embeddings": false});
+        assert_eq!((known_family(&other).unwrap().model_type, Config::read(&other).unwrap().tied), ("llama", false));
+        assert!(Config::read(&json!({"model_type": "pictures", "text_config": inner})).is_err());
     }
 
     #[test]

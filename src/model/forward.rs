@@ -13,7 +13,7 @@ use crate::kernels::gated::gated;
 use crate::kernels::linear;
 use crate::kernels::rms_norm::rms_norm;
 use crate::kernels::rope::{Table, rope};
-use crate::model::architecture::{NormKind, QkNorm};
+use crate::model::architecture::QkNorm;
 use crate::model::block::{Parameters, Place, Role, Site};
 use crate::model::config::{Config, Layer};
 
@@ -26,6 +26,8 @@ pub struct Spec<'a> {
     pub layer: &'a Layer,
     /// The rotation for windows of `seq` tokens.
     pub table: Option<Table>,
+    /// That of queries, where it is another.
+    pub query_table: Option<Table>,
     /// Tokens per window.
     pub seq: usize,
     /// Keys and values of the positions before, when a forward goes one position at a time; it takes in the new ones.
@@ -37,7 +39,8 @@ impl<'a> Spec<'a> {
     /// The surroundings of layer `index` for windows of `seq` tokens.
     pub fn new(config: &'a Config, index: usize, seq: usize) -> Self {
         let layer = &config.layers[index];
-        Self { config, layer, table: layer.rotation.as_ref().map(|rotation| rotation.table(seq)), seq, cache: None }
+        let query_table = layer.rotation.as_ref().and_then(|rotation| rotation.query_table_at(0..seq, seq));
+        Self { config, layer, table: layer.rotation.as_ref().map(|rotation| rotation.table(seq)), query_table, seq, cache: None }
     }
 
     /// The surroundings of layer `index` for the next position of windows that will hold `length` tokens in the end;
@@ -46,7 +49,16 @@ impl<'a> Spec<'a> {
         let layer = &config.layers[index];
         let position = cache.lock().unwrap_or_else(PoisonError::into_inner).len();
         let table = layer.rotation.as_ref().map(|rotation| rotation.table_at(position..position + 1, length));
-        Self { config, layer, table, seq: 1, cache: Some(cache) }
+        let query_table = layer.rotation.as_ref().and_then(|rotation| rotation.query_table_at(position..position + 1, length));
+        Self { config, layer, table, query_table, seq: 1, cache: Some(cache) }
+    }
+
+    /// The rotation of queries or of keys.
+    pub fn table_of(&self, place: Place) -> Option<&Table> {
+        match place {
+            Place::Query => self.query_table.as_ref().or(self.table.as_ref()),
+            _ => self.table.as_ref(),
+        }
     }
 
     /// The attention of the layer.
@@ -96,10 +108,13 @@ pub enum Point {
 pub type Tap<'a> = &'a mut dyn FnMut(Point, &Tensor<2>);
 
 /// The output of a block for the hidden states `x`: [`attend`], [`join`], [`middle`] and [`finish`], one after the other.
+/// [`middle`] reads the residual stream after attention or, in a parallel block, `x` as attention does.
 pub fn block(spec: &Spec<'_>, parameters: &Parameters, x: Tensor<2>, tap: Tap<'_>) -> Tensor<2> {
     let mixed = attend(spec, parameters, x.clone(), tap);
+    let parallel = spec.config.family.places.parallel.then(|| x.clone());
     let h = add_branch(spec, parameters, Branch::ATTENTION, x, mixed, tap);
-    let gated = middle(spec, parameters, h.clone(), tap);
+    tap(Point::Joined, &h);
+    let gated = middle(spec, parameters, parallel.unwrap_or_else(|| h.clone()), tap);
     add_branch(spec, parameters, Branch::MLP, h, gated, tap)
 }
 
@@ -131,9 +146,9 @@ pub fn attention_input(spec: &Spec<'_>, parameters: &Parameters, x: Tensor<2>) -
     norm(spec, parameters, Place::AttentionIn, x)
 }
 
-/// What gate and up read, for the residual stream `h` after attention.
+/// What gate and up read, for the residual stream `h` after attention or, in a parallel block, before it.
 pub fn mlp_input(spec: &Spec<'_>, parameters: &Parameters, h: Tensor<2>) -> Tensor<2> {
-    norm(spec, parameters, Place::MlpIn, h)
+    norm(spec, parameters, if spec.config.family.places.parallel { Place::AttentionIn } else { Place::MlpIn }, h)
 }
 
 /// The residual stream after attention: `x` plus the projection of what [`attend`] gave.
@@ -141,9 +156,8 @@ pub fn join(spec: &Spec<'_>, parameters: &Parameters, x: Tensor<2>, mixed: Tenso
     add_branch(spec, parameters, Branch::ATTENTION, x, mixed, &mut |_, _| {})
 }
 
-/// The middle of the MLP, `tokens × intermediate`, for the residual stream `h` after attention.
+/// The middle of the MLP, `tokens × intermediate`, for what [`mlp_input`] takes.
 pub fn middle(spec: &Spec<'_>, parameters: &Parameters, h: Tensor<2>, tap: Tap<'_>) -> Tensor<2> {
-    tap(Point::Joined, &h);
     let x = mlp_input(spec, parameters, h);
     tap(Point::Site(Site::Mlp), &x);
     let gate = linear(parameters, Role::Gate, &x);
@@ -162,7 +176,7 @@ pub fn finish(spec: &Spec<'_>, parameters: &Parameters, h: Tensor<2>, middle: Te
 
 /// Final norm of the hidden states, before the head.
 pub fn final_norm(config: &Config, x: &Tensor<2>, weight: &Tensor<1>) -> Tensor<2> {
-    rms_norm(x, weight, config.epsilon, config.family.norm == NormKind::OnePlus)
+    rms_norm(x, weight, config.epsilon, config.family.norm)
 }
 
 /// Logits of normed hidden states for some rows of the head.
@@ -199,7 +213,7 @@ fn add_branch(spec: &Spec<'_>, parameters: &Parameters, branch: Branch, x: Tenso
 
 fn norm(spec: &Spec<'_>, parameters: &Parameters, place: Place, x: Tensor<2>) -> Tensor<2> {
     match parameters.norm(place) {
-        Some(weight) => rms_norm(&x, weight, spec.config.epsilon, spec.config.family.norm == NormKind::OnePlus),
+        Some(weight) => rms_norm(&x, weight, spec.config.epsilon, spec.config.family.norm),
         None => x,
     }
 }
@@ -224,7 +238,7 @@ fn rotated(spec: &Spec<'_>, parameters: &Parameters, place: Place, x: Tensor<2>)
             norm(spec, parameters, place, heads).reshape([tokens, width])
         }
     };
-    match &spec.table {
+    match spec.table_of(place) {
         Some(table) => rope(x, head_dim, table),
         None => x,
     }

@@ -1,4 +1,4 @@
-//! Rotary frequencies from config.json: the kinds default, linear, dynamic, llama3 and yarn.
+//! Rotary frequencies from config.json: the kinds default, linear, dynamic, llama3, yarn and longrope.
 
 use std::ops::Range;
 
@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result, shown};
 use crate::kernels::rope::Table;
-use crate::model::architecture::Family;
+use crate::model::architecture::{Family, Pairing};
 use crate::model::config::Keys;
 
 /// How the angles of a layer grow.
@@ -17,15 +17,43 @@ pub struct Rotation {
     /// Base of the frequencies.
     theta: f64,
     kind: Kind,
+    /// Whether neighbouring columns turn together, rather than those of two halves.
+    interleaved: bool,
+    /// How queries grow with the position p, by 1 + β ln(1 + ⌊p / original⌋): β and the original context length.
+    growth: Option<[f64; 2]>,
 }
 
 #[derive(Debug, Clone, PartialEq)]
 enum Kind {
     Default,
-    Linear { factor: f64 },
-    Dynamic { factor: f64, max_positions: f64 },
-    Llama3 { factor: f64, low: f64, high: f64, original: f64 },
-    Yarn { factor: f64, original: f64, fast: f64, slow: f64, truncate: bool, attention: f64 },
+    Linear {
+        factor: f64,
+    },
+    Dynamic {
+        factor: f64,
+        max_positions: f64,
+    },
+    Llama3 {
+        factor: f64,
+        low: f64,
+        high: f64,
+        original: f64,
+    },
+    Yarn {
+        factor: f64,
+        original: f64,
+        fast: f64,
+        slow: f64,
+        truncate: bool,
+        attention: f64,
+    },
+    /// Divisors of the frequencies for windows up to the original context length, and for longer ones.
+    Long {
+        original: f64,
+        short: Vec<f64>,
+        long: Vec<f64>,
+        attention: f64,
+    },
 }
 
 /// The tables of the two kinds of layers; `None` where a kind of layer does not rotate.
@@ -50,7 +78,7 @@ pub fn tables(keys: &Keys<'_>, family: &Family, head_dim: usize, max_positions: 
     }
     let object = |key: &str| keys.0.get(key).and_then(Value::as_object).filter(|map| !map.is_empty());
     let parameters = object("rope_scaling").or_else(|| object("rope_parameters")).unwrap_or(&empty);
-    let one = |parameters: &Map<String, Value>, theta: f64| read(keys, &Keys(parameters), theta, head_dim, max_positions);
+    let one = |parameters: &Map<String, Value>, theta: f64| read(keys, &Keys(parameters), family, theta, [head_dim, max_positions]);
     let theta = keys.positive("rope_theta")?.unwrap_or(family.defaults.theta);
     let local = match family.defaults.local_theta {
         Some(default) => keys.positive("rope_local_base_freq")?.unwrap_or(default),
@@ -74,9 +102,9 @@ pub fn tables(keys: &Keys<'_>, family: &Family, head_dim: usize, max_positions: 
     Ok(Tables { full: Some(full), sliding: Some(sliding) })
 }
 
-fn read(top: &Keys<'_>, keys: &Keys<'_>, theta: f64, head_dim: usize, max_positions: usize) -> Result<Rotation> {
+fn read(top: &Keys<'_>, keys: &Keys<'_>, family: &Family, theta: f64, [head_dim, max_positions]: [usize; 2]) -> Result<Rotation> {
     let theta = keys.positive("rope_theta")?.unwrap_or(theta);
-    let partial = keys.positive("partial_rotary_factor")?.or(top.positive("partial_rotary_factor")?).unwrap_or(1.0);
+    let partial = keys.positive("partial_rotary_factor")?.or(top.positive("partial_rotary_factor")?).unwrap_or(family.defaults.partial);
     let width = (head_dim as f64 * partial) as usize;
     if width == 0 || width > head_dim || !width.is_multiple_of(2) {
         return Err(Error::input(format!(
@@ -95,6 +123,7 @@ fn read(top: &Keys<'_>, keys: &Keys<'_>, theta: f64, head_dim: usize, max_positi
             .as_str()
             .ok_or_else(|| Error::input(format!("config.json: the type of rope is {}, it must be a name", shown(&value.to_string()))))?,
     };
+    let name = if family.longrope_too.contains(&name) { "longrope" } else { name };
     let kind = match name {
         "default" => Kind::Default,
         "linear" => Kind::Linear { factor: needed("factor")? },
@@ -122,14 +151,44 @@ fn read(top: &Keys<'_>, keys: &Keys<'_>, theta: f64, head_dim: usize, max_positi
             let (fast, slow) = (keys.positive("beta_fast")?.unwrap_or(32.0), keys.positive("beta_slow")?.unwrap_or(1.0));
             Kind::Yarn { factor, original, fast, slow, truncate: keys.flag("truncate").unwrap_or(true), attention }
         }
+        "longrope" => long(keys, width / 2, max_positions as f64, original()?)?,
         other => {
             return Err(Error::input(format!(
-                "config.json: rope type `{}` is not supported; known are default, linear, dynamic, llama3 and yarn",
+                "config.json: rope type `{}` is not supported; known are default, linear, dynamic, llama3, yarn and longrope",
                 shown(other)
             )));
         }
     };
-    Ok(Rotation { width, theta, kind })
+    let growth = match keys.positive("llama_4_scaling_beta")? {
+        Some(_) if family.position_scale && width != head_dim => {
+            return Err(Error::input("config.json: llama_4_scaling_beta with partial_rotary_factor is not supported"));
+        }
+        Some(beta) if family.position_scale => Some([beta, original()?]),
+        _ => None,
+    };
+    Ok(Rotation { width, theta, kind, interleaved: family.pairing == Pairing::Interleaved, growth })
+}
+
+/// Long-context rotation of so many pairs.
+fn long(keys: &Keys<'_>, pairs: usize, max_positions: f64, original: f64) -> Result<Kind> {
+    let stretch = keys.positive("factor")?.unwrap_or(max_positions / original);
+    let own = if stretch <= 1.0 { 1.0 } else { (1.0 + stretch.ln() / original.ln()).sqrt() };
+    let attention = keys.positive("attention_factor")?.unwrap_or(own);
+    let [short, long] = ["short_factor", "long_factor"].map(|key| divisors(keys, key, pairs));
+    Ok(Kind::Long { original, short: short?, long: long?, attention })
+}
+
+/// A list of so many numbers above zero.
+fn divisors(keys: &Keys<'_>, key: &str, count: usize) -> Result<Vec<f64>> {
+    let wrong = |found: String| Error::input(format!("config.json: rope {key} is {found}, it must be a list of {count} numbers above 0"));
+    let list = keys.0.get(key).ok_or_else(|| wrong("missing".into()))?;
+    let entries = list.as_array().ok_or_else(|| wrong(shown(&list.to_string())))?;
+    let one = |value: &Value| value.as_f64().filter(|number| *number > 0.0 && *number < 1e30);
+    let numbers: Vec<f64> = entries.iter().filter_map(one).collect();
+    if numbers.len() != count || entries.len() != count {
+        return Err(wrong(format!("a list of {}", entries.len())));
+    }
+    Ok(numbers)
 }
 
 impl Rotation {
@@ -141,7 +200,15 @@ impl Rotation {
     /// The rows of some positions of the table for windows of `seq` tokens.
     pub fn table_at(&self, positions: Range<usize>, seq: usize) -> Table {
         let (frequencies, factor) = self.frequencies(seq);
-        Table::range(&frequencies, factor, positions)
+        Table { interleaved: self.interleaved, ..Table::range(&frequencies, factor, positions) }
+    }
+
+    /// The table of queries at some positions, where it is another than that of keys.
+    pub fn query_table_at(&self, positions: Range<usize>, seq: usize) -> Option<Table> {
+        let [beta, original] = self.growth?;
+        let first = positions.start;
+        let growth = |row: usize| (1.0 + beta * (1.0 + ((first + row) as f64 / original).floor()).ln()) as f32;
+        Some(self.table_at(positions, seq).scaled(growth))
     }
 
     /// Columns of a head that rotate.
@@ -159,7 +226,7 @@ impl Rotation {
         match self.kind {
             Kind::Linear { factor } => Some(("linear", factor, None)),
             Kind::Yarn { factor, original, .. } => Some(("yarn", factor, Some(original))),
-            Kind::Default | Kind::Dynamic { .. } | Kind::Llama3 { .. } => None,
+            Kind::Default | Kind::Dynamic { .. } | Kind::Llama3 { .. } | Kind::Long { .. } => None,
         }
     }
 
@@ -184,6 +251,7 @@ impl Rotation {
         let plain = (0..self.width / 2).map(|t| theta.powf(-(2.0 * t as f64) / width));
         let bend = |(t, f): (usize, f64)| match self.kind {
             Kind::Default | Kind::Dynamic { .. } => f,
+            Kind::Long { original, ref short, ref long, .. } => f / if seq as f64 > original { long[t] } else { short[t] },
             Kind::Linear { factor } => f / factor,
             Kind::Llama3 { factor, low, high, original } => {
                 let wavelength = 2.0 * std::f64::consts::PI / f;
@@ -201,7 +269,10 @@ impl Rotation {
                 f / factor * ramp + f * (1.0 - ramp)
             }
         };
-        let attention = if let Kind::Yarn { attention, .. } = self.kind { attention } else { 1.0 };
+        let attention = match self.kind {
+            Kind::Yarn { attention, .. } | Kind::Long { attention, .. } => attention,
+            _ => 1.0,
+        };
         (plain.enumerate().map(bend).map(|f| f as f32).collect(), attention as f32)
     }
 

@@ -135,7 +135,9 @@ pub fn walk_part(
         let Bench { mut block, wanted, settled, .. } = bench;
         let parameters = Parameters::take(&mut block, run.device);
         drop(block);
-        let joined = float.as_ref().filter(|_| settled).map(FloatStream::joined);
+        // The MLP of a parallel block reads what stands before attention.
+        let middle = settled && !model.config.family.places.parallel;
+        let joined = float.as_ref().filter(|_| middle).map(FloatStream::joined);
         let after = advance(model, index, &parameters, hidden, joined, run, &note)?;
         if hidden.is_empty() {
             run.observer.step(1, &note);

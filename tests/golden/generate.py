@@ -1,6 +1,7 @@
 """Tiny checkpoints with reference logits: the golden data of this folder.
 
-The files beside this script were written with transformers 5.23.0, torch 2.15.0 (CPU) and safetensors 0.8.0.
+The files beside this script were written with transformers 5.23.0 (phi3, phi3_short, glm4, cohere2 and ministral3 with 5.17.0),
+torch 2.15.0 (CPU) and safetensors 0.8.0.
 Another version of torch may draw other random numbers, so nothing is ever regenerated silently: a folder that exists
 is left alone and ends the run, unless `--replace` is given.
 
@@ -109,6 +110,34 @@ CASES = {
         hidden_size=24, intermediate_size=32, num_hidden_layers=4, max_position_embeddings=64,
         no_rope_layer_interval=2, use_sliding_window=True, sliding_window=7, **TOKEN_IDS, attention_bias=True,
         tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=2000000.0))),
+    # Twelve positions were seen in training: the 24 tokens rotate by the long list.
+    "phi3": ("phi3", torch.bfloat16, dict(
+        hidden_size=40, intermediate_size=36, num_hidden_layers=2, max_position_embeddings=64,
+        original_max_position_embeddings=12, sliding_window=7, **TOKEN_IDS, tie_word_embeddings=False,
+        partial_rotary_factor=0.6,
+        rope_parameters=dict(rope_type="longrope", rope_theta=10000.0, partial_rotary_factor=0.6,
+                             short_factor=[1.0, 1.1, 1.2], long_factor=[1.0, 2.0, 3.0]))),
+    # As many positions as in training: the short list, biases of nothing, no partial rotation.
+    "phi3_short": ("phi3", torch.float32, dict(
+        hidden_size=40, intermediate_size=36, num_hidden_layers=2, max_position_embeddings=64,
+        original_max_position_embeddings=24, sliding_window=None, **TOKEN_IDS, tie_word_embeddings=True,
+        rope_parameters=dict(rope_type="longrope", rope_theta=10000.0,
+                             short_factor=[1.0, 1.1, 1.2, 1.3, 1.4], long_factor=[1.0, 2.0, 3.0, 4.0, 5.0]))),
+    "glm4": ("glm4", torch.bfloat16, dict(
+        hidden_size=24, num_hidden_layers=2, head_dim=12, max_position_embeddings=64, pad_token_id=0, eos_token_id=2,
+        attention_bias=True,
+        rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5))),
+    "cohere2": ("cohere2", torch.bfloat16, dict(
+        hidden_size=24, num_hidden_layers=4, max_position_embeddings=64, sliding_window=7, logit_scale=0.25,
+        layer_norm_eps=0.01, **TOKEN_IDS, tie_word_embeddings=True,
+        rope_parameters=dict(rope_type="default", rope_theta=50000.0))),
+    # Queries grow three times within the 24 tokens.
+    "ministral3": ("ministral3", torch.bfloat16, dict(
+        hidden_size=20, num_hidden_layers=2, head_dim=10, max_position_embeddings=64, sliding_window=None,
+        tie_word_embeddings=True, pad_token_id=0,
+        rope_parameters=dict(rope_type="yarn", rope_theta=50.0, factor=8.0, original_max_position_embeddings=8,
+                             beta_fast=1.0, beta_slow=0.1, mscale=1.0, mscale_all_dim=1.0,
+                             llama_4_scaling_beta=0.1))),
     # Tied, and the file names the shared matrix lm_head.weight instead of model.embed_tokens.weight.
     "one_lm_head": ("llama", torch.float32, dict(
         hidden_size=20, intermediate_size=36, num_hidden_layers=2, head_dim=6, max_position_embeddings=64,
@@ -254,7 +283,8 @@ def check(case, folder, logits):
         plain = rope | dict(full_attention=dict(rope_type="default", rope_theta=rope["full_attention"]["rope_theta"]))
         words.append(f"full layers unscaled: {difference(case, logits, rope_parameters=plain)}")
     elif rope["rope_type"] != "default":
-        plain = dict(rope_type="default", rope_theta=rope["rope_theta"])
+        kept = ["llama_4_scaling_beta", "original_max_position_embeddings", "partial_rotary_factor"]
+        plain = dict(rope_type="default", rope_theta=rope["rope_theta"], **{key: rope[key] for key in kept if key in rope})
         words.append(f"plain rope: {difference(case, logits, rope_parameters=plain)}")
     if rope.get("rope_type") == "yarn":
         flipped = rope | dict(truncate=not rope.get("truncate", True))

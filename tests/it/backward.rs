@@ -10,7 +10,7 @@ use drawknife::kernels::attention::Attention;
 use drawknife::kernels::attention_adjoint::Passed;
 use drawknife::kernels::gated::{Activation, gated_adjoint, gated_reference};
 use drawknife::kernels::gemm::{Sizes, View, product};
-use drawknife::kernels::rms_norm::{rms_norm_adjoint, rms_norm_reference};
+use drawknife::kernels::rms_norm::{NormKind, rms_norm_adjoint, rms_norm_reference};
 use drawknife::kernels::rope::{Table, rope_cpu, rope_reference};
 use drawknife::kernels::rough_product::Precision;
 use drawknife::kernels::{tensor, values};
@@ -266,15 +266,15 @@ fn exact(output: Tensor<2>, upstream: &Tensor<2>, leaves: &[&Tensor<2>]) -> Vec<
 #[test]
 fn the_adjoint_of_the_norm_follows_its_definition() {
     for (rows, width) in [(1, 1), (3, 7), (65, 172), (700, 64)] {
-        for one_plus in [false, true] {
+        for kind in [NormKind::Plain, NormKind::OnePlus, NormKind::Layer] {
             let (x, weight, upstream) = (random([rows, width]), random([1, width]), random([rows, width]));
             let (lx, lw) = (leaf(&x), leaf(&weight));
-            let output = rms_norm_reference(lx.clone(), lw.clone().reshape([width]), 1e-2, one_plus);
+            let output = rms_norm_reference(lx.clone(), lw.clone().reshape([width]), 1e-2, kind);
             let exact = exact(output, &upstream, &[&lx, &lw]);
             let (mut d, mut dweight) = (values(upstream), vec![0.0; width]);
-            rms_norm_adjoint(&values(x), &values(weight), 1e-2, one_plus, &mut d, Some(&mut dweight));
+            rms_norm_adjoint(&values(x), &values(weight), 1e-2, kind, &mut d, Some(&mut dweight));
             let found = difference(&d, &exact[0], 0.1).max(difference(&dweight, &exact[1], 0.1));
-            assert!(found < 1e-5, "{rows} x {width}: {found}");
+            assert!(found < 1e-5, "{kind:?} {rows} x {width}: {found}");
         }
     }
 }

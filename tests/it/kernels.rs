@@ -3,7 +3,7 @@
 use burn::tensor::{Device, Distribution, Tensor};
 use drawknife::kernels::attention::Attention;
 use drawknife::kernels::gated::{Activation, gated, gated_reference};
-use drawknife::kernels::rms_norm::{rms_norm, rms_norm_reference};
+use drawknife::kernels::rms_norm::{NormKind, rms_norm, rms_norm_reference};
 use drawknife::kernels::rope::{Table, rope, rope_reference};
 use drawknife::kernels::{tensor, values};
 
@@ -35,9 +35,9 @@ fn difference<const D: usize>(a: Tensor<D>, b: Tensor<D>) -> f32 {
 #[test]
 fn rms_norm_follows_its_definition() {
     for (rows, width) in [(1, 1), (3, 7), (65, 172), (130, 64)] {
-        for one_plus in [false, true] {
+        for kind in [NormKind::Plain, NormKind::OnePlus, NormKind::Layer] {
             let (x, weight) = (random([rows, width]), random([width]));
-            let found = difference(rms_norm(&x, &weight, 1e-5, one_plus), rms_norm_reference(x, weight, 1e-5, one_plus));
+            let found = difference(rms_norm(&x, &weight, 1e-5, kind), rms_norm_reference(x, weight, 1e-5, kind));
             assert!(found < 2e-6, "{rows} x {width}: {found}");
         }
     }
@@ -58,10 +58,12 @@ fn gated_follows_its_definition_also_where_it_saturates() {
 fn rope_follows_its_definition_with_partial_rotation() {
     for (windows, seq, heads, head_dim, half) in [(1, 1, 1, 2, 1), (2, 9, 3, 10, 5), (3, 17, 2, 18, 4)] {
         let frequencies: Vec<f32> = (0..half).map(|t| 10f32.powf(-(t as f32))).collect();
-        let table = Table::new(&frequencies, 1.2, seq);
-        let x = random([windows * seq, heads * head_dim]);
-        let found = difference(rope(x.clone(), head_dim, &table), rope_reference(x, head_dim, &table));
-        assert!(found < 1e-6, "{found}");
+        for interleaved in [false, true] {
+            let table = Table { interleaved, ..Table::new(&frequencies, 1.2, seq).scaled(|row| 1.0 + row as f32 / 8.0) };
+            let x = random([windows * seq, heads * head_dim]);
+            let found = difference(rope(x.clone(), head_dim, &table), rope_reference(x, head_dim, &table));
+            assert!(found < 1e-6, "{found}");
+        }
     }
 }
 
@@ -89,7 +91,7 @@ fn gradients_flow_through_the_definitions() {
     let weight = Tensor::<1>::ones([8], &device);
     let table = Table::new(&[1.0, 0.1], 1.0, 6);
     let attention = Attention { seq: 6, heads: 2, kv_heads: 2, head_dim: 4, scale: 0.5, softcap: None, window: None };
-    let normed = rope(rms_norm(&x, &weight, 1e-5, false), 4, &table);
+    let normed = rope(rms_norm(&x, &weight, 1e-5, NormKind::Plain), 4, &table);
     let mixed = gated(Activation::Silu, attention.run(normed.clone(), normed.clone(), normed.clone()), normed);
     let gradients = mixed.sum().backward();
     let gradient = values(x.grad(&gradients).unwrap());

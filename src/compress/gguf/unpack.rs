@@ -196,7 +196,7 @@ impl Contents {
     }
 
     fn halved(&self, name: &str, weight: &Weight) -> Option<Weight> {
-        Some(super::reordered(weight, &self.halves(name, weight.shape()[0])?))
+        Some(weight.picked(&self.halves(name, weight.shape()[0])?))
     }
 
     /// The floats of a tensor as a checkpoint holds them.
