@@ -86,3 +86,49 @@ pub fn agrees(index: &BTreeMap<String, String>, files: &[String], tensors: &BTre
         None => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_index_is_a_map_of_names_that_occur_once() {
+        let read = index(br#"{"metadata":{"total_size":1},"weight_map":{"b":"y.safetensors","a":"x.safetensors"}}"#).unwrap();
+        assert_eq!(read, WeightMap::from([("a".into(), "x.safetensors".into()), ("b".into(), "y.safetensors".into())]));
+        for (text, reason) in [
+            (r#"{"weight_map":{}}"#, "empty"),
+            (r#"{"weight_map":{"a":"x","a":"x"}}"#, "a occurs twice"),
+            (r#"{"weight_map":{"a":1}}"#, "invalid type"),
+            ("{}", "missing field"),
+        ] {
+            assert!(index(text.as_bytes()).unwrap_err().contains(reason), "{text}");
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("index.json");
+        std::fs::write(&path, format!(r#"{{"weight_map":{{"a":"x.safetensors"}}{}}}"#, " ".repeat(4000))).unwrap();
+        assert_eq!(read_index(&path).unwrap().len(), 1);
+        std::fs::write(&path, r#"{"weight_map":{"a":"../x.safetensors"}}"#).unwrap();
+        assert!(read_index(&path).unwrap_err().to_string().contains("index.json: names the file"));
+    }
+
+    #[test]
+    fn files_have_plain_names() {
+        plain_file_name("model-00001-of-00002.safetensors").unwrap();
+        for name in ["", ".", "..", "../a.safetensors", "a/b.safetensors", "/a.safetensors", "./a.safetensors", "a.safetensors/", "a.bin"] {
+            assert!(plain_file_name(name).is_err(), "{name}");
+        }
+        assert!(plain_file_name("a\0.safetensors").is_err() && plain_file_name("a//.safetensors").is_err());
+    }
+
+    #[test]
+    fn an_index_names_every_tensor_and_the_file_that_holds_it() {
+        let files = ["x.safetensors".to_string(), "y.safetensors".into()];
+        let map = |pairs: &[(&str, &str)]| pairs.iter().map(|(name, file)| (name.to_string(), format!("{file}.safetensors"))).collect();
+        let tensors = BTreeMap::from([("a".to_string(), 0), ("b".to_string(), 1)]);
+        let check = |pairs: &[(&str, &str)]| agrees(&map(pairs), &files, &tensors).map_err(|error| error.to_string());
+        assert_eq!(check(&[("a", "x"), ("b", "y")]), Ok(()));
+        assert!(check(&[("a", "x"), ("b", "x")]).unwrap_err().contains("tensor b: said to be in x.safetensors, but it is in y"));
+        assert!(check(&[("a", "x"), ("b", "y"), ("c", "y")]).unwrap_err().contains("tensor c: said to be in y"));
+        assert!(check(&[("a", "x")]).unwrap_err().contains("tensor b: stands in y.safetensors but not in the index"));
+    }
+}

@@ -322,6 +322,72 @@ mod tests {
         assert_eq!((tensor.shape.as_slice(), reader.bytes(tensor, *start).unwrap()), (&[3usize][..], vec![2; 12]));
     }
 
+    /// A file of one key of a type and bytes, and of tensors that are listed so: name, sizes, type, offset.
+    fn raw(version: u32, counts: [u64; 2], key: (u32, &[u8]), listed: &[(&str, &[u64], u32, u64)], data: usize) -> Vec<u8> {
+        let mut all = [&b"GGUF"[..], &version.to_le_bytes(), &counts[0].to_le_bytes(), &counts[1].to_le_bytes()].concat();
+        let text = |text: &str| [&(text.len() as u64).to_le_bytes()[..], text.as_bytes()].concat();
+        all.extend([&text("k"), &key.0.to_le_bytes()[..], key.1].concat());
+        for (name, sizes, kind, offset) in listed {
+            all.extend([text(name), (sizes.len() as u32).to_le_bytes().to_vec()].concat());
+            sizes.iter().for_each(|size| all.extend(size.to_le_bytes()));
+            all.extend([&kind.to_le_bytes()[..], &offset.to_le_bytes()].concat());
+        }
+        all.resize(all.len().next_multiple_of(32) + data, 0);
+        all
+    }
+
+    #[test]
+    fn keys_of_every_type_are_read_or_passed_over() {
+        let read = |kind: u32, bytes: &[u8]| opened(&raw(3, [0, 1], (kind, bytes), &[], 0)).unwrap();
+        assert_eq!(read(4, &[7, 0, 0, 0]).count("k"), Some(7));
+        assert_eq!((read(5, &[7, 0, 0, 0]).count("k"), read(5, &[255; 4]).count("k")), (Some(7), Some(0)));
+        assert_eq!((read(10, &[7, 0, 0, 0, 0, 0, 0, 0]).count("k"), read(10, &[255; 8]).count("k")), (Some(7), Some(u32::MAX)));
+        assert_eq!((read(6, &1.5f32.to_le_bytes()).float("k"), read(6, &[0; 4]).count("k")), (Some(1.5), None));
+        assert_eq!((read(7, &[0]).truth("k"), read(7, &[1]).truth("k"), read(4, &[1; 4]).float("k")), (Some(false), Some(true), None));
+        for (kind, width) in [(0, 1), (1, 1), (2, 2), (3, 2), (11, 8), (12, 8)] {
+            assert!(read(kind, &vec![0; width]).keys.is_empty());
+            let list = [&kind.to_le_bytes()[..], &2u64.to_le_bytes(), &vec![0; 2 * width]].concat();
+            assert!(read(9, &list).keys.is_empty());
+        }
+        let list = |kind: u32, values: [u8; 8]| [&kind.to_le_bytes()[..], &2u64.to_le_bytes(), &values].concat();
+        assert_eq!(read(9, &list(5, [1, 0, 0, 0, 255, 255, 255, 255])).keys["k"], Value::I32s(vec![1, -1]));
+        assert_eq!(read(9, &list(6, [0; 8])).keys["k"], Value::F32s(vec![0.0; 2]));
+        for wrong in [raw(3, [0, 1], (13, &[0; 8]), &[], 0), raw(3, [0, 1], (9, &list(13, [0; 8])), &[], 0)] {
+            assert!(opened(&wrong).unwrap_err().to_string().contains("of type 13"));
+        }
+        let many = raw(3, [0, 1], (9, &[&8u32.to_le_bytes()[..], &9u64.to_le_bytes()].concat()), &[], 0);
+        assert!(opened(&many).unwrap_err().to_string().contains("a list of 9 texts does not fit a file of 64 bytes"));
+    }
+
+    #[test]
+    fn numbers_of_a_file_are_held_against_it() {
+        let key: (u32, &[u8]) = (7, &[1]);
+        let one = |sizes: &[u64], kind, offset, data| raw(3, [1, 1], key, &[("t", sizes, kind, offset)], data);
+        let reason = |bytes: &[u8]| opened(bytes).map(drop).map_err(|error| error.to_string());
+        assert_eq!((reason(&one(&[3], 0, 0, 12)), parse(&one(&[3], 0, 0, 12))), (Ok(()), Ok((1, 1))));
+        assert_eq!(parse(&raw(2, [0, 1], key, &[], 0)), Ok((1, 0)));
+        for (bytes, part) in [
+            (raw(4, [0, 1], key, &[], 0), "version 4"),
+            (raw(3, [MOST + 1, 1], key, &[], 0), "more than"),
+            (raw(3, [0, MOST + 1], key, &[], 0), "more than"),
+            (one(&[1; 5], 0, 0, 4), "5 dimensions"),
+            (one(&[3], 99, 0, 12), "type 99"),
+            (one(&[33], 2, 0, 99), "whole blocks of 32"),
+            (one(&[1 << 44], 0, 0, 12), "whole blocks"),
+            (one(&[1 << 43, 1 << 43], 0, 0, 12), "whole blocks"),
+            (one(&[0, 1 << 44], 0, 0, 12), "whole blocks"),
+            (one(&[3], 0, 32, 12), "beyond the end"),
+            (one(&[3], 0, u64::MAX, 12), "beyond the end"),
+            (raw(3, [2, 1], key, &[("t", &[3], 0, 0), ("u", &[3], 0, 8)], 32), "begins inside"),
+            (raw(3, [2, 1], key, &[("t", &[3], 0, 0), ("t", &[3], 0, 12)], 32), "occurs twice"),
+        ] {
+            assert!(reason(&bytes).unwrap_err().contains(part), "{part}: {:?}", reason(&bytes));
+        }
+        assert_eq!(reason(&one(&[1; 4], 0, 0, 4)), Ok(()));
+        assert_eq!(reason(&raw(3, [2, 1], key, &[("t", &[3], 0, 0), ("u", &[3], 0, 12)], 24)), Ok(()), "side by side");
+        assert_eq!(reason(&raw(3, [2, 1], key, &[("t", &[0], 0, 4), ("u", &[3], 0, 0)], 24)), Ok(()), "nothing shares nothing");
+    }
+
     #[test]
     fn every_cut_and_every_flipped_byte_is_an_error_or_a_file() {
         let whole = file();
