@@ -8,6 +8,7 @@ pub mod compress;
 pub mod device;
 pub mod eval;
 pub mod export;
+pub mod hub;
 pub mod inspect;
 pub mod look;
 pub mod progress;
@@ -89,7 +90,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     }
 }
 
-fn run(arguments: Arguments) -> Result<()> {
+fn run(mut arguments: Arguments) -> Result<()> {
     if let Some(threads) = arguments.threads.filter(|threads| !(1..=4096).contains(threads)) {
         return Err(Error::input(format!("--threads {threads}: use 1 to 4096")));
     }
@@ -104,6 +105,7 @@ fn run(arguments: Arguments) -> Result<()> {
         seed: arguments.seed,
         progress: Progress::new(bars)?,
     };
+    hub::locate(&mut arguments.command, arguments.offline, &invocation.progress)?;
     match arguments.command {
         Command::Compress(arguments) => compress::run(&arguments, &invocation, arguments.dry_run),
         Command::Plan(arguments) => compress::run(&arguments, &invocation, true),

@@ -84,6 +84,7 @@ pub mod error;
 pub mod evaluate;
 pub mod formats;
 pub mod gate;
+pub mod hub;
 pub mod kernels;
 pub mod lanes;
 pub mod matrix;

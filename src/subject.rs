@@ -64,8 +64,7 @@ impl Subject {
         if crate::embedded::is_named(&self.path) {
             return crate::embedded::NAME.into();
         }
-        let last = self.path.canonicalize().ok().and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
-        last.unwrap_or_else(|| shown_path(&self.path))
+        crate::hub::name_of(&self.path).unwrap_or_else(|| shown_path(&self.path))
     }
 
     /// The model, ready to be computed.

@@ -34,6 +34,9 @@ pub struct Arguments {
     /// Seed of random choices [default: that of the recipe, 0].
     #[arg(long, global = true, help_heading = "General", value_name = "N")]
     pub seed: Option<u64>,
+    /// Never use the network: models given by name, like owner/name, must be in the cache.
+    #[arg(long, global = true, help_heading = "General")]
+    pub offline: bool,
     /// What to do.
     #[command(subcommand)]
     pub command: Command,

@@ -7,6 +7,7 @@ use crate::checkpoint::Checkpoint;
 use crate::compress::exports::Export;
 use crate::error::{Result, tamed};
 use crate::formats::targets::{Engine, loaders};
+use crate::hub;
 use crate::report::{Report, bytes};
 use crate::storage::Store;
 
@@ -29,8 +30,7 @@ pub fn write(report: &Report, export: &Export, checkpoint: &Checkpoint, output: 
 }
 
 fn name(checkpoint: &Checkpoint) -> String {
-    let folder = checkpoint.folder.canonicalize().unwrap_or_else(|_| checkpoint.folder.clone());
-    folder.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().replace('<', "&lt;"))
+    hub::name_of(&checkpoint.folder).map_or_else(|| "model".into(), |name| name.replace('<', "&lt;"))
 }
 
 /// The lines about licence and language of a card's front matter.

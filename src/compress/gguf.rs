@@ -361,7 +361,7 @@ pub fn paired(rows: usize, heads: usize) -> impl Iterator<Item = usize> {
 
 /// What the keys say of the model itself.
 fn keys(checkpoint: &Checkpoint, config: &Config, arch: &str) -> Result<BTreeMap<String, Value>> {
-    let name = checkpoint.folder.canonicalize().ok().and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
+    let name = crate::hub::name_of(&checkpoint.folder);
     let whole = |number: usize| Value::U32(number as u32);
     let mut keys = BTreeMap::from([
         ("general.architecture".to_string(), Value::Text(arch.into())),

@@ -32,6 +32,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "evaluate",
             "formats",
             "gate",
+            "hub",
             "kernels",
             "matrix",
             "methods",
@@ -45,8 +46,9 @@ const LAYERS: &[(&str, &[&str])] = &[
         ],
     ),
     ("embedded", &["error"]),
+    ("hub", &["checkpoint", "error", "run"]),
     ("statistics", &["kernels"]),
-    ("subject", &["calibrate", "checkpoint", "compress", "embedded", "error", "evaluate", "formats", "model"]),
+    ("subject", &["calibrate", "checkpoint", "compress", "embedded", "error", "evaluate", "formats", "hub", "model"]),
     ("compare", &["error", "evaluate", "kernels", "methods", "run", "statistics", "subject"]),
     (
         "check",

@@ -12,6 +12,7 @@ mod generate;
 mod golden;
 mod gpu;
 mod hostile;
+mod hub;
 mod kernels;
 mod layering;
 mod methods;
