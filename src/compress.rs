@@ -155,7 +155,8 @@ impl Prepared {
         let source = Through::restored(formats::open(&checkpoint)?);
         let model = if known { Some(Model::open(&checkpoint, &source)?) } else { None };
         let candidates = candidates(&checkpoint, &source, model.as_ref())?;
-        let mut plan = Plan::resolve(&job.recipe, &candidates)?;
+        let carried: Vec<&str> = checkpoint.names().collect();
+        let mut plan = Plan::resolve(&job.recipe, &candidates, &carried)?;
         exports::restore(&mut plan, &checkpoint, &source);
         let chosen = exports::chosen(&job.recipe, job.engine, &mut plan)?;
         let needs = needs(&job.recipe, &plan);

@@ -57,13 +57,14 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Resolves a recipe for the linear layers of a model.
+    /// Resolves a recipe for the linear layers of a model whose other tensors are `carried` over: what is never compressed may be
+    /// named in a skip list all the same.
     ///
     /// # Errors
     /// When a pattern matches nothing, or a method cannot take a layer.
-    pub fn resolve(recipe: &Recipe, candidates: &[Candidate]) -> Result<Self> {
-        let skip = patterns(&recipe.skip.iter().map(|skip| skip.pattern.clone()).collect::<Vec<_>>(), candidates)?;
-        let keep = recipe.overrides.iter().map(|one| Ok((pattern(&one.pattern, candidates)?, one))).collect::<Result<Vec<_>>>()?;
+    pub fn resolve(recipe: &Recipe, candidates: &[Candidate], carried: &[&str]) -> Result<Self> {
+        let skip = recipe.skip.iter().map(|skip| pattern(&skip.pattern, candidates, carried)).collect::<Result<Vec<_>>>()?;
+        let keep = recipe.overrides.iter().map(|one| Ok((pattern(&one.pattern, candidates, &[])?, one))).collect::<Result<Vec<_>>>()?;
         let mut stages = Vec::new();
         let mut targets = Vec::new();
         for stage in &recipe.stages {
@@ -203,11 +204,11 @@ fn matches(matcher: &Regex, name: &str) -> bool {
 }
 
 fn patterns(patterns: &[String], candidates: &[Candidate]) -> Result<Vec<Regex>> {
-    patterns.iter().map(|one| pattern(one, candidates)).collect()
+    patterns.iter().map(|one| pattern(one, candidates, &[])).collect()
 }
 
 /// A glob over layer names, or a regular expression after `re:`; one that matches nothing is an error, because it is a typing mistake.
-fn pattern(text: &str, candidates: &[Candidate]) -> Result<Regex> {
+fn pattern(text: &str, candidates: &[Candidate], carried: &[&str]) -> Result<Regex> {
     let text = text.strip_suffix(".weight").unwrap_or(text);
     let wrong = |what: String| Error::input(format!("pattern `{}`: {what}", shown(text)));
     let expression = match text.strip_prefix("re:") {
@@ -215,8 +216,8 @@ fn pattern(text: &str, candidates: &[Candidate]) -> Result<Regex> {
         None => Glob::new(text).map_err(|error| wrong(error.kind().to_string()))?.regex().to_string(),
     };
     let matcher = Regex::new(&expression).map_err(|error| wrong(error.to_string()))?;
-    // Modules that are never compressed may be named in a skip list all the same.
-    if text == "lm_head" || candidates.iter().any(|candidate| matcher.is_match(candidate.name.as_bytes())) {
+    let others = || carried.iter().any(|name| matcher.is_match(name.strip_suffix(".weight").unwrap_or(name).as_bytes()));
+    if text == "lm_head" || candidates.iter().any(|candidate| matches(&matcher, &candidate.name)) || others() {
         return Ok(matcher);
     }
     let example = candidates.iter().map(|candidate| candidate.name.as_str()).max_by_key(|name| similarity(name, text));
@@ -258,7 +259,20 @@ mod tests {
 
     fn resolve(recipe: &str) -> Result<Plan> {
         let candidate = Candidate { name: "layer".into(), shape: [64, 256], float: Float::BF16 };
-        Plan::resolve(&Recipe::parse(&format!("version = 1\n{recipe}"))?, &[candidate])
+        Plan::resolve(&Recipe::parse(&format!("version = 1\n{recipe}"))?, &[candidate], &["eyes.0.weight", "eyes.1.bias"])
+    }
+
+    #[test]
+    fn what_is_carried_over_may_be_skipped_and_a_pattern_of_nothing_is_an_error_with_the_nearest_name() {
+        let stage = "[[stage]]\nmethod = \"round-to-nearest\"\n";
+        for pattern in ["eyes.*", "eyes.0", "re:eyes\\\\.", "lm_head", "eyes.1.bias"] {
+            resolve(&format!("{stage}[[skip]]\nmatch = \"{pattern}\"\n")).unwrap();
+        }
+        for (key, pattern) in [("skip", "ears.*"), ("override", "eyes.*")] {
+            let bits = if key == "override" { "bits = 8\n" } else { "" };
+            let error = resolve(&format!("{stage}[[{key}]]\nmatch = \"{pattern}\"\n{bits}")).unwrap_err().to_string();
+            assert!(error.contains("matches no linear layer; the nearest is `layer`"), "{error}");
+        }
     }
 
     #[test]

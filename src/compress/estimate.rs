@@ -151,7 +151,8 @@ impl Trial<'_> {
         let candidates = self.prepared.plan.layers.iter().map(|layer| &layer.outlined);
         let candidates: Vec<Candidate> =
             candidates.map(|one| Candidate { name: one.name.clone(), shape: one.shape, float: one.float }).collect();
-        Plan::resolve(&recipe, &candidates)
+        recipe.skip = self.prepared.plan.resolved(&recipe).skip;
+        Plan::resolve(&recipe, &candidates, &[])
     }
 
     /// Seconds of the first block with some windows, and how many iterations it learned.
