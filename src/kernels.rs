@@ -31,6 +31,7 @@ pub mod refit;
 pub mod rms_norm;
 pub mod rope;
 pub mod rough_product;
+pub mod routing;
 pub mod sampling;
 pub mod scale_search;
 pub mod select;

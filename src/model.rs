@@ -9,6 +9,7 @@ pub mod config;
 pub mod forward;
 pub mod generate;
 pub mod hidden;
+pub mod mixture;
 pub mod rotation;
 pub mod seen;
 pub mod slopes;
@@ -20,8 +21,10 @@ use crate::checkpoint::Checkpoint;
 use crate::checkpoint::source::{Source, expect_shape};
 use crate::error::{Error, Result};
 use crate::matrix::Matrix;
+use crate::model::architecture::{Mixed, PROJECTIONS};
 use crate::model::block::{Block, Linear, Norm, Place, Role, Site};
 use crate::model::config::Config;
+use crate::model::mixture::{Experts, Mixture, Which};
 use crate::weight::Weight;
 
 /// Largest slice of the head that is decoded at once, in bytes of f32.
@@ -40,6 +43,8 @@ pub struct Module {
     pub name: String,
     /// What its rows do, in order.
     pub roles: Vec<Role>,
+    /// The expert of a mixture that it is part of.
+    pub expert: Option<Which>,
 }
 
 impl Module {
@@ -115,6 +120,10 @@ impl<'a> Model<'a> {
             for (name, _, width) in self.norms(index) {
                 self.vector_shape(&name, width)?;
             }
+            for (name, shape) in self.routers(index) {
+                expect_shape(self.checkpoint, &name, two(&name), shape)?;
+                self.checkpoint.float(&name)?;
+            }
         }
         self.no_more_layers()?;
         self.vector_shape(&format!("{}norm.weight", self.prefix), config.hidden)
@@ -155,13 +164,53 @@ impl<'a> Model<'a> {
         };
         let mut modules = fused(family.fused_qkv, &[Role::Query, Role::Key, Role::Value]);
         modules.extend(fused(None, &[Role::Output]));
-        modules.extend(fused(family.fused_mlp, &[Role::Gate, Role::Up]));
-        modules.extend(fused(None, &[Role::Down]));
-        modules.into_iter().map(|(name, roles)| Module { name: format!("{}layers.{index}.{name}", self.prefix), roles }).collect()
+        let mixture = self.mixture(index);
+        if mixture.is_none() {
+            modules.extend(fused(family.fused_mlp, &[Role::Gate, Role::Up]));
+            modules.extend(fused(None, &[Role::Down]));
+        }
+        let start = format!("{}layers.{index}.", self.prefix);
+        let mut modules: Vec<Module> =
+            modules.into_iter().map(|(name, roles)| Module { name: format!("{start}{name}"), roles, expert: None }).collect();
+        if let Some((mixture, mixed)) = mixture {
+            let mut of = |name: String, layers: [&str; 3], expert: Which| {
+                let layers = layers.into_iter().zip([Role::Gate, Role::Up, Role::Down]);
+                modules.extend(layers.map(|(layer, role)| Module {
+                    name: format!("{name}.{layer}"),
+                    roles: vec![role],
+                    expert: Some(expert),
+                }));
+            };
+            let name = format!("{start}{}", mixed.name);
+            (0..mixture.experts).for_each(|expert| of(format!("{name}.experts.{expert}"), mixed.layers, Which::Routed(expert)));
+            if let Some([shared, _]) = mixed.shared {
+                of(format!("{name}.{shared}"), PROJECTIONS, Which::Shared);
+            }
+        }
+        modules
+    }
+
+    /// The mixture of experts of a block that is one, and how its family names it.
+    fn mixture(&self, index: usize) -> Option<(Mixture, Mixed)> {
+        if self.config.layers[index].mixed { self.config.mixture.zip(self.config.family.mixed) } else { None }
+    }
+
+    /// The names of a mixture's router and of what scales its shared expert, with their shapes.
+    fn routers(&self, index: usize) -> Vec<(String, [usize; 2])> {
+        let Some((mixture, mixed)) = self.mixture(index) else { return Vec::new() };
+        let name = format!("{}layers.{index}.{}", self.prefix, mixed.name);
+        let mut routers = vec![(format!("{name}.gate.weight"), [mixture.experts, self.config.hidden])];
+        routers.extend(mixed.shared.map(|[_, gate]| (format!("{name}.{gate}.weight"), [1, self.config.hidden])));
+        routers
     }
 
     /// `[outputs, inputs]` of a module.
     pub fn module_shape(&self, module: &Module) -> [usize; 2] {
+        if let (Some(which), Some(mixture)) = (module.expert, self.config.mixture) {
+            let width = if which == Which::Shared { mixture.shared.unwrap_or(0) } else { mixture.width };
+            let hidden = self.config.hidden;
+            return if module.roles == [Role::Down] { [hidden, width] } else { [width, hidden] };
+        }
         let columns = module.roles.first().map_or(0, |&role| self.shape(role)[1]);
         [module.roles.iter().map(|&role| self.shape(role)[0]).sum(), columns]
     }
@@ -203,18 +252,31 @@ impl<'a> Model<'a> {
     /// # Errors
     /// When a tensor is not finite or cannot be read.
     pub fn load_block(&self, index: usize) -> Result<Block> {
-        let mut linears = Vec::new();
+        let (mut linears, mut routed, mut shared) = (Vec::new(), Vec::new(), Vec::new());
         for module in self.modules(index) {
-            linears.extend(self.load_module(module)?);
+            let into = match module.expert {
+                None => &mut linears,
+                Some(Which::Routed(_)) => &mut routed,
+                Some(Which::Shared) => &mut shared,
+            };
+            into.extend(self.load_module(module)?);
         }
+        let mut routers = self.routers(index).into_iter().map(|(name, shape)| self.checkpoint.matrix(&name, shape));
+        let experts = match routers.next().transpose()? {
+            Some(router) => {
+                let shared = threes(shared).pop().zip(routers.next().transpose()?);
+                Some(Experts { router, routed: threes(routed), shared })
+            }
+            None => None,
+        };
         let norm = |(name, place, width): (String, Place, usize)| Ok(Norm { weight: self.checkpoint.vector(&name, width)?, name, place });
-        Ok(Block { index, linears, norms: self.norms(index).into_iter().map(norm).collect::<Result<_>>()? })
+        Ok(Block { index, linears, experts, norms: self.norms(index).into_iter().map(norm).collect::<Result<_>>()? })
     }
 
     /// Reads a module: a linear layer for each of its roles.
     fn load_module(&self, module: Module) -> Result<Vec<Linear>> {
         let shape = self.module_shape(&module);
-        let Module { name, roles } = module;
+        let Module { name, roles, .. } = module;
         let bias = format!("{name}.bias");
         let bias = if self.checkpoint.has(&bias) { Some(self.checkpoint.vector(&bias, shape[0])?) } else { None };
         let weight = match self.source.weight(self.checkpoint, &name, shape)? {
@@ -268,8 +330,20 @@ impl<'a> Model<'a> {
         self.checkpoint.rows(&self.head, [self.config.vocabulary, self.config.hidden], rows)
     }
 
-    /// Bytes of one block in f32.
+    /// Bytes of the largest block in f32.
     pub fn block_bytes(&self) -> u64 {
-        Role::ALL.iter().map(|&role| self.shape(role)).map(|[rows, columns]| 4 * rows as u64 * columns as u64).sum()
+        let of =
+            |roles: &[Role]| roles.iter().map(|&role| self.shape(role)).map(|[rows, columns]| rows as u64 * columns as u64).sum::<u64>();
+        let (attention, mlp) = (of(&Role::ALL[..4]), of(&Role::ALL[4..]));
+        let layers = &self.config.layers;
+        let dense = if layers.iter().all(|layer| layer.mixed) { 0 } else { mlp };
+        let mixed = self.config.mixture.filter(|_| layers.iter().any(|layer| layer.mixed));
+        4 * (attention + dense.max(mixed.map_or(0, |mixture| mixture.entries(self.config.hidden))))
     }
+}
+
+/// Gate, up and down of one expert after the other.
+fn threes(linears: Vec<Linear>) -> Vec<[Linear; 3]> {
+    let mut linears = linears.into_iter();
+    std::iter::from_fn(|| Some([linears.next()?, linears.next()?, linears.next()?])).collect()
 }

@@ -104,6 +104,12 @@ pub struct Times {
 /// When the model cannot be computed, or `path` holds another measurement.
 pub fn sensitivity(subject: &Subject, options: &Options, path: Option<&Path>, run: &Run<'_>) -> Result<(Sensitivity, Times)> {
     let model = subject.model()?;
+    if model.config.mixture.is_some() {
+        return Err(Error::input(
+            "a mixture of experts, whose sensitivity this version does not measure; compare whole models with `compare`",
+        )
+        .file(&subject.path));
+    }
     let windows = &options.windows;
     let mut found = Sensitivity {
         schema: SCHEMA,

@@ -297,6 +297,8 @@ pub struct Sinks<'a> {
 struct Sink<'a> {
     export: &'a Export,
     layout: Layout,
+    /// Places of its layers by name.
+    layers: HashMap<&'a str, usize>,
     waiting: gguf::Waiting,
 }
 
@@ -331,7 +333,8 @@ impl<'a> Sinks<'a> {
             }
             let computed = export.file.as_ref().and_then(gguf::File::computed);
             first.extend(computed.filter(|(name, _)| !layout.is_written(name)).map(|(name, bytes)| (number, name, bytes)));
-            sinks.sinks.push(Sink { export, layout, waiting: gguf::Waiting::new() });
+            let layers = export.layers.iter().enumerate().map(|(at, layer)| (layer.name.as_str(), at)).collect();
+            sinks.sinks.push(Sink { export, layout, layers, waiting: gguf::Waiting::new() });
         }
         work.storage.sync_folder(&work.output())?;
         sinks.writer = Some(Writer::start(files, Arc::clone(&work.storage), Some(work.log()?))?);
@@ -373,7 +376,7 @@ impl<'a> Sinks<'a> {
     pub fn layer(&mut self, name: &str, weight: &Weight) -> Result<()> {
         for number in 0..self.sinks.len() {
             let export = self.sinks[number].export;
-            let layer = export.layers.iter().find(|layer| layer.name == name);
+            let layer = self.sinks[number].layers.get(name).map(|&at| &export.layers[at]);
             let layer = layer.ok_or_else(|| Error::run("not part of the planned output").tensor(name))?;
             if let Some(file) = &export.file {
                 let (name, bytes) = file.layer(layer, weight)?;

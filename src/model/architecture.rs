@@ -67,6 +67,8 @@ pub enum Windows {
     Never,
     /// Every layer, when `sliding_window` is a number.
     Every,
+    /// As every layer, when `use_sliding_window` is true as well.
+    EveryWhenUsed,
     /// Those that `layer_types` lists; without the list, this rule.
     ByType(SlidingRule),
 }
@@ -84,6 +86,8 @@ pub enum SlidingRule {
     AllButEvery(usize),
     /// Those without rotation, when `use_sliding_window`.
     WithoutRope,
+    /// Those with an even number below `max_window_layers`, when `use_sliding_window`.
+    EvenBelowMaxWindowLayers,
 }
 
 /// The factor of the attention scores.
@@ -146,9 +150,31 @@ pub enum Biases {
     Flag,
     /// Queries, keys and values, where `attention_bias` is true.
     QkvFlag,
-    /// Queries, keys and values, always.
+    /// Queries, keys and values, unless `qkv_bias` is false.
     Qkv,
 }
+
+/// How the MLP of a block is a mixture of experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mixed {
+    /// Name of the mixture in a block.
+    pub name: &'static str,
+    /// Names of gate, up and down of an expert.
+    pub layers: [&'static str; 3],
+    /// Key of the columns in the middle of an expert.
+    pub width: &'static str,
+    /// Whether all layers are mixtures; else `mlp_only_layers` and `decoder_sparse_step` say which.
+    pub every: bool,
+    /// Whether the shares of the chosen experts always add up to one; else `norm_topk_prob` says it.
+    pub renormalized: bool,
+    /// Name of the expert of all tokens, and of what scales its output, where there is one.
+    pub shared: Option<[&'static str; 2]>,
+    /// Experts, experts per token, and columns in the middle of an expert and of the shared one, where config.json is silent.
+    pub defaults: [usize; 4],
+}
+
+/// Gate, up and down as most families call them.
+pub const PROJECTIONS: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
 
 /// What config.json leaves out.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -232,6 +258,8 @@ pub struct Family {
     pub fused_mlp: Option<&'static str>,
     /// Key of the ε of norms.
     pub epsilon: &'static str,
+    /// Mixture of experts.
+    pub mixed: Option<Mixed>,
     /// Key and default of the activation.
     pub activation: (&'static str, Activation),
     /// What config.json leaves out.
@@ -258,6 +286,7 @@ const LLAMA: Family = Family {
     fused_qkv: None,
     fused_mlp: None,
     epsilon: "rms_norm_eps",
+    mixed: None,
     activation: ("hidden_act", Activation::Silu),
     defaults: DEFAULTS,
 };
@@ -268,6 +297,22 @@ const QWEN2: Family = Family {
     windows: Windows::ByType(SlidingRule::FromMaxWindowLayers),
     defaults: Defaults { kv_heads: Some(32), window: Some(4096), max_positions: 32768, ..DEFAULTS },
     ..LLAMA
+};
+
+const QWEN2_MOE: Family = Family {
+    model_type: "qwen2_moe",
+    windows: Windows::ByType(SlidingRule::EvenBelowMaxWindowLayers),
+    mixed: Some(Mixed {
+        name: "mlp",
+        layers: PROJECTIONS,
+        width: "moe_intermediate_size",
+        every: false,
+        renormalized: false,
+        shared: Some(["shared_expert", "shared_expert_gate"]),
+        defaults: [60, 4, 1408, 5632],
+    }),
+    defaults: Defaults { kv_heads: Some(16), ..QWEN2.defaults },
+    ..QWEN2
 };
 
 const GEMMA2: Family = Family {
@@ -347,6 +392,39 @@ pub const FAMILIES: &[Family] = &[
         windows: Windows::ByType(SlidingRule::WithoutRope),
         rotates: Rotates::Listed("no_rope_layers"),
         defaults: Defaults { kv_heads: Some(4), theta: 2e6, tied: true, max_positions: 32768, ..DEFAULTS },
+        ..LLAMA
+    },
+    QWEN2_MOE,
+    Family {
+        model_type: "qwen3_moe",
+        qk_norm: QkNorm::Head,
+        windows: Windows::EveryWhenUsed,
+        biases: Biases::Flag,
+        mixed: Some(Mixed {
+            name: "mlp",
+            layers: PROJECTIONS,
+            width: "moe_intermediate_size",
+            every: false,
+            renormalized: false,
+            shared: None,
+            defaults: [128, 8, 768, 0],
+        }),
+        defaults: Defaults { kv_heads: Some(4), ..QWEN2.defaults },
+        ..QWEN2
+    },
+    Family {
+        model_type: "mixtral",
+        windows: Windows::Every,
+        mixed: Some(Mixed {
+            name: "block_sparse_moe",
+            layers: ["w1", "w3", "w2"],
+            width: "intermediate_size",
+            every: true,
+            renormalized: true,
+            shared: None,
+            defaults: [8, 2, 14336, 0],
+        }),
+        defaults: Defaults { kv_heads: Some(8), epsilon: 1e-5, theta: 1e6, max_positions: 131_072, ..DEFAULTS },
         ..LLAMA
     },
     Family {

@@ -5,6 +5,7 @@ use burn::tensor::Tensor;
 use crate::device::{Buffer, Device, Gpu};
 use crate::kernels::{Floats, tensor, values};
 use crate::matrix::Matrix;
+use crate::model::mixture::{Experts, Tensors};
 use crate::weight::{Sparse, Weight};
 
 /// What a linear layer does in its block.
@@ -132,8 +133,10 @@ pub struct Norm {
 pub struct Block {
     /// Its number.
     pub index: usize,
-    /// Its linear layers.
+    /// Its linear layers, those of experts aside.
     pub linears: Vec<Linear>,
+    /// The experts of a block whose MLP is a mixture.
+    pub experts: Option<Experts>,
     /// Its norms.
     pub norms: Vec<Norm>,
 }
@@ -144,6 +147,15 @@ pub struct Parameters {
     weights: [Option<Tensor<2>>; 7],
     biases: [Option<Tensor<1>>; 7],
     norms: [Option<Tensor<1>>; 6],
+    experts: Option<Tensors>,
+}
+
+/// The floats of a weight, without a copy where it holds floats: those are gone from it then.
+pub fn floats(weight: &mut Weight) -> Vec<f32> {
+    match weight {
+        Weight::Dense(matrix) | Weight::Sparse(Sparse { matrix, .. }) => std::mem::take(&mut matrix.data),
+        other => other.to_matrix().into_owned().data,
+    }
 }
 
 impl Parameters {
@@ -163,6 +175,11 @@ impl Parameters {
     /// The weight of a norm, where there is one.
     pub fn norm(&self, place: Place) -> Option<&Tensor<1>> {
         self.norms[place as usize].as_ref()
+    }
+
+    /// The experts of a block whose MLP is a mixture.
+    pub fn experts(&self) -> Option<&Tensors> {
+        self.experts.as_ref()
     }
 
     /// Sets the weight of a role.
@@ -187,6 +204,7 @@ impl Parameters {
             weights: self.weights.each_ref().map(|weight| weight.clone().map(|weight| weight.autodiff().set_require_grad(weights))),
             biases: self.biases.each_ref().map(|bias| vector(bias, false)),
             norms: self.norms.each_ref().map(|norm| vector(norm, norms)),
+            experts: self.experts.clone(),
         }
     }
 
@@ -194,21 +212,18 @@ impl Parameters {
     /// GPU the block keeps them.
     pub fn take(block: &mut Block, device: &Device) -> Self {
         if device.gpu.is_some() {
-            return Self::copy(block, device);
+            let mut parameters = Self::copy(block, device);
+            let bytes = block.experts.as_ref().map_or(0, Experts::bytes);
+            let place = if bytes <= device.room_for_weights() { device.burn.clone() } else { burn::tensor::Device::flex() };
+            parameters.experts = block.experts.as_mut().map(|experts| Tensors::take(experts, &place));
+            return parameters;
         }
         let mut parameters = Self::default();
         for linear in &mut block.linears {
             let shape = linear.weight.shape();
-            let floats = match &mut linear.weight {
-                Weight::Dense(matrix) | Weight::Sparse(Sparse { matrix, .. }) => std::mem::take(&mut matrix.data),
-                Weight::Stored(stored) => stored.to_matrix().data,
-                Weight::Ints(ints) => ints.to_matrix().data,
-                Weight::Trits(trits) => trits.to_matrix().data,
-                Weight::Split(split) => split.to_matrix().data,
-                Weight::Super(blocks) => blocks.to_matrix().data,
-            };
-            parameters.set_weight(linear.role, tensor(floats, shape, &device.burn));
+            parameters.set_weight(linear.role, tensor(floats(&mut linear.weight), shape, &device.burn));
         }
+        parameters.experts = block.experts.as_mut().map(|experts| Tensors::take(experts, &device.burn));
         parameters.set_vectors(block, &device.burn);
         parameters
     }

@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 use crate::error::{Error, Result, shown};
 use crate::kernels::gated::Activation;
 use crate::model::architecture::{Biases, Embed, Family, LogitsFactor, QkNorm, Rotates, Scale, SlidingRule, Windows, family};
+use crate::model::mixture::Mixture;
 use crate::model::rotation::{self, Rotation};
 
 /// Everything about a decoder that its tensors do not say.
@@ -51,6 +52,8 @@ pub struct Config {
     pub biases: [bool; 3],
     /// One entry per layer.
     pub layers: Vec<Layer>,
+    /// The mixture of experts in some of them.
+    pub mixture: Option<Mixture>,
     /// The token that begins a text.
     pub bos: Option<u32>,
     /// The tokens that end a text.
@@ -64,6 +67,8 @@ pub struct Layer {
     pub window: Option<usize>,
     /// Rotation of queries and keys; `None` for no rotation.
     pub rotation: Option<Rotation>,
+    /// Whether its MLP is a mixture of experts.
+    pub mixed: bool,
 }
 
 /// `model_type` of a config.
@@ -116,7 +121,7 @@ impl Config {
             )));
         };
         let keys = Keys(config.as_object().ok_or_else(|| Error::input("config.json: not a JSON object"))?);
-        refuse_unsupported(&keys)?;
+        refuse_unsupported(&keys, family)?;
         let defaults = family.defaults;
         let hidden = keys.required("hidden_size", 1 << 20)?;
         let heads = keys.required("num_attention_heads", 1 << 16)?;
@@ -167,6 +172,7 @@ impl Config {
                 LogitsFactor::Times(key) => keys.positive(key)?.unwrap_or(defaults.logits) as f32,
             },
             biases: biases(&keys, family),
+            mixture: Mixture::read(&keys, family)?,
             layers: layers(&keys, family, head_dim, max_positions)?,
             bos: keys.tokens("bos_token_id", vocabulary)?.first().copied(),
             eos: keys.tokens("eos_token_id", vocabulary)?,
@@ -197,7 +203,7 @@ impl Config {
 fn biases(keys: &Keys<'_>, family: &Family) -> [bool; 3] {
     let [attention, mlp] = ["attention_bias", "mlp_bias"].map(|key| keys.flag(key) == Some(true));
     match family.biases {
-        Biases::Qkv => [true, false, false],
+        Biases::Qkv => [keys.flag("qkv_bias").unwrap_or(true), false, false],
         Biases::QkvFlag => [attention, false, false],
         Biases::Flag => [attention, attention, mlp],
     }
@@ -248,7 +254,7 @@ fn factors(keys: &Keys<'_>, family: &Family, hidden: usize, head_dim: usize) -> 
 }
 
 /// Keys that change the mathematics and that the forward does not know.
-fn refuse_unsupported(keys: &Keys<'_>) -> Result<()> {
+fn refuse_unsupported(keys: &Keys<'_>, family: &Family) -> Result<()> {
     let wrong =
         |key: &str, kind: &str| Err(Error::input(format!("config.json: {key} is {}, it must be {kind}", shown(&keys.0[key].to_string()))));
     for key in ["attention_bias", "mlp_bias", "qkv_bias", "tie_word_embeddings", "use_sliding_window", "use_bidirectional_attention"] {
@@ -266,8 +272,9 @@ fn refuse_unsupported(keys: &Keys<'_>) -> Result<()> {
             return Err(Error::input(format!("config.json: {key} true is not supported")));
         }
     }
-    for key in ["clip_qkv", "num_experts", "num_local_experts"] {
-        if keys.0.get(key).is_some_and(|value| value.as_f64().is_some_and(|number| number > 0.0)) {
+    let experts: &[&str] = if family.mixed.is_some() { &[] } else { &["num_experts", "num_local_experts"] };
+    for key in ["clip_qkv"].iter().chain(experts) {
+        if keys.0.get(*key).is_some_and(|value| value.as_f64().is_some_and(|number| number > 0.0)) {
             return Err(Error::input(format!("config.json: {key} is not supported for this model_type")));
         }
     }
@@ -287,9 +294,10 @@ fn layers(keys: &Keys<'_>, family: &Family, head_dim: usize, max_positions: usiz
         None => family.defaults.window,
     };
     let tables = rotation::tables(keys, family, head_dim, max_positions)?;
-    let layers = slides.iter().zip(&rotates).map(|(&slides, &rotates)| {
+    let mixes = Mixture::layers(keys, family, count)?;
+    let layers = slides.iter().zip(&rotates).zip(mixes).map(|((&slides, &rotates), mixed)| {
         let table = if slides { &tables.sliding } else { &tables.full };
-        Layer { window: window.filter(|_| slides), rotation: table.clone().filter(|_| rotates) }
+        Layer { window: window.filter(|_| slides), rotation: table.clone().filter(|_| rotates), mixed }
     });
     Ok(layers.collect())
 }
@@ -310,10 +318,11 @@ fn sliding(keys: &Keys<'_>, family: &Family, count: usize, rotates: &[bool]) -> 
     let rule = match family.windows {
         Windows::Never => return Ok(vec![false; count]),
         Windows::Every => return Ok(vec![true; count]),
+        Windows::EveryWhenUsed => return Ok(vec![keys.flag("use_sliding_window") == Some(true); count]),
         Windows::ByType(rule) => rule,
     };
     let used = keys.flag("use_sliding_window").unwrap_or(false);
-    let switched = matches!(rule, SlidingRule::FromMaxWindowLayers | SlidingRule::WithoutRope);
+    let switched = !matches!(rule, SlidingRule::All | SlidingRule::Even | SlidingRule::AllButEvery(_));
     if switched && !used {
         return Ok(vec![false; count]);
     }
@@ -336,6 +345,7 @@ fn sliding(keys: &Keys<'_>, family: &Family, count: usize, rotates: &[bool]) -> 
         SlidingRule::Even => layer.is_multiple_of(2),
         SlidingRule::AllButEvery(every) => !(layer + 1).is_multiple_of(pattern.unwrap_or(every)),
         SlidingRule::WithoutRope => !rotates[layer],
+        SlidingRule::EvenBelowMaxWindowLayers => layer.is_multiple_of(2) && layer < first,
     };
     Ok((0..count).map(slides).collect())
 }

@@ -114,7 +114,12 @@ pub fn block(spec: &Spec<'_>, parameters: &Parameters, x: Tensor<2>, tap: Tap<'_
     let parallel = spec.config.family.places.parallel.then(|| x.clone());
     let h = add_branch(spec, parameters, Branch::ATTENTION, x, mixed, tap);
     tap(Point::Joined, &h);
-    let gated = middle(spec, parameters, parallel.unwrap_or_else(|| h.clone()), tap);
+    let source = parallel.unwrap_or_else(|| h.clone());
+    if let (Some(experts), Some(mixture)) = (parameters.experts(), &spec.config.mixture) {
+        let given = experts.forward(mixture, spec.config.activation, &mlp_input(spec, parameters, source));
+        return add_given(spec, parameters, Place::MlpOut, h, given, tap);
+    }
+    let gated = middle(spec, parameters, source, tap);
     add_branch(spec, parameters, Branch::MLP, h, gated, tap)
 }
 
@@ -203,9 +208,13 @@ impl Branch {
 }
 
 fn add_branch(spec: &Spec<'_>, parameters: &Parameters, branch: Branch, x: Tensor<2>, mixed: Tensor<2>, tap: Tap<'_>) -> Tensor<2> {
-    let projected = linear(parameters, branch.role, &mixed);
-    tap(Point::Branch(branch.place), &projected);
-    let normed = norm(spec, parameters, branch.place, projected);
+    add_given(spec, parameters, branch.place, x, linear(parameters, branch.role, &mixed), tap)
+}
+
+/// The residual stream after a branch that gave `projected`.
+fn add_given(spec: &Spec<'_>, parameters: &Parameters, place: Place, x: Tensor<2>, projected: Tensor<2>, tap: Tap<'_>) -> Tensor<2> {
+    tap(Point::Branch(place), &projected);
+    let normed = norm(spec, parameters, place, projected);
     let factor = spec.config.residual_factor;
     // Nobody else holds the branch, so the sum is formed in its memory, also where a tap keeps `x`.
     if factor == 1.0 { normed + x } else { normed * factor + x }

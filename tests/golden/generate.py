@@ -131,6 +131,19 @@ CASES = {
         hidden_size=24, num_hidden_layers=4, max_position_embeddings=64, sliding_window=7, logit_scale=0.25,
         layer_norm_eps=0.01, **TOKEN_IDS, tie_word_embeddings=True,
         rope_parameters=dict(rope_type="default", rope_theta=50000.0))),
+    # A dense layer between mixtures, shares that do not add up to one, and an expert of all tokens.
+    "qwen2_moe": ("qwen2_moe", torch.bfloat16, dict(
+        hidden_size=24, intermediate_size=20, num_hidden_layers=3, max_position_embeddings=64, moe_intermediate_size=12,
+        shared_expert_intermediate_size=16, num_experts=6, num_experts_per_tok=2, norm_topk_prob=False,
+        mlp_only_layers=[1], use_sliding_window=True, sliding_window=7, max_window_layers=3,
+        rope_parameters=dict(rope_type="default", rope_theta=10000.0))),
+    "qwen3_moe": ("qwen3_moe", torch.bfloat16, dict(
+        hidden_size=24, intermediate_size=20, num_hidden_layers=3, head_dim=10, max_position_embeddings=64,
+        moe_intermediate_size=12, num_experts=6, num_experts_per_tok=3, norm_topk_prob=True, mlp_only_layers=[1],
+        rope_parameters=dict(rope_type="default", rope_theta=10000.0))),
+    "mixtral": ("mixtral", torch.bfloat16, dict(
+        hidden_size=24, intermediate_size=16, num_hidden_layers=2, max_position_embeddings=64, sliding_window=7,
+        num_local_experts=4, num_experts_per_tok=2, rope_parameters=dict(rope_type="default", rope_theta=1000000.0))),
     # Queries grow three times within the 24 tokens.
     "ministral3": ("ministral3", torch.bfloat16, dict(
         hidden_size=20, num_hidden_layers=2, head_dim=10, max_position_embeddings=64, sliding_window=None,

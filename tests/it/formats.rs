@@ -193,3 +193,29 @@ fn packed_checkpoints_are_exported_where_the_other_format_holds_the_same_weights
     let (code, error, out) = run(&folder.path().join("free"), "gguf", "refused");
     assert!(code == Some(2) && error.contains("dense") && error.lines().count() == 1 && !out.exists(), "{error}");
 }
+
+#[test]
+fn mixtures_of_experts_are_quantized_without_data_and_measured_and_others_methods_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = folder.path().join("letters.txt");
+    let letter = |at: usize| char::from(b'A' + (at * 7919 + at * at % 31) as u8 % 26);
+    std::fs::write(&text, (0..4000).map(letter).collect::<String>()).unwrap();
+    let measure = ["--eval-text", text.to_str().unwrap(), "--eval-tokens", "1024", "--eval-seq", "64"];
+    for (case, layers) in [("qwen2_moe", 57), ("qwen3_moe", 51), ("mixtral", 32)] {
+        let model = with_tokenizer(case, folder.path());
+        let recipe = "[[stage]]\nmethod = \"round-to-nearest\"\nbits = 8\ngroup = 8\n";
+        let (out, found) = compress(folder.path(), model.to_str().unwrap(), &format!("{case}-out"), recipe, &measure);
+        let names: Vec<&str> = found["report"]["layers"].as_array().unwrap().iter().map(|layer| layer["name"].as_str().unwrap()).collect();
+        assert_eq!(names.len(), layers, "{names:?}");
+        assert!(names.iter().any(|name| name.contains(".experts.3.")) && !names.iter().any(|name| name.ends_with(".gate")), "{names:?}");
+        let kld = found["report"]["quality"]["against"]["kld_mean"].as_f64().unwrap();
+        assert!(kld > 0.0 && kld < 0.02, "{case}: {kld}");
+        let checked =
+            drawknife(&["check", out.to_str().unwrap(), "--reference", model.to_str().unwrap(), "--text", text.to_str().unwrap()]);
+        assert!(checked.status.success(), "{case}: {}", String::from_utf8_lossy(&checked.stdout));
+        let refused =
+            drawknife(&["compress", model.to_str().unwrap(), "-o", folder.path().join("none").to_str().unwrap(), "--preset", "prune50"]);
+        let error = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(refused.status.code() == Some(2) && error.contains("is a mixture of experts, which"), "{case}: {error}");
+    }
+}

@@ -1,0 +1,175 @@
+//! Mixtures of experts: what config.json says of them, their layers in a block, and their forward. A router sends every token to a
+//! few of the experts, gated MLPs of which each sees its own tokens; the output is the sum of what they give, times their shares,
+//! and of what an expert of all tokens gives, where there is one.
+
+use burn::tensor::Tensor;
+use serde_json::Value;
+
+use crate::error::{Error, Result, shown};
+use crate::kernels::gated::{Activation, gated};
+use crate::kernels::linear::linear;
+use crate::kernels::routing::{Rule, route};
+use crate::kernels::{tensor, values};
+use crate::matrix::Matrix;
+use crate::model::architecture::Family;
+use crate::model::block::{Linear, floats};
+use crate::model::config::Keys;
+
+/// Rows of an expert's products are a multiple of this.
+const ROWS: usize = 16;
+
+/// Most experts of a layer.
+const MOST: usize = 1 << 14;
+
+/// What config.json says of the mixtures of a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mixture {
+    /// Experts of a layer.
+    pub experts: usize,
+    /// How tokens are given to them.
+    pub rule: Rule,
+    /// Columns in the middle of an expert.
+    pub width: usize,
+    /// Columns in the middle of the expert of all tokens, where there is one.
+    pub shared: Option<usize>,
+}
+
+impl Mixture {
+    /// Reads the mixture of a family that has one.
+    ///
+    /// # Errors
+    /// One line naming the key.
+    pub fn read(keys: &Keys<'_>, family: &Family) -> Result<Option<Self>> {
+        let Some(mixed) = family.mixed else { return Ok(None) };
+        let [experts, chosen, width, shared] = mixed.defaults;
+        let experts = match keys.count("num_experts", MOST as u64)? {
+            Some(experts) => experts,
+            None => keys.count("num_local_experts", MOST as u64)?.unwrap_or(experts),
+        };
+        let chosen = keys.count("num_experts_per_tok", MOST as u64)?.unwrap_or(chosen);
+        if chosen > experts {
+            return Err(Error::input(format!("config.json: num_experts_per_tok is {chosen}, there are {experts} experts")));
+        }
+        let renormalized = mixed.renormalized || keys.flag("norm_topk_prob").unwrap_or(false);
+        let shared = match mixed.shared {
+            Some(_) => Some(keys.count("shared_expert_intermediate_size", 1 << 24)?.unwrap_or(shared)),
+            None => None,
+        };
+        let width = keys.count(mixed.width, 1 << 24)?.unwrap_or(width);
+        Ok(Some(Self { experts, rule: Rule { chosen, renormalized }, width, shared }))
+    }
+
+    /// Which layers are mixtures.
+    ///
+    /// # Errors
+    /// One line naming the key.
+    pub fn layers(keys: &Keys<'_>, family: &Family, count: usize) -> Result<Vec<bool>> {
+        let Some(mixed) = family.mixed else { return Ok(vec![false; count]) };
+        if mixed.every {
+            return Ok(vec![true; count]);
+        }
+        let step = keys.count("decoder_sparse_step", 1 << 20)?.unwrap_or(1);
+        let dense: Vec<u64> = match keys.0.get("mlp_only_layers") {
+            None | Some(Value::Null) => Vec::new(),
+            Some(value) => {
+                let wrong =
+                    || Error::input(format!("config.json: mlp_only_layers is {}, it must be a list of numbers", shown(&value.to_string())));
+                value.as_array().and_then(|list| list.iter().map(Value::as_u64).collect()).ok_or_else(wrong)?
+            }
+        };
+        Ok((0..count).map(|layer| !dense.contains(&(layer as u64)) && (layer + 1).is_multiple_of(step)).collect())
+    }
+
+    /// Weights of the linear layers of a mixture over `hidden` columns.
+    pub fn entries(&self, hidden: usize) -> u64 {
+        3 * hidden as u64 * (self.experts as u64 * self.width as u64 + self.shared.unwrap_or(0) as u64)
+    }
+}
+
+/// Which expert.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Which {
+    /// One of those that the router chooses from.
+    Routed(usize),
+    /// That of all tokens.
+    Shared,
+}
+
+/// The layers of a mixture: gate, up and down of every expert.
+#[derive(Debug)]
+pub struct Experts {
+    /// Experts × hidden.
+    pub router: Matrix,
+    /// Those that the router chooses from.
+    pub routed: Vec<[Linear; 3]>,
+    /// That of all tokens, with what scales its output, 1 × hidden.
+    pub shared: Option<([Linear; 3], Matrix)>,
+}
+
+impl Experts {
+    /// Bytes of all its weights in f32.
+    pub fn bytes(&self) -> u64 {
+        let all = self.routed.iter().chain(self.shared.as_ref().map(|(linears, _)| linears)).flatten();
+        all.map(|linear| linear.weight.shape()).map(|[rows, columns]| 4 * (rows * columns) as u64).sum()
+    }
+}
+
+/// The tensors that the forward of a mixture needs.
+#[derive(Debug, Clone)]
+pub struct Tensors {
+    router: Tensor<2>,
+    routed: Vec<[Tensor<2>; 3]>,
+    shared: Option<([Tensor<2>; 3], Tensor<2>)>,
+}
+
+impl Tensors {
+    /// Takes the floats out of a mixture, which must not be used any more.
+    pub fn take(experts: &mut Experts, device: &burn::tensor::Device) -> Self {
+        let whole = |matrix: &Matrix| tensor(matrix.data.clone(), [matrix.rows, matrix.columns], device);
+        let take = |linears: &mut [Linear; 3]| {
+            linears.each_mut().map(|linear| {
+                let shape = linear.weight.shape();
+                tensor(floats(&mut linear.weight), shape, device)
+            })
+        };
+        Self {
+            router: whole(&experts.router),
+            routed: experts.routed.iter_mut().map(take).collect(),
+            shared: experts.shared.as_mut().map(|(linears, gate)| (take(linears), whole(gate))),
+        }
+    }
+
+    /// What a mixture gives for its input `x`, tokens × hidden. Tokens go to the processor between experts, so that nothing here is
+    /// differentiated.
+    pub fn forward(&self, mixture: &Mixture, activation: Activation, x: &Tensor<2>) -> Tensor<2> {
+        let ([tokens, hidden], device) = (x.dims(), x.device());
+        let rows = values(x.clone());
+        let logits = values(linear(x, &self.router));
+        let mut out = vec![0.0f32; tokens * hidden];
+        let routed = route(&logits, mixture.experts, mixture.rule);
+        for (layers, tokens) in self.routed.iter().zip(routed).filter(|(_, tokens)| !tokens.is_empty()) {
+            let mut own = Vec::with_capacity(tokens.len() * hidden);
+            tokens.iter().for_each(|&(token, _)| own.extend_from_slice(&rows[token * hidden..][..hidden]));
+            // Products of few rows round otherwise; what a token gets must not depend on who goes with it.
+            let filled = tokens.len().next_multiple_of(ROWS);
+            own.resize(filled * hidden, 0.0);
+            let given = values(mlp(layers, activation, &tensor(own, [filled, hidden], &device)));
+            for (&(token, share), given) in tokens.iter().zip(given.chunks_exact(hidden.max(1))) {
+                out[token * hidden..][..hidden].iter_mut().zip(given).for_each(|(out, given)| *out += share * given);
+            }
+        }
+        if let Some((layers, gate)) = &self.shared {
+            let (given, gates) = (values(mlp(layers, activation, x)), values(linear(x, gate)));
+            for ((out, given), gate) in out.chunks_exact_mut(hidden.max(1)).zip(given.chunks_exact(hidden.max(1))).zip(gates) {
+                let open = 1.0 / (1.0 + (-gate).exp());
+                out.iter_mut().zip(given).for_each(|(out, given)| *out += open * given);
+            }
+        }
+        tensor(out, [tokens, hidden], &device)
+    }
+}
+
+/// A gated MLP.
+fn mlp([gate, up, down]: &[Tensor<2>; 3], activation: Activation, x: &Tensor<2>) -> Tensor<2> {
+    linear(&gated(activation, linear(x, gate), linear(x, up)), down)
+}
