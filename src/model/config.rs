@@ -290,6 +290,8 @@ fn layers(keys: &Keys<'_>, family: &Family, head_dim: usize, max_positions: usiz
     }
     let window = match keys.0.get("sliding_window") {
         Some(Value::Null) => None,
+        // Some versions write 0 where no window is used.
+        Some(value) if value == &0 && keys.flag("use_sliding_window") == Some(false) => None,
         Some(_) => keys.count("sliding_window", 1 << 31)?,
         None => family.defaults.window,
     };
@@ -518,6 +520,11 @@ mod tests {
         let windows = |extra| Config::read(&base(extra)).unwrap().layers.iter().map(|layer| layer.window).collect::<Vec<_>>();
         assert_eq!(windows(json!({"model_type": "mistral", "num_key_value_heads": 4})), [Some(4096); 4]);
         assert_eq!(windows(json!({"model_type": "mistral", "num_key_value_heads": 4, "sliding_window": null})), [None; 4]);
+        assert_eq!(
+            windows(json!({"model_type": "qwen2", "sliding_window": 0, "use_sliding_window": false, "num_key_value_heads": 4})),
+            [None; 4]
+        );
+        assert!(Config::read(&base(json!({"sliding_window": 0}))).is_err());
         let head_dim = |extra| Config::read(&base(extra)).unwrap().head_dim;
         assert_eq!(head_dim(json!({"model_type": "qwen3", "num_key_value_heads": 4})), 128);
         assert_eq!(head_dim(json!({"model_type": "qwen3", "num_key_value_heads": 4, "head_dim": null})), 16);
