@@ -38,7 +38,7 @@ use crate::evaluate::{self, Protocol, Quality, Text};
 use crate::formats::targets::{Engine, loaders, unfused};
 use crate::formats::{self, Format};
 use crate::gate;
-use crate::model::config::known_family;
+use crate::model::computes;
 use crate::model::generate::{self, BUDGET};
 use crate::model::hidden::{Hidden, Keeping};
 use crate::model::seen::Needs;
@@ -151,7 +151,7 @@ impl Prepared {
         // A broken one would be carried into the output.
         let named = std::fs::symlink_metadata(job.model.join("tokenizer.json")).is_ok();
         let tokenizer = if named { Some(Tokenizer::open(&job.model)?) } else { None };
-        let known = known_family(&checkpoint.config).is_some();
+        let known = computes(&checkpoint);
         let source = Through::restored(formats::open(&checkpoint)?);
         let model = if known { Some(Model::open(&checkpoint, &source)?) } else { None };
         let candidates = candidates(&checkpoint, &source, model.as_ref())?;

@@ -12,6 +12,9 @@ use crate::checkpoint::index;
 use crate::error::{Error, Result, shown, shown_path};
 use crate::run::Observer;
 
+/// End of the name of a mark beside a file whose bytes were not held against their hash yet.
+const UNVERIFIED: &str = "unverified";
+
 /// Longest file that says which commit a revision is, in bytes.
 const REFERENCE_BYTES: u64 = 4096;
 
@@ -66,7 +69,9 @@ impl Hub {
     /// When the cache does not hold it and the network is not to be touched, or the download fails.
     pub fn locate(&self, id: &Id, observer: &dyn Observer) -> Result<PathBuf> {
         match self.cached(id) {
-            Some(folder) => Ok(folder),
+            Some(folder) if self.offline || has_tokenizer(&folder) => Ok(folder),
+            // Other programs may have fetched the weights alone.
+            Some(folder) => self.fetch(id, observer).or(Ok(folder)),
             None if self.offline => Err(Error::input(format!(
                 "{id}: not in the cache {} (--offline); download it first, without --offline, or give a folder",
                 shown_path(&self.cache)
@@ -87,7 +92,9 @@ impl Hub {
             Ok(commit) => String::from_utf8(commit).ok()?.trim().to_string(),
             Err(_) => id.revision.clone(),
         };
-        let plain = !commit.is_empty() && commit.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c));
+        let unsure = std::fs::read_dir(folder.join("blobs"))
+            .is_ok_and(|blobs| blobs.flatten().any(|blob| blob.path().extension().is_some_and(|end| end == UNVERIFIED)));
+        let plain = !unsure && !commit.is_empty() && commit.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c));
         let snapshot = folder.join("snapshots").join(commit);
         (plain && complete(&snapshot)).then_some(snapshot)
     }
@@ -95,6 +102,11 @@ impl Hub {
     fn folder(&self, id: &Id) -> PathBuf {
         self.cache.join(format!("models--{}", id.name.replace('/', "--")))
     }
+}
+
+/// Whether a folder holds a tokenizer, of whatever kind.
+fn has_tokenizer(folder: &Path) -> bool {
+    ["tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "tiktoken.model"].iter().any(|name| folder.join(name).exists())
 }
 
 /// Whether a folder holds a configuration and all files of weights.
@@ -209,6 +221,10 @@ mod tests {
         assert_eq!(hub.cached(&id), None);
         std::fs::write(snapshot.join("x.safetensors"), "").unwrap();
         assert_eq!(hub.locate(&id, &crate::run::Silent).unwrap(), snapshot);
+        std::fs::create_dir_all(folder.join("blobs")).unwrap();
+        std::fs::write(folder.join("blobs/abc.unverified"), "").unwrap();
+        assert_eq!(hub.cached(&id), None);
+        std::fs::remove_file(folder.join("blobs/abc.unverified")).unwrap();
         assert_eq!(hub.cached(&Id { revision: "abc".into(), ..id.clone() }), Some(snapshot.clone()));
         assert_eq!(hub.cached(&Id { revision: "other".into(), ..id.clone() }), None);
         assert_eq!(name_of(&snapshot).unwrap(), "o/n");

@@ -15,6 +15,7 @@ pub mod seen;
 pub mod slopes;
 pub mod walk;
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use crate::checkpoint::Checkpoint;
@@ -23,7 +24,7 @@ use crate::error::{Error, Result};
 use crate::matrix::Matrix;
 use crate::model::architecture::{Mixed, PROJECTIONS};
 use crate::model::block::{Block, Linear, Norm, Place, Role, Site};
-use crate::model::config::Config;
+use crate::model::config::{Config, decoder, known_family};
 use crate::model::mixture::{Experts, Mixture, Which};
 use crate::weight::Weight;
 
@@ -340,6 +341,17 @@ impl<'a> Model<'a> {
         let mixed = self.config.mixture.filter(|_| layers.iter().any(|layer| layer.mixed));
         4 * (attention + dense.max(mixed.map_or(0, |mixture| mixture.entries(self.config.hidden))))
     }
+}
+
+/// Whether a checkpoint is one whose decoder can be computed, as far as its configuration and its names tell. What is not is
+/// worked on by names and shapes: other families, larger models that say too little of their decoder, and mixtures whose experts
+/// are stacked in one tensor.
+pub fn computes(checkpoint: &Checkpoint) -> bool {
+    let config = &checkpoint.config;
+    let Some(family) = known_family(config) else { return false };
+    let silent = matches!(decoder(config), Cow::Owned(_)) && Config::read(config).is_err();
+    let stacked = family.mixed.is_some() && checkpoint.names().any(|name| name.contains(".experts.gate_up_proj"));
+    !silent && !stacked
 }
 
 /// Gate, up and down of one expert after the other.

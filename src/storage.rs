@@ -240,6 +240,10 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
         Ok(found) if !found.is_file() => return Err(Error::input("not a regular file; give another name").file(path)),
         _ => {}
     }
+    // Through a link to what it leads to, rather than in its place.
+    let linked = std::fs::symlink_metadata(path).is_ok_and(|found| found.is_symlink());
+    let target = if linked { path.canonicalize().unwrap_or_else(|_| path.to_path_buf()) } else { path.to_path_buf() };
+    let path = target.as_path();
     let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     // As any new file: what the mask of the process takes away is not there.
     let file = tempfile::Builder::new().permissions(std::fs::Permissions::from_mode(0o666)).tempfile_in(folder);
@@ -331,6 +335,10 @@ mod tests {
         assert_eq!((mode & 0o111, std::fs::read_dir(folder.path()).unwrap().count()), (0, 1));
         assert!(write_whole(&folder.path().join("none/a"), b"").is_err());
         assert!(write_whole(folder.path(), b"").unwrap_err().to_string().contains("not a regular file"));
+        let link = folder.path().join("link");
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        write_whole(&link, b"through").unwrap();
+        assert!(std::fs::read(&path).unwrap() == b"through" && std::fs::symlink_metadata(&link).unwrap().is_symlink());
         write_whole(Path::new("/dev/null"), b"x").unwrap();
         let device = std::fs::metadata("/dev/null").unwrap();
         assert!(std::os::unix::fs::FileTypeExt::is_char_device(&device.file_type()));

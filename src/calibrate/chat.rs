@@ -2,6 +2,7 @@
 //! program asked for it ([`isolate`]) it runs in a child process that may take so much memory and time and no more.
 
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -121,13 +122,18 @@ impl Renderer {
 
 /// Starts a child and gives it the template.
 fn start(program: &PathBuf, template: &Template) -> std::io::Result<Running> {
-    let mut child = Command::new(program).arg(CHILD_VERB).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
-    let gone = || std::io::Error::other("it has no pipes");
-    let (mut asked, answered) = (child.stdin.take().ok_or_else(gone)?, child.stdout.take().ok_or_else(gone)?);
+    let mut command = Command::new(program);
+    // A signal from the terminal is the parent's to notice; the child ends when its input does.
+    command.arg(CHILD_VERB).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).process_group(0);
+    let mut child = command.spawn()?;
     let (sender, answers) = channel();
+    let (Some(asked), Some(answered)) = (child.stdin.take(), child.stdout.take()) else {
+        return Err(std::io::Error::other("it has no pipes"));
+    };
+    let mut running = Running { child, asked, answers };
     std::thread::Builder::new().spawn(move || BufReader::new(answered).lines().try_for_each(|line| sender.send(line)))?;
-    asked.write_all(format!("{}\n", serde_json::to_string(template)?).as_bytes())?;
-    Ok(Running { child, asked, answers })
+    running.asked.write_all(format!("{}\n", serde_json::to_string(template)?).as_bytes())?;
+    Ok(running)
 }
 
 /// What a child does: reads a template and then messages, one object of JSON per line, and answers each of the latter.

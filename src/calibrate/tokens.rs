@@ -159,8 +159,13 @@ impl Tokenizer {
                 break;
             }
         }
-        if special && text.trim().len() > SHORT && !tokens.is_empty() && tokens.iter().all(|token| self.special.contains(token)) {
-            let what = format!("makes nothing but special tokens of a text of {} bytes; it is damaged", text.len());
+        if special
+            && limit.is_none()
+            && text.trim().len() > SHORT
+            && !tokens.is_empty()
+            && tokens.iter().all(|token| self.special.contains(token))
+        {
+            let what = format!("knows nothing of a text of {} bytes: it makes special tokens of it and no others", text.len());
             return Err(Error::input(what).file(&self.path));
         }
         Ok(tokens)

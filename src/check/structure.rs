@@ -47,7 +47,7 @@ pub fn examine(subject: &Subject, engine: Option<Engine>, run: &Run<'_>) -> Vec<
     let tensors = checkpoint.names().count();
     let mut findings = vec![Finding::of("files", Ok(format!("{tensors} tensors in {} files, as the index says", checkpoint.shards.len())))];
     findings.extend(hashes(subject));
-    let known = crate::model::config::known_family(&checkpoint.config).is_some();
+    let known = crate::model::computes(checkpoint);
     findings.push(match known {
         true => Finding::of("shapes", subject.model().map(|model| format!("{} blocks as config.json says", model.config.layers.len()))),
         false => Finding::of("shapes", Ok("model_type is not known: shapes were not compared with config.json".into())),

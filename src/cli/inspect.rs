@@ -12,7 +12,7 @@ use crate::compress::gguf::unpack::Unpacked;
 use crate::compress::layers::candidates;
 use crate::error::{Result, shown, shown_path};
 use crate::formats;
-use crate::model::{Model, config};
+use crate::model::{self, Model, config};
 use crate::report::bytes;
 
 /// Runs the verb.
@@ -22,7 +22,7 @@ use crate::report::bytes;
 pub fn run(arguments: &Inspect, invocation: &Invocation) -> Result<()> {
     let unpacked = Unpacked::open(&arguments.model, &std::env::temp_dir())?;
     let checkpoint = Checkpoint::open(unpacked.folder())?;
-    let known = config::known_family(&checkpoint.config).is_some();
+    let known = model::computes(&checkpoint);
     let quantized = formats::quantization(&checkpoint).and_then(|config| config["quant_method"].as_str()).map(shown);
     let source = formats::open(&checkpoint);
     let model = match &source {

@@ -12,7 +12,7 @@ use crate::compress::manifest;
 use crate::error::{Error, Result};
 use crate::formats;
 use crate::model::Model;
-use crate::model::config::known_family;
+use crate::model::computes;
 use crate::plan::recipe;
 use crate::plan::{Plan, Planned};
 use crate::run::Run;
@@ -47,7 +47,7 @@ fn fill(model: &Path, format: &str, destination: &mut Destination, run: &Run<'_>
     let unpacked = Unpacked::open(model, run.scratch)?;
     let checkpoint = Checkpoint::open(unpacked.folder())?;
     let source = formats::open(&checkpoint)?;
-    let known = known_family(&checkpoint.config).is_some();
+    let known = computes(&checkpoint);
     let opened = if known { Some(Model::open(&checkpoint, source.as_ref())?) } else { None };
     let mut layers = Vec::new();
     let candidates = candidates(&checkpoint, source.as_ref(), opened.as_ref())?;

@@ -15,7 +15,7 @@ use crate::formats;
 use crate::kernels::gemm::{Sizes, View, product};
 use crate::model::Model;
 use crate::model::block::Role;
-use crate::model::config::known_family;
+use crate::model::computes;
 use crate::model::hidden::Keeping;
 use crate::model::seen::Needs;
 use crate::model::walk::{activation_bytes, embed, walk_part, windows_at_once};
@@ -61,7 +61,7 @@ pub fn estimate(prepared: &Prepared, preparing: f64, run: &Run<'_>) -> Result<Es
     let bytes = prepared.size.bytes_before + prepared.size.bytes_after;
     // Reading and writing at what a usual disk sustains.
     let moving = OVERHEAD + bytes as f64 / 1e9;
-    if known_family(&prepared.checkpoint.config).is_none() {
+    if !computes(&prepared.checkpoint) {
         let seconds = preparing + moving + trial.stream()?;
         return Ok(Estimate { seconds, memory_bytes: trial.memory(0), tried: true });
     }

@@ -9,7 +9,7 @@ use hf_hub::api::sync::{Api, ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
 
 use crate::error::{Error, Fault, Result, shown};
-use crate::hub::{Hub, Id, wanted};
+use crate::hub::{Hub, Id, UNVERIFIED, wanted};
 use crate::run::Observer;
 
 /// How often a file is tried in a row without a byte of progress.
@@ -30,6 +30,10 @@ impl Progress for Watched<'_> {
 
     fn update(&mut self, size: usize) {
         self.observer.step(size as u64, "");
+        if self.observer.stopped().is_some() {
+            // The library has no other way out of a download; what came stays.
+            std::panic::resume_unwind(Box::new("stopped"));
+        }
     }
 
     fn finish(&mut self) {
@@ -61,7 +65,7 @@ impl Hub {
         }
         let api = builder.build().map_err(|error| failed(id, &error))?;
         let repo = api.repo(Repo::with_revision(id.name.clone(), RepoType::Model, id.revision.clone()));
-        let info = repo.info().map_err(|error| failed(id, &error))?;
+        let info = caught(id, || repo.info())?;
         let names: Vec<&str> = info.siblings.iter().map(|file| file.rfilename.as_str()).collect();
         let names = wanted(&names);
         if !names.contains(&"config.json") || !names.iter().any(|name| name.ends_with(".safetensors")) {
@@ -73,14 +77,20 @@ impl Hub {
     }
 }
 
+/// What the library gives, whose failures are errors.
+fn caught<T>(id: &Id, ask: impl FnOnce() -> Result<T, ApiError>) -> Result<T> {
+    match catch_unwind(AssertUnwindSafe(ask)) {
+        Ok(given) => given.map_err(|error| failed(id, &error)),
+        Err(_) => Err(Error::run(format!("{id}: the hub gives an answer that cannot be understood"))),
+    }
+}
+
 impl Fetching<'_> {
     /// One file, tried again where the connection ends and something came.
     fn file(&self, name: &str) -> Result<()> {
         let (mut fruitless, mut before) = (0, 0);
         loop {
-            if let Some(signal) = self.observer.stopped() {
-                return Err(Error::new(Fault::Interrupted(signal), "stopped; what was downloaded is kept, run the same command again"));
-            }
+            self.go_on()?;
             let (came, error) = match self.attempt(name) {
                 Ok(()) => return Ok(()),
                 Err((_, error)) if error.fault == Fault::Input => return Err(error),
@@ -95,55 +105,90 @@ impl Fetching<'_> {
         }
     }
 
+    fn go_on(&self) -> Result<()> {
+        match self.observer.stopped() {
+            Some(signal) => Err(Error::new(Fault::Interrupted(signal), "stopped; what was downloaded is kept, run the same command again")),
+            None => Ok(()),
+        }
+    }
+
     /// Goes on with a file; an error comes with the number of bytes that are there.
     fn attempt(&self, name: &str) -> Result<(), (u64, Error)> {
         let none = |error: Error| (0, error);
-        let metadata = self.api.metadata(&self.repo.url(name)).map_err(|error| none(failed(self.id, &error)))?;
+        let metadata = caught(self.id, || self.api.metadata(&self.repo.url(name))).map_err(none)?;
         let (etag, commit, size) = (metadata.etag().to_string(), metadata.commit_hash().to_string(), metadata.size() as u64);
         // Both become parts of paths.
         if ![&etag, &commit].iter().all(|word| !word.is_empty() && word.chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c))) {
             return Err(none(Error::input(format!("{}: the hub gives {} the tag {}", self.id, shown(name), shown(&etag)))));
         }
-        let pointer = self.folder.join("snapshots").join(commit).join(name);
-        let blob = self.folder.join("blobs").join(&etag);
+        let snapshot = self.folder.join("snapshots").join(&commit);
+        let (pointer, blob) = (snapshot.join(name), self.folder.join("blobs").join(&etag));
+        let (part, mark) = (blob.with_extension("part"), blob.with_extension(UNVERIFIED));
         let length = |path: &Path| std::fs::metadata(path).map_or(0, |file| file.len());
-        if pointer.exists() && length(&blob) == size {
+        let failed = |path: &Path, error: std::io::Error| (0, Error::io(path, &error));
+        if pointer.exists() && length(&blob) == size && !mark.exists() {
             return Ok(());
         }
-        let part = blob.with_extension("part");
-        if length(&part) > size {
-            // Not of this file: nothing of it is of use.
-            let _ = std::fs::remove_file(&part);
+        // All bytes are there, but nobody has looked at them, or they belong to another revision.
+        if length(&part) >= size && size > 0 {
+            let whole = length(&part) == size && !blob.exists();
+            let moved = if whole { std::fs::rename(&part, &blob) } else { std::fs::remove_file(&part) };
+            moved.map_err(|error| failed(&part, error))?;
         }
-        let watched = Watched { observer: self.observer, begun: false };
-        let done = catch_unwind(AssertUnwindSafe(|| self.repo.download_with_progress(name, watched)));
-        match done {
-            Ok(Ok(_)) => {}
-            Ok(Err(error)) => return Err((length(&part), failed(self.id, &error))),
-            Err(_) => return Err((length(&part), Error::run(format!("{}: the download of {} failed", self.id, shown(name))))),
+        std::fs::create_dir_all(self.folder.join("blobs")).map_err(|error| failed(&blob, error))?;
+        // Whoever finds this mark looks at the bytes once more.
+        std::fs::write(&mark, "").map_err(|error| failed(&mark, error))?;
+        if length(&blob) != size {
+            let watched = Watched { observer: self.observer, begun: false };
+            caught(self.id, || self.repo.download_with_progress(name, watched)).map_err(|error| (length(&part), error))?;
         }
         let came = length(&blob);
         let undo = || drop(std::fs::remove_file(&pointer));
         if came < size {
             // The connection ended as if all had come.
             undo();
-            let kept = std::fs::rename(&blob, &part);
-            kept.map_err(|error| (came, Error::io(&blob, &error)))?;
+            std::fs::rename(&blob, &part).map_err(|error| (came, Error::io(&blob, &error)))?;
             return Err((came, Error::run(format!("{}: {} ended at byte {came} of {size}", self.id, shown(name)))));
         }
-        if !matches(&blob, &etag).map_err(|error| (came, Error::io(&blob, &error)))? {
+        let sound = came == size && self.matches(&blob, &etag).map_err(|error| (came, error))?;
+        if !sound {
             undo();
-            let _ = std::fs::remove_file(&blob);
+            let _ = std::fs::remove_file(&blob).and_then(|()| std::fs::remove_file(&mark));
             let what = format!("{}: {} has other bytes than the hub says (hash {etag}); it was removed, try again", self.id, shown(name));
             return Err((0, Error::input(what)));
         }
+        self.place(&snapshot, name, &etag).map_err(|error| failed(&pointer, error))?;
+        std::fs::remove_file(&mark).map_err(|error| failed(&mark, error))
+    }
+
+    /// Makes a file of a revision and says which revision that is, where the library did not.
+    fn place(&self, snapshot: &Path, name: &str, etag: &str) -> std::io::Result<()> {
+        let pointer = snapshot.join(name);
+        if !pointer.exists() {
+            std::fs::create_dir_all(snapshot)?;
+            // It may lead nowhere.
+            let _ = std::fs::remove_file(&pointer);
+            std::os::unix::fs::symlink(Path::new("../../blobs").join(etag), &pointer)?;
+        }
+        let commit = snapshot.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let reference = self.folder.join("refs").join(&self.id.revision);
+        if std::fs::read_to_string(&reference).ok().as_deref().map(str::trim) != Some(commit.as_str()) {
+            std::fs::create_dir_all(reference.parent().unwrap_or(&self.folder))?;
+            std::fs::write(&reference, commit)?;
+        }
         Ok(())
+    }
+
+    /// Whether a file has the hash that a tag is, where it is one; a signal ends the look.
+    fn matches(&self, path: &Path, tag: &str) -> Result<bool> {
+        matches(path, tag, || self.go_on())
     }
 }
 
 /// Whether a file has the hash that a tag is, where it is one: SHA-256 of large files, that of git for small ones.
-fn matches(path: &Path, tag: &str) -> std::io::Result<bool> {
+fn matches(path: &Path, tag: &str, go_on: impl Fn() -> Result<()>) -> Result<bool> {
     use std::io::Read;
+    let fail = |error: std::io::Error| Error::io(path, &error);
     let algorithm = match tag.len() {
         64 => &ring::digest::SHA256,
         40 => &ring::digest::SHA1_FOR_LEGACY_USE_ONLY,
@@ -152,14 +197,15 @@ fn matches(path: &Path, tag: &str) -> std::io::Result<bool> {
     if !tag.chars().all(|c| c.is_ascii_hexdigit()) {
         return Ok(true);
     }
-    let mut file = std::fs::File::open(path)?;
+    let mut file = std::fs::File::open(path).map_err(fail)?;
     let mut context = ring::digest::Context::new(algorithm);
     if tag.len() == 40 {
-        context.update(format!("blob {}\0", file.metadata()?.len()).as_bytes());
+        context.update(format!("blob {}\0", file.metadata().map_err(fail)?.len()).as_bytes());
     }
     let mut piece = vec![0; 1 << 20];
     loop {
-        match file.read(&mut piece)? {
+        go_on()?;
+        match file.read(&mut piece).map_err(fail)? {
             0 => break,
             read => context.update(&piece[..read]),
         }
@@ -172,15 +218,15 @@ fn matches(path: &Path, tag: &str) -> std::io::Result<bool> {
 fn failed(id: &Id, error: &ApiError) -> Error {
     let what = error.to_string();
     let status = |code: &str| what.contains(&format!("http status: {code}"));
-    if status("404") {
-        return Error::input(format!("{id}: neither a folder nor a model of this name on the hub; if it is private, set HF_TOKEN"));
+    if status("404") || status("401") {
+        return Error::input(format!("{id}: neither a folder nor a public model of this name on the hub; for a private one set HF_TOKEN"));
     }
-    if status("401") || status("403") {
-        return Error::input(format!("{id}: the hub asks who you are, or for consent on the model's page; set HF_TOKEN"));
+    if status("403") {
+        return Error::input(format!("{id}: the hub asks for consent on the model's page, and for HF_TOKEN"));
     }
     match error {
         ApiError::IoError(source) if source.kind() == std::io::ErrorKind::StorageFull => Error::full(format!("{id}: {source}")),
-        _ => Error::run(format!("{id}: {what}")),
+        _ => Error::run(format!("{id}: no such folder here, and the hub does not give it: {what}")),
     }
 }
 
@@ -193,7 +239,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a");
         std::fs::write(&path, "hello\n").unwrap();
-        let holds = |tag: &str| matches(&path, tag).unwrap();
+        let holds = |tag: &str| matches(&path, tag, || Ok(())).unwrap();
         assert!(holds("5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03"));
         assert!(holds("ce013625030ba8dba906f756967f9e9ca394464a"), "as git hash-object says");
         assert!(!holds(&"0".repeat(64)) && !holds(&"0".repeat(40)) && holds("W-other"));

@@ -179,6 +179,8 @@ pub const PROJECTIONS: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
 /// What config.json leaves out.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Defaults {
+    /// `num_attention_heads` and `vocab_size` when absent; `None` means that they must be there.
+    pub heads_and_vocabulary: Option<[usize; 2]>,
     /// `head_dim` when absent; `None` means hidden_size / heads.
     pub head_dim: Option<usize>,
     /// `num_key_value_heads` when absent; `None` means as many as heads.
@@ -204,6 +206,7 @@ pub struct Defaults {
 }
 
 const DEFAULTS: Defaults = Defaults {
+    heads_and_vocabulary: None,
     head_dim: None,
     kv_heads: None,
     epsilon: 1e-6,
@@ -369,7 +372,14 @@ pub const FAMILIES: &[Family] = &[
         qk_norm: QkNorm::Head,
         windows: Windows::ByType(SlidingRule::AllButEvery(6)),
         attention_cap: false,
-        defaults: Defaults { theta: 1e6, local_theta: Some(1e4), max_positions: 131_072, caps: [None; 2], ..GEMMA2.defaults },
+        defaults: Defaults {
+            heads_and_vocabulary: Some([8, 262_208]),
+            theta: 1e6,
+            local_theta: Some(1e4),
+            max_positions: 131_072,
+            caps: [None; 2],
+            ..GEMMA2.defaults
+        },
         ..GEMMA2
     },
     OLMO2,

@@ -124,7 +124,7 @@ impl Config {
         refuse_unsupported(&keys, family)?;
         let defaults = family.defaults;
         let hidden = keys.required("hidden_size", 1 << 20)?;
-        let heads = keys.required("num_attention_heads", 1 << 16)?;
+        let [heads, vocabulary] = heads_and_vocabulary(&keys, defaults.heads_and_vocabulary)?;
         let kv_heads = match keys.count("num_key_value_heads", 1 << 16)? {
             Some(found) => found,
             None if keys.0.contains_key("num_key_value_heads") => heads,
@@ -136,7 +136,6 @@ impl Config {
             )));
         }
         let head_dim = head_dim(&keys, family, hidden, heads)?;
-        let vocabulary = keys.required("vocab_size", 1 << 24)?;
         let activation = activation(&keys, family)?;
         let [scale, embed_factor] = factors(&keys, family, hidden, head_dim)?;
         let cap = |on: bool, key: &str, default: Option<f64>| match keys.0.contains_key(key) {
@@ -207,6 +206,15 @@ fn biases(keys: &Keys<'_>, family: &Family) -> [bool; 3] {
         Biases::QkvFlag => [attention, false, false],
         Biases::Flag => [attention, attention, mlp],
     }
+}
+
+/// `num_attention_heads` and `vocab_size`, which some families may leave out.
+fn heads_and_vocabulary(keys: &Keys<'_>, silent: Option<[usize; 2]>) -> Result<[usize; 2]> {
+    let read = |key: &str, limit: u64, at: usize| match silent.filter(|_| !keys.0.contains_key(key)) {
+        Some(default) => Ok(default[at]),
+        None => keys.required(key, limit),
+    };
+    Ok([read("num_attention_heads", 1 << 16, 0)?, read("vocab_size", 1 << 24, 1)?])
 }
 
 fn head_dim(keys: &Keys<'_>, family: &Family, hidden: usize, heads: usize) -> Result<usize> {
@@ -291,7 +299,7 @@ fn layers(keys: &Keys<'_>, family: &Family, head_dim: usize, max_positions: usiz
     let window = match keys.0.get("sliding_window") {
         Some(Value::Null) => None,
         // Some versions write 0 where no window is used.
-        Some(value) if value == &0 && keys.flag("use_sliding_window") == Some(false) => None,
+        Some(value) if *value == 0 && keys.flag("use_sliding_window") == Some(false) => None,
         Some(_) => keys.count("sliding_window", 1 << 31)?,
         None => family.defaults.window,
     };
@@ -510,6 +518,9 @@ mod tests {
             let config = Config::read(&json!({"model_type": wrapper, "text_config": inner, "eos_token_id": 7})).unwrap();
             assert_eq!((config.family.model_type, config.tied, config.bos, config.eos), (family, true, Some(3), vec![7]));
         }
+        let sparse = json!({"model_type": "gemma3", "text_config": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}});
+        let config = Config::read(&sparse).unwrap();
+        assert_eq!((config.heads, config.kv_heads, config.head_dim, config.vocabulary), (8, 4, 256, 262_208));
         let other = json!({"model_type": "pictures", "text_config": text, "tie_word_embeddings": false});
         assert_eq!((known_family(&other).unwrap().model_type, Config::read(&other).unwrap().tied), ("llama", false));
         assert!(Config::read(&json!({"model_type": "pictures", "text_config": inner})).is_err());

@@ -225,6 +225,10 @@ fn an_unknown_architecture_is_quantized_without_data_and_not_calibrated() {
     assert!(drawknife(&["inspect", out.to_str().unwrap()]).status.success());
     let refused = drawknife(&["compress", &model, "-o", folder.path().join("p").to_str().unwrap(), "--preset", "prune50"]);
     assert_eq!(refused.status.code(), Some(2));
+    // A larger model that says too little of its decoder.
+    std::fs::write(&config, "{\"model_type\": \"pictures\", \"text_config\": {\"model_type\": \"llama\"}}").unwrap();
+    let (_, found) = compress(folder.path(), &model, "q", "[[stage]]\nmethod = \"round-to-nearest\"\n", &[]);
+    assert_eq!(found["report"]["layers"].as_array().unwrap().len(), 21);
 }
 
 #[test]

@@ -180,11 +180,37 @@ fn other_bytes_than_the_hub_says_are_refused_and_nothing_of_them_is_kept() {
 }
 
 #[test]
+fn bytes_that_nobody_held_against_their_hash_are_looked_at_again_and_not_fetched_again() {
+    let hub = Hub::new();
+    hub.inspect(&[]).unwrap();
+    let blobs = hub.cache.path().join("hub/models--owner--model/blobs");
+    let weights = hub.blobs().into_iter().find(|name| name.len() == 64).unwrap();
+    let asked = |hub: &Hub| hub.state().asked.iter().filter(|(path, _)| path.ends_with("/model.safetensors")).count();
+    // Stopped between the download and the look: one question for the hash, none for the bytes.
+    std::fs::write(blobs.join(format!("{weights}.unverified")), "").unwrap();
+    let before = asked(&hub);
+    hub.inspect(&[]).unwrap();
+    assert_eq!(asked(&hub), before + 1);
+    assert!(hub.blobs().iter().all(|name| !name.ends_with("unverified")));
+    // The same with other bytes, and with all bytes in the part.
+    let mut bytes = std::fs::read(blobs.join(&weights)).unwrap();
+    bytes[9] ^= 1;
+    std::fs::write(blobs.join(&weights), &bytes).unwrap();
+    std::fs::write(blobs.join(format!("{weights}.unverified")), "").unwrap();
+    assert!(hub.inspect(&[]).unwrap_err().contains("has other bytes"));
+    bytes[9] ^= 1;
+    std::fs::write(blobs.join(format!("{weights}.part")), &bytes).unwrap();
+    let before = asked(&hub);
+    assert_eq!(hub.inspect(&[]).unwrap()["blocks"], 3);
+    assert_eq!(asked(&hub), before + 1);
+}
+
+#[test]
 fn what_is_not_there_is_said_in_one_line() {
     let hub = Hub::new();
     let output = hub.run(&["inspect", "owner/other"]);
     let error = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.code() == Some(2) && error.contains("owner/other: neither a folder nor a model"), "{error}");
+    assert!(output.status.code() == Some(2) && error.contains("owner/other: neither a folder nor a public model"), "{error}");
     hub.state().files.remove("config.json");
     assert!(hub.inspect(&[]).unwrap_err().contains("holds no config.json with safetensors"));
     // A path whose first folder exists is no name on a hub.
