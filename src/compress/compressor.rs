@@ -19,6 +19,7 @@ use crate::methods::{self, BlockLayer, Layer, Method, Target, float_output};
 use crate::model::bench::Bench;
 use crate::model::block::Role;
 use crate::model::hidden::Hidden;
+use crate::model::mixture::Which;
 use crate::model::seen::{Needs, Statistics};
 use crate::model::walk::Visitor;
 use crate::plan::{Plan, Planned, Stage};
@@ -58,6 +59,13 @@ pub struct Finished {
 struct Handed {
     bounds: Option<Bounds>,
     notes: Vec<String>,
+}
+
+/// What stages hand on about the layers of a block: by role, and of experts by name.
+#[derive(Debug, Default)]
+struct HandedOn {
+    roles: BTreeMap<Role, Handed>,
+    experts: BTreeMap<String, Handed>,
 }
 
 impl<'a> Compressor<'a> {
@@ -137,7 +145,8 @@ impl<'a> Compressor<'a> {
     }
 
     /// One stage on all layers of a block that it works on; gives the loss curve where there is one.
-    fn stage(&self, number: usize, bench: &mut Bench<'_>, handed: &mut BTreeMap<Role, Handed>) -> Result<(Vec<f64>, Vec<String>)> {
+    fn stage(&self, number: usize, bench: &mut Bench<'_>, all: &mut HandedOn) -> Result<(Vec<f64>, Vec<String>)> {
+        let HandedOn { roles: handed, experts } = all;
         let stage = &self.plan.stages[number];
         let mut layers = Vec::new();
         for linear in &bench.block.linears {
@@ -181,17 +190,48 @@ impl<'a> Compressor<'a> {
             let gpu = bench.run.device.gpu.as_ref();
             (linear.weight, _) = apply(stage, planned, weight, statistics, handed.entry(layer.role).or_default(), gpu)?;
         }
+        self.on_experts(number, bench, experts)?;
         Ok(Default::default())
     }
 
+    /// One stage on the experts of a block that it works on.
+    fn on_experts(&self, number: usize, bench: &mut Bench<'_>, handed: &mut BTreeMap<String, Handed>) -> Result<()> {
+        let stage = &self.plan.stages[number];
+        let Some(mut experts) = bench.block.experts.take() else { return Ok(()) };
+        let names: Vec<Which> = experts.linears().map(|(which, _)| which).collect();
+        for (which, linears) in names.into_iter().zip(experts.linears_mut()) {
+            for linear in linears {
+                bench.run.check_stop()?;
+                let planned = self.plan.layer(&linear.name).filter(|planned| planned.stages.contains(&number));
+                let Some(planned) = planned else { continue };
+                let [_, columns] = linear.weight.shape();
+                let statistics = match bench.seen.at_expert(which, linear.role.site(), columns) {
+                    Ok(statistics) => Some(statistics),
+                    Err(_) if stage.method.needs() == Needs::Nothing => None,
+                    Err(error) => return Err(error.tensor(&linear.name)),
+                };
+                let weight = std::mem::replace(&mut linear.weight, Weight::Dense(Matrix::new(0, 0, Vec::new())));
+                let handed = handed.entry(linear.name.clone()).or_default();
+                (linear.weight, _) = apply(stage, planned, weight, statistics.as_deref(), handed, bench.run.device.gpu.as_ref())?;
+            }
+        }
+        bench.block.experts = Some(experts);
+        Ok(())
+    }
+
     /// Writes the layers of a block with their reports.
-    fn write_block(&mut self, bench: &Bench<'_>, mut handed: BTreeMap<Role, Handed>) -> Result<()> {
+    fn write_block(&mut self, bench: &Bench<'_>, handed: HandedOn) -> Result<()> {
+        let HandedOn { roles: mut handed, mut experts } = handed;
         let plan = self.plan;
         let tokens = (0..bench.hidden.len()).map(|window| bench.hidden.tokens(window)).sum();
         for module in bench.model.modules(bench.index()) {
             let Some(planned) = plan.layer(&module.name).filter(|planned| planned.outlined.storage.is_some()) else { continue };
             let (mut change, mut layer_error, mut notes) = ([0.0; 2], None, Vec::new());
-            for note in module.roles.iter().filter_map(|role| handed.remove(role)).flat_map(|handed| handed.notes) {
+            let of_roles: Vec<Handed> = match module.expert {
+                Some(_) => experts.remove(&module.name).into_iter().collect(),
+                None => module.roles.iter().filter_map(|role| handed.remove(role)).collect(),
+            };
+            for note in of_roles.into_iter().flat_map(|handed| handed.notes) {
                 if !notes.contains(&note) {
                     notes.push(note);
                 }
@@ -200,9 +240,14 @@ impl<'a> Compressor<'a> {
             if let Some(original) = bench.originals(&module) {
                 let (compressed, site) = (weight.to_matrix(), module.site());
                 change = methods::change(&original.data, &compressed.data);
-                layer_error = bench.seen.layer_error(site, &original, &compressed).map(ratio);
                 notes.extend(remarks::of_floats(&original.data, original.columns));
-                notes.extend(remarks::of_inputs(&bench.seen, site, original.columns, tokens));
+                match module.expert {
+                    Some(which) => notes.extend(remarks::of_expert(&bench.seen, which)),
+                    None => {
+                        layer_error = bench.seen.layer_error(site, &original, &compressed).map(ratio);
+                        notes.extend(remarks::of_inputs(&bench.seen, site, original.columns, tokens));
+                    }
+                }
             }
             self.write(planned, &weight, change, layer_error, notes)?;
         }
@@ -262,7 +307,7 @@ impl Visitor for Compressor<'_> {
     }
 
     fn visit(&mut self, bench: &mut Bench<'_>) -> Result<()> {
-        let mut handed = BTreeMap::new();
+        let mut handed = HandedOn::default();
         let mut before = bench.output_error()?;
         for number in 0..self.plan.stages.len() {
             bench.settled = false;

@@ -2,7 +2,8 @@
 
 use crate::kernels::gram::add_column_squares;
 use crate::model::block::Site;
-use crate::model::seen::Seen;
+use crate::model::mixture::Which;
+use crate::model::seen::{FEW_TOKENS, Seen};
 use crate::weight::{Storage, Weight};
 
 /// A change of more than this is no rounding.
@@ -49,6 +50,15 @@ fn constant_rows(rows: usize, columns: usize, equal: impl Fn(usize, usize) -> bo
         (constant, 0) => Some(format!("{constant} of {rows} rows hold one value each")),
         (constant, zeros) => Some(format!("{constant} of {rows} rows hold one value each, {zeros} of them zero")),
     }
+}
+
+/// What is unusual about what came to an expert.
+pub fn of_expert(seen: &Seen, which: Which) -> Option<String> {
+    let tokens = seen.tokens_of(which);
+    let calibrated = !seen.sites.is_empty();
+    (calibrated && tokens < FEW_TOKENS).then(|| {
+        format!("{tokens} calibration tokens came to this expert, fewer than {FEW_TOKENS}: all tokens of the block stand in, and in its middle all columns count alike")
+    })
 }
 
 /// What is unusual about the inputs of a layer of `columns`, given how many tokens calibration has.

@@ -19,6 +19,7 @@ use crate::model::block::{Block, Linear, Parameters, Place, Role, Site};
 use crate::model::capture::{Capture, Sums};
 use crate::model::forward::{self, Spec};
 use crate::model::hidden::Hidden;
+use crate::model::mixture::Experts;
 use crate::model::seen::Seen;
 use crate::model::{Model, Module};
 use crate::run::Run;
@@ -124,6 +125,11 @@ impl Bench<'_> {
 
     /// The original weight of all roles of a module, one after the other.
     pub fn originals(&self, module: &Module) -> Option<Matrix> {
+        if let (Some(which), [role]) = (module.expert, module.roles.as_slice()) {
+            let weight = self.original.as_ref()?.experts()?.weight(which, *role)?;
+            let [rows, columns] = weight.dims();
+            return Some(Matrix::new(rows, columns, values(weight.clone())));
+        }
         let [first, others @ ..] = module.roles.as_slice() else { return None };
         let mut whole = self.original(*first)?;
         for &role in others {
@@ -139,6 +145,12 @@ impl Bench<'_> {
     /// # Errors
     /// When the block does not have it.
     pub fn joined(&self, module: &Module) -> Result<Cow<'_, Weight>> {
+        if let Some(which) = module.expert {
+            let experts = self.block.experts.iter().flat_map(Experts::linears).filter(|(expert, _)| *expert == which);
+            let linear = experts.flat_map(|(_, linears)| linears).find(|linear| module.roles.contains(&linear.role));
+            let linear = linear.ok_or_else(|| Error::run("not part of the block").tensor(&module.name))?;
+            return Ok(Cow::Borrowed(&linear.weight));
+        }
         let weights: Vec<&Weight> =
             self.block.linears.iter().filter(|linear| module.roles.contains(&linear.role)).map(|linear| &linear.weight).collect();
         match weights.as_slice() {

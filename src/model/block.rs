@@ -292,6 +292,9 @@ impl Parameters {
 
     /// Puts the floats back where [`Self::take`] took them from.
     pub fn give_back(mut self, block: &mut Block) {
+        if let (Some(tensors), Some(experts)) = (self.experts.take(), &mut block.experts) {
+            tensors.give_back(experts);
+        }
         for linear in &mut block.linears {
             if let Weight::Dense(matrix) | Weight::Sparse(Sparse { matrix, .. }) = &mut linear.weight
                 && matrix.data.is_empty()

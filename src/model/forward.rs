@@ -16,6 +16,7 @@ use crate::kernels::rope::{Table, rope};
 use crate::model::architecture::QkNorm;
 use crate::model::block::{Parameters, Place, Role, Site};
 use crate::model::config::{Config, Layer};
+use crate::model::mixture::Which;
 
 /// What a forward of one layer needs besides its tensors.
 #[derive(Debug)]
@@ -83,6 +84,8 @@ pub enum Point {
     Input,
     /// The input of linear layers.
     Site(Site),
+    /// The input of the layers of an expert at a site, of so many tokens; rows after them are empty.
+    Expert(Which, Site, usize),
     /// Queries before their norm and rotation.
     Query,
     /// Keys before their norm and rotation.
@@ -116,7 +119,7 @@ pub fn block(spec: &Spec<'_>, parameters: &Parameters, x: Tensor<2>, tap: Tap<'_
     tap(Point::Joined, &h);
     let source = parallel.unwrap_or_else(|| h.clone());
     if let (Some(experts), Some(mixture)) = (parameters.experts(), &spec.config.mixture) {
-        let given = experts.forward(mixture, spec.config.activation, &mlp_input(spec, parameters, source));
+        let given = experts.forward(mixture, spec.config.activation, &mlp_input(spec, parameters, source), tap);
         return add_given(spec, parameters, Place::MlpOut, h, given, tap);
     }
     let gated = middle(spec, parameters, source, tap);

@@ -12,8 +12,13 @@ use crate::kernels::routing::{Rule, route};
 use crate::kernels::{tensor, values};
 use crate::matrix::Matrix;
 use crate::model::architecture::Family;
-use crate::model::block::{Linear, floats};
+use crate::model::block::{Linear, Role, Site, floats};
 use crate::model::config::Keys;
+use crate::model::forward::{Point, Tap};
+use crate::weight::{Sparse, Weight};
+
+/// What the layers of an expert do, in order.
+const LAYERS: [Role; 3] = [Role::Gate, Role::Up, Role::Down];
 
 /// Rows of an expert's products are a multiple of this.
 const ROWS: usize = 16;
@@ -87,7 +92,7 @@ impl Mixture {
 }
 
 /// Which expert.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Which {
     /// One of those that the router chooses from.
     Routed(usize),
@@ -107,6 +112,17 @@ pub struct Experts {
 }
 
 impl Experts {
+    /// The layers of every expert, the shared one last.
+    pub fn linears(&self) -> impl Iterator<Item = (Which, &[Linear; 3])> {
+        let routed = self.routed.iter().enumerate().map(|(expert, linears)| (Which::Routed(expert), linears));
+        routed.chain(self.shared.as_ref().map(|(linears, _)| (Which::Shared, linears)))
+    }
+
+    /// As [`Self::linears`], to change them.
+    pub fn linears_mut(&mut self) -> impl Iterator<Item = &mut [Linear; 3]> {
+        self.routed.iter_mut().chain(self.shared.as_mut().map(|(linears, _)| linears))
+    }
+
     /// Bytes of all its weights in f32.
     pub fn bytes(&self) -> u64 {
         let all = self.routed.iter().chain(self.shared.as_ref().map(|(linears, _)| linears)).flatten();
@@ -139,27 +155,53 @@ impl Tensors {
         }
     }
 
-    /// What a mixture gives for its input `x`, tokens × hidden. Tokens go to the processor between experts, so that nothing here is
-    /// differentiated.
-    pub fn forward(&self, mixture: &Mixture, activation: Activation, x: &Tensor<2>) -> Tensor<2> {
+    /// The weight of a layer of an expert.
+    pub fn weight(&self, which: Which, role: Role) -> Option<&Tensor<2>> {
+        let layers = match which {
+            Which::Routed(expert) => self.routed.get(expert)?,
+            Which::Shared => &self.shared.as_ref()?.0,
+        };
+        layers.get(LAYERS.iter().position(|layer| *layer == role)?)
+    }
+
+    /// Puts the floats back where [`Self::take`] took them from.
+    pub fn give_back(self, experts: &mut Experts) {
+        let shared = self.shared.map(|(layers, _)| layers);
+        for (layers, linears) in self.routed.into_iter().chain(shared).zip(experts.linears_mut()) {
+            for (layer, linear) in layers.into_iter().zip(linears) {
+                if let Weight::Dense(matrix) | Weight::Sparse(Sparse { matrix, .. }) = &mut linear.weight
+                    && matrix.data.is_empty()
+                {
+                    *matrix = Matrix::new(matrix.rows, matrix.columns, values(layer));
+                }
+            }
+        }
+    }
+
+    /// What a mixture gives for its input `x`, tokens × hidden. The tap sees `x` and what the layers of every expert read. Tokens go
+    /// to the processor between experts, so that nothing here is differentiated.
+    pub fn forward(&self, mixture: &Mixture, activation: Activation, x: &Tensor<2>, tap: Tap<'_>) -> Tensor<2> {
+        tap(Point::Site(Site::Mlp), x);
         let ([tokens, hidden], device) = (x.dims(), x.device());
         let rows = values(x.clone());
         let logits = values(linear(x, &self.router));
         let mut out = vec![0.0f32; tokens * hidden];
         let routed = route(&logits, mixture.experts, mixture.rule);
-        for (layers, tokens) in self.routed.iter().zip(routed).filter(|(_, tokens)| !tokens.is_empty()) {
+        for ((expert, layers), tokens) in self.routed.iter().enumerate().zip(routed).filter(|(_, tokens)| !tokens.is_empty()) {
             let mut own = Vec::with_capacity(tokens.len() * hidden);
             tokens.iter().for_each(|&(token, _)| own.extend_from_slice(&rows[token * hidden..][..hidden]));
             // Products of few rows round otherwise; what a token gets must not depend on who goes with it.
             let filled = tokens.len().next_multiple_of(ROWS);
             own.resize(filled * hidden, 0.0);
-            let given = values(mlp(layers, activation, &tensor(own, [filled, hidden], &device)));
+            let mut see = |site: Site, x: &Tensor<2>| tap(Point::Expert(Which::Routed(expert), site, tokens.len()), x);
+            let given = values(mlp(layers, activation, &tensor(own, [filled, hidden], &device), &mut see));
             for (&(token, share), given) in tokens.iter().zip(given.chunks_exact(hidden.max(1))) {
                 out[token * hidden..][..hidden].iter_mut().zip(given).for_each(|(out, given)| *out += share * given);
             }
         }
         if let Some((layers, gate)) = &self.shared {
-            let (given, gates) = (values(mlp(layers, activation, x)), values(linear(x, gate)));
+            let mut see = |site: Site, x: &Tensor<2>| tap(Point::Expert(Which::Shared, site, tokens), x);
+            let (given, gates) = (values(mlp(layers, activation, x, &mut see)), values(linear(x, gate)));
             for ((out, given), gate) in out.chunks_exact_mut(hidden.max(1)).zip(given.chunks_exact(hidden.max(1))).zip(gates) {
                 let open = 1.0 / (1.0 + (-gate).exp());
                 out.iter_mut().zip(given).for_each(|(out, given)| *out += open * given);
@@ -169,7 +211,10 @@ impl Tensors {
     }
 }
 
-/// A gated MLP.
-fn mlp([gate, up, down]: &[Tensor<2>; 3], activation: Activation, x: &Tensor<2>) -> Tensor<2> {
-    linear(&gated(activation, linear(x, gate), linear(x, up)), down)
+/// A gated MLP; `see` is shown what its layers read.
+fn mlp([gate, up, down]: &[Tensor<2>; 3], activation: Activation, x: &Tensor<2>, see: &mut dyn FnMut(Site, &Tensor<2>)) -> Tensor<2> {
+    see(Site::Mlp, x);
+    let middle = gated(activation, linear(x, gate), linear(x, up));
+    see(Site::Down, &middle);
+    linear(&middle, down)
 }

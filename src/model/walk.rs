@@ -284,16 +284,19 @@ fn observe(
     for runs in batches(model, hidden, needs >= Needs::Gram, run) {
         run.check_stop()?;
         let results = hidden.map(&runs, |windows, x| {
-            let mut sites = BTreeMap::new();
-            let y = forward_run(model, index, parameters, hidden.tokens(windows.start), x, run, &mut |point, input| {
-                if let Point::Site(site) = point {
-                    sites.insert(site, statistics(site, input, needs, run.device.gpu.as_ref(), &grams));
-                }
+            let (mut sites, mut experts) = (BTreeMap::new(), BTreeMap::new());
+            let y = forward_run(model, index, parameters, hidden.tokens(windows.start), x, run, &mut |point, input| match point {
+                Point::Site(site) => drop(sites.insert(site, statistics(site, input, needs, run.device.gpu.as_ref(), &grams))),
+                Point::Expert(which, site, tokens) => drop(experts.insert((which, site), squares(input, tokens))),
+                _ => {}
             });
             let sites = sites.into_iter().map(|(site, statistics)| Ok((site, statistics?))).collect::<Result<BTreeMap<_, _>>>()?;
-            Ok((sites, y))
+            Ok((sites, experts, y))
         })?;
-        for (windows, (sites, y)) in runs.iter().zip(results) {
+        for (windows, (sites, experts, y)) in runs.iter().zip(results) {
+            for (at, statistics) in experts {
+                merge(seen.experts.entry(at).or_default(), statistics);
+            }
             for (site, statistics) in sites {
                 merge(seen.sites.entry(site).or_default(), statistics);
             }
@@ -418,6 +421,13 @@ pub(crate) fn runs(model: &Model<'_>, hidden: &Hidden) -> Vec<Range<usize>> {
 fn batches(model: &Model<'_>, hidden: &Hidden, single: bool, run: &Run<'_>) -> Vec<Vec<Range<usize>>> {
     let runs = runs(model, hidden);
     runs.chunks(if single || run.device.gpu.is_some() { 1 } else { rayon::current_num_threads() }).map(<[_]>::to_vec).collect()
+}
+
+/// Column sums of squares of what an expert reads.
+fn squares(input: &Tensor<2>, tokens: usize) -> Statistics {
+    let mut squares = vec![0.0; input.dims()[1]];
+    add_column_squares(Floats::fetched(input).slice(), &mut squares);
+    Statistics::new(tokens as u64, squares, None)
 }
 
 /// Statistics of an input of a site. Where it lies on a GPU its Gram matrix adds up there, in `grams`.

@@ -214,8 +214,41 @@ fn mixtures_of_experts_are_quantized_without_data_and_measured_and_others_method
             drawknife(&["check", out.to_str().unwrap(), "--reference", model.to_str().unwrap(), "--text", text.to_str().unwrap()]);
         assert!(checked.status.success(), "{case}: {}", String::from_utf8_lossy(&checked.stdout));
         let refused =
-            drawknife(&["compress", model.to_str().unwrap(), "-o", folder.path().join("none").to_str().unwrap(), "--preset", "prune50"]);
+            drawknife(&["compress", model.to_str().unwrap(), "-o", folder.path().join("none").to_str().unwrap(), "--preset", "w4"]);
         let error = String::from_utf8_lossy(&refused.stderr).into_owned();
-        assert!(refused.status.code() == Some(2) && error.contains("is a mixture of experts, which"), "{case}: {error}");
+        assert!(refused.status.code() == Some(2) && error.contains("is a mixture of experts, for whose experts"), "{case}: {error}");
+    }
+}
+
+#[test]
+fn experts_are_pruned_by_the_tokens_that_come_to_them_and_those_that_see_none_say_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let windows = folder.path().join("windows.jsonl");
+    let token = |at: usize| (at * 7919 + at * at % 31) % 40;
+    let window = |number: usize| json!({"input_ids": (0..48).map(|at| token(48 * number + at)).collect::<Vec<_>>()}).to_string();
+    std::fs::write(&windows, (0..6).map(|number| window(number) + "\n").collect::<String>()).unwrap();
+    let few = ["--calibration", windows.to_str().unwrap(), "--no-eval"];
+    for case in ["qwen2_moe", "mixtral"] {
+        let model = with_tokenizer(case, folder.path());
+        let run = |name: &str, method: &str, more: &[&str]| {
+            let recipe = format!("[[stage]]\nmethod = \"{method}\"\nsparsity = 0.5\n");
+            compress(folder.path(), model.to_str().unwrap(), &format!("{case}-{name}"), &recipe, more)
+        };
+        let (pruned, found) = run("wanda", "wanda", &few);
+        let (by_size, _) = run("magnitude", "magnitude", &["--no-eval"]);
+        let (again, _) = run("again", "wanda", &[&few[..], &["--threads", "1"]].concat());
+        let bytes = |folder: &Path| std::fs::read(folder.join("model.safetensors")).unwrap();
+        assert!(bytes(&pruned) == bytes(&again) && bytes(&pruned) != bytes(&by_size), "{case}");
+        let layers = found["report"]["layers"].as_array().unwrap();
+        assert!(layers.iter().all(|layer| (layer["zeros"].as_f64().unwrap() - 0.5).abs() < 0.01), "{case}");
+        // Eight tokens for four or six experts: some see nothing, and each of those says so.
+        std::fs::write(folder.path().join("short.jsonl"), "{\"input_ids\":[1,2,3,4,5,6,7,8]}\n").unwrap();
+        let short = folder.path().join("short.jsonl");
+        let (_, found) = run("short", "wanda", &["--calibration", short.to_str().unwrap(), "--no-eval"]);
+        let notes = found["report"]["layers"].to_string();
+        assert!(
+            notes.contains("0 calibration tokens came to this expert") || notes.contains("1 calibration tokens came to this expert"),
+            "{notes}"
+        );
     }
 }
