@@ -237,6 +237,7 @@ impl Prepared {
         let storage: &dyn Store = work.storage.as_ref();
         destination.has_room(self.disk_bytes()?)?;
         let Finished { layers, blocks, committing } = self.compress(work, run, &mut watch)?;
+        self.notes.extend(remarks::of_experts(&blocks));
         for export in &self.exports {
             export.side_files(&self.checkpoint, &folder, storage)?;
             export.verify(&folder)?;

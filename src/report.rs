@@ -261,6 +261,9 @@ pub struct BlockReport {
     pub output_error: Option<f64>,
     /// One row per stage.
     pub stages: Vec<StageReport>,
+    /// Calibration tokens that came to every expert that the router chooses from; empty where the block has none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub experts: Vec<u64>,
 }
 
 /// What a stage did to a block. Errors are relative squared errors of the block's output on the first calibration

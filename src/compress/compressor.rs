@@ -40,6 +40,8 @@ pub struct Compressor<'a> {
     unrecorded: Vec<LayerReport>,
     blocks: Vec<BlockReport>,
     stages: Vec<StageReport>,
+    /// Tokens that came to every expert of the block.
+    experts: Vec<u64>,
     saving: Duration,
 }
 
@@ -71,8 +73,8 @@ struct HandedOn {
 impl<'a> Compressor<'a> {
     /// A compressor that follows a plan and writes into an output.
     pub fn new(plan: &'a Plan, sinks: Sinks<'a>, layer_error: bool) -> Self {
-        let (layers, unrecorded, blocks, stages) = Default::default();
-        Self { plan, sinks, layer_error, keeping: None, layers, unrecorded, blocks, stages, saving: Duration::ZERO }
+        let (layers, unrecorded, blocks, stages, experts) = Default::default();
+        Self { plan, sinks, layer_error, keeping: None, layers, unrecorded, blocks, stages, experts, saving: Duration::ZERO }
     }
 
     /// As [`Self::new`], going on with the work of earlier runs, for a model of so many blocks.
@@ -316,11 +318,15 @@ impl Visitor for Compressor<'_> {
             self.stages.push(StageReport { method: self.plan.stages[number].name.clone(), before, after, notes, curve });
             before = after;
         }
+        if let Some(experts) = bench.block.experts.as_ref().filter(|_| bench.calibrated()) {
+            self.experts = (0..experts.routed.len()).map(|expert| bench.seen.tokens_of(Which::Routed(expert))).collect();
+        }
         self.write_block(bench, handed)
     }
 
     fn went_through(&mut self, index: usize, output_error: Option<f64>, hidden: &Hidden, float: Option<&Hidden>) -> Result<()> {
-        let report = BlockReport { block: index, output_error, stages: std::mem::take(&mut self.stages) };
+        let (stages, experts) = (std::mem::take(&mut self.stages), std::mem::take(&mut self.experts));
+        let report = BlockReport { block: index, output_error, stages, experts };
         self.blocks.push(report.clone());
         self.commit(report, [("compressed", Some(hidden)), ("float", float)])
     }

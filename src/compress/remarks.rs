@@ -4,6 +4,7 @@ use crate::kernels::gram::add_column_squares;
 use crate::model::block::Site;
 use crate::model::mixture::Which;
 use crate::model::seen::{FEW_TOKENS, Seen};
+use crate::report::BlockReport;
 use crate::weight::{Storage, Weight};
 
 /// A change of more than this is no rounding.
@@ -52,6 +53,25 @@ fn constant_rows(rows: usize, columns: usize, equal: impl Fn(usize, usize) -> bo
     }
 }
 
+/// How calibration spread over the experts of a model, where it has some: who saw least and most, and who too little.
+pub fn of_experts(blocks: &[BlockReport]) -> Option<String> {
+    const NAMED: usize = 6;
+    let all: Vec<(usize, usize, u64)> =
+        blocks.iter().flat_map(|block| block.experts.iter().enumerate().map(|(expert, &tokens)| (block.block, expert, tokens))).collect();
+    let (least, most) = (all.iter().map(|one| one.2).min()?, all.iter().map(|one| one.2).max()?);
+    let cold: Vec<String> =
+        all.iter().filter(|one| one.2 < FEW_TOKENS).map(|(block, expert, _)| format!("{expert} of block {block}")).collect();
+    let spread = format!("calibration gave {least} to {most} tokens to each of {} experts", all.len());
+    Some(match cold.len() {
+        0 => spread,
+        count => {
+            let named = cold.iter().take(NAMED).map(String::as_str).collect::<Vec<_>>().join(", ");
+            let more = if count > NAMED { format!(" and {} more", count - NAMED) } else { String::new() };
+            format!("{spread}; {count} saw fewer than {FEW_TOKENS}: {named}{more}; use more --samples")
+        }
+    })
+}
+
 /// What is unusual about what came to an expert.
 pub fn of_expert(seen: &Seen, which: Which) -> Option<String> {
     let tokens = seen.tokens_of(which);
@@ -95,5 +115,13 @@ mod tests {
         let remarks = of_inputs(&seen, Site::Mlp, 3, 2);
         assert!(remarks[0].starts_with("2 of 3 input columns") && remarks[1].starts_with("2 calibration tokens"), "{remarks:?}");
         assert!(of_inputs(&Seen::default(), Site::Down, 3, 3).is_empty());
+        let block = |block, experts: &[u64]| BlockReport { block, output_error: None, stages: Vec::new(), experts: experts.to_vec() };
+        assert_eq!(of_experts(&[block(0, &[])]), None);
+        assert_eq!(of_experts(&[block(0, &[90, 16])]).unwrap(), "calibration gave 16 to 90 tokens to each of 2 experts");
+        let told = of_experts(&[block(0, &[90, 15]), block(3, &[0; 7])]).unwrap();
+        assert!(
+            told.contains("8 saw fewer than 16: 1 of block 0, 0 of block 3, 1 of block 3,") && told.contains(" and 2 more; use"),
+            "{told}"
+        );
     }
 }

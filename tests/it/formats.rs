@@ -245,6 +245,11 @@ fn experts_are_pruned_by_the_tokens_that_come_to_them_and_those_that_see_none_sa
         std::fs::write(folder.path().join("short.jsonl"), "{\"input_ids\":[1,2,3,4,5,6,7,8]}\n").unwrap();
         let short = folder.path().join("short.jsonl");
         let (_, found) = run("short", "wanda", &["--calibration", short.to_str().unwrap(), "--no-eval"]);
+        let block = &found["report"]["blocks"][0];
+        let chosen = [4, 6][usize::from(case == "qwen2_moe")];
+        assert_eq!(block["experts"].as_array().unwrap().len(), chosen);
+        assert_eq!(block["experts"].as_array().unwrap().iter().map(|tokens| tokens.as_u64().unwrap()).sum::<u64>(), 2 * 8);
+        assert!(found["report"]["notes"].to_string().contains("saw fewer than 16"), "{}", found["report"]["notes"]);
         let notes = found["report"]["layers"].to_string();
         assert!(
             notes.contains("0 calibration tokens came to this expert") || notes.contains("1 calibration tokens came to this expert"),
