@@ -117,13 +117,17 @@ impl Fetching<'_> {
         let none = |error: Error| (0, error);
         let metadata = caught(self.id, || self.api.metadata(&self.repo.url(name))).map_err(none)?;
         let (etag, commit, size) = (metadata.etag().to_string(), metadata.commit_hash().to_string(), metadata.size() as u64);
-        // Both become parts of paths.
-        if ![&etag, &commit].iter().all(|word| !word.is_empty() && word.chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c))) {
+        // Both become parts of paths. A weak tag is the same tag.
+        let tag = etag.strip_prefix("W/").unwrap_or(&etag);
+        if ![tag, commit.as_str()]
+            .iter()
+            .all(|word| !word.is_empty() && word.chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c)))
+        {
             return Err(none(Error::input(format!("{}: the hub gives {} the tag {}", self.id, shown(name), shown(&etag)))));
         }
         let snapshot = self.folder.join("snapshots").join(&commit);
         let (pointer, blob) = (snapshot.join(name), self.folder.join("blobs").join(&etag));
-        let (part, mark) = (blob.with_extension("part"), blob.with_extension(UNVERIFIED));
+        let (part, mark) = (blob.with_extension("part"), self.folder.join("blobs").join(tag).with_extension(UNVERIFIED));
         let length = |path: &Path| std::fs::metadata(path).map_or(0, |file| file.len());
         let failed = |path: &Path, error: std::io::Error| (0, Error::io(path, &error));
         if pointer.exists() && length(&blob) == size && !mark.exists() {
@@ -150,7 +154,7 @@ impl Fetching<'_> {
             std::fs::rename(&blob, &part).map_err(|error| (came, Error::io(&blob, &error)))?;
             return Err((came, Error::run(format!("{}: {} ended at byte {came} of {size}", self.id, shown(name)))));
         }
-        let sound = came == size && self.matches(&blob, &etag).map_err(|error| (came, error))?;
+        let sound = came == size && matches(&blob, tag, || self.go_on()).map_err(|error| (came, error))?;
         if !sound {
             undo();
             let _ = std::fs::remove_file(&blob).and_then(|()| std::fs::remove_file(&mark));
@@ -178,14 +182,10 @@ impl Fetching<'_> {
         }
         Ok(())
     }
-
-    /// Whether a file has the hash that a tag is, where it is one; a signal ends the look.
-    fn matches(&self, path: &Path, tag: &str) -> Result<bool> {
-        matches(path, tag, || self.go_on())
-    }
 }
 
-/// Whether a file has the hash that a tag is, where it is one: SHA-256 of large files, that of git for small ones.
+/// Whether a file has the hash that a tag is, where it is one: SHA-256 of large files, that of git for small ones. `go_on` may end
+/// the look.
 fn matches(path: &Path, tag: &str, go_on: impl Fn() -> Result<()>) -> Result<bool> {
     use std::io::Read;
     let fail = |error: std::io::Error| Error::io(path, &error);
