@@ -54,6 +54,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(parsed) => parsed,
         Err(error) => return usage(&error),
     };
+    // Before anything is started that the child has no use for.
     if matches!(parsed.command, Command::RenderChats) {
         allocator::limit(chat::CHILD_BYTES);
         return if chat::serve(std::io::stdin().lock(), std::io::stdout().lock()).is_ok() { ExitCode::SUCCESS } else { ExitCode::from(1) };
@@ -119,6 +120,7 @@ fn run(mut arguments: Arguments) -> Result<()> {
         Command::Inspect(arguments) => inspect::run(&arguments, &invocation),
         Command::Presets(arguments) => look::presets(&arguments, &invocation),
         Command::Doctor => look::doctor(&invocation),
+        // Answered before.
         Command::RenderChats => Ok(()),
     }
 }

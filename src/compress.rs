@@ -170,7 +170,7 @@ impl Prepared {
         }
         if model.is_none() {
             notes.push(format!(
-                "model_type `{model_type}` is unknown: layers were chosen by name and shape, and quality cannot be measured"
+                "model_type `{model_type}` is unknown, or described or stored in a way that is: layers were chosen by name and shape, and quality cannot be measured"
             ));
         }
         let (mut calibration, mut generation, mut evaluation, mut needed) = (None, None, None, Needed::LEAST);

@@ -24,7 +24,9 @@
 //! A [`model::bench::Bench`] lends the block that is being worked on: methods that aim at the float model's outputs see both
 //! streams of hidden states there, site by site, with everything before the site as it stands by then.
 //!
-//! Statistics hang on input *sites*, not on matrices: queries, keys and values read one input. Recipes that need no
+//! Statistics hang on input *sites*, not on matrices: queries, keys and values read one input, and every expert of a mixture has
+//! sites of its own. What a checkpoint stores as one matrix and the forward reads as several is a [`model::Module`]: it is split
+//! when a block is loaded and put together when it is written. Recipes that need no
 //! calibration never run a forward: they stream layer by layer, from stored bytes to packed integers.
 //!
 //! # Code map
@@ -34,10 +36,11 @@
 //!           ├─► subject                                a model that is looked at: folder or GGUF file, sizes, hashes
 //!           ├─► allocation ─► plan                     a target to bits or zeros of every layer
 //!           ├─► gate                                   limits on figures and what can be said of them
+//!           ├─► hub                                    models by name: in the shared cache, or downloaded and verified
 //!           ├─► plan ─► methods ─► model ─► kernels     tensors: kernels, model, device, evaluate, nothing else
 //!           │                                  └─► device    the processor or a GPU: adapters, buffers, launches
 //!           ├─► formats ─► checkpoint                   no tensors here
-//!           └─► calibrate ─► checkpoint                 text to windows of tokens
+//!           └─► calibrate ─► checkpoint                 text to windows of tokens; chat templates run in a child process
 //! everything ─► weight · matrix · lanes · error         plain data and plain loops; statistics: intervals and ranks
 //! compress · formats ─► storage                         what changes a disk
 //! untrusted ─► what reads bytes of others               for fuzzers
@@ -67,7 +70,7 @@
 //! - A new method, family, format or kernel is one file or row and one line in a table.
 //! - Unsafe code stands in [`kernels::gemm`] (calls of the gemm crate),
 //!   [`kernels::rough_product`] (bfloat16 instructions), `device::gpu` (one word that asks for matrix units) and
-//!   [`cli::allocator`] (two settings of the C library) alone.
+//!   [`cli::allocator`] (settings of the C library and limits of a process) alone.
 //!
 //! The tests `layering` and `tidy` check most of these.
 

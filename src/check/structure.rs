@@ -10,6 +10,7 @@ use crate::compress::manifest;
 use crate::error::{Error, Result};
 use crate::formats::targets::{Engine, loaders};
 use crate::formats::{self, Format};
+use crate::model::config::Config;
 use crate::run::Run;
 use crate::subject::Subject;
 use crate::weight::{Float, Outlined, Weight};
@@ -50,7 +51,7 @@ pub fn examine(subject: &Subject, engine: Option<Engine>, run: &Run<'_>) -> Vec<
     let known = crate::model::computes(checkpoint);
     findings.push(match known {
         true => Finding::of("shapes", subject.model().map(|model| format!("{} blocks as config.json says", model.config.layers.len()))),
-        false => Finding::of("shapes", Ok("model_type is not known: shapes were not compared with config.json".into())),
+        false => Finding::of("shapes", Ok("the model is not one that can be computed: shapes were not compared with config.json".into())),
     });
     let decoded = decode(subject, run);
     let told = |decoded: &Decoded| {
@@ -69,7 +70,7 @@ pub fn examine(subject: &Subject, engine: Option<Engine>, run: &Run<'_>) -> Vec<
 /// Whether the tokenizer works, and gives tokens that the model has.
 fn tokenizer(subject: &Subject) -> Result<String> {
     let tokenizer = subject.tokenizer()?;
-    let rows = subject.model().map_or(usize::MAX, |model| model.config.vocabulary);
+    let rows = Config::read(&subject.checkpoint.config).map_or(usize::MAX, |config| config.vocabulary);
     tokenizer.probe(rows).map(|()| "tokenizer.json reads, and gives tokens of the model".into())
 }
 

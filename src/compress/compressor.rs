@@ -63,12 +63,8 @@ struct Handed {
     notes: Vec<String>,
 }
 
-/// What stages hand on about the layers of a block: by role, and of experts by name.
-#[derive(Debug, Default)]
-struct HandedOn {
-    roles: BTreeMap<Role, Handed>,
-    experts: BTreeMap<String, Handed>,
-}
+/// What stages hand on about the layers of a block, by expert, where a layer is of one, and role.
+type HandedOn = BTreeMap<(Option<Which>, Role), Handed>;
 
 impl<'a> Compressor<'a> {
     /// A compressor that follows a plan and writes into an output.
@@ -147,14 +143,13 @@ impl<'a> Compressor<'a> {
     }
 
     /// One stage on all layers of a block that it works on; gives the loss curve where there is one.
-    fn stage(&self, number: usize, bench: &mut Bench<'_>, all: &mut HandedOn) -> Result<(Vec<f64>, Vec<String>)> {
-        let HandedOn { roles: handed, experts } = all;
+    fn stage(&self, number: usize, bench: &mut Bench<'_>, handed: &mut HandedOn) -> Result<(Vec<f64>, Vec<String>)> {
         let stage = &self.plan.stages[number];
         let mut layers = Vec::new();
         for linear in &bench.block.linears {
             let planned = self.plan.layer(&linear.name).filter(|planned| planned.stages.contains(&number));
             if let Some(planned) = planned {
-                let bounds = handed.get(&linear.role).and_then(|handed| handed.bounds.clone());
+                let bounds = handed.get(&(None, linear.role)).and_then(|handed| handed.bounds.clone());
                 layers.push(BlockLayer {
                     role: linear.role,
                     name: linear.name.clone(),
@@ -168,13 +163,13 @@ impl<'a> Compressor<'a> {
         if let Some(method) = stage.method.block() {
             let applied = method.apply_block(bench, &layers)?;
             for (role, note) in applied.notes {
-                handed.entry(role).or_default().notes.push(note);
+                handed.entry((None, role)).or_default().notes.push(note);
             }
             return Ok((applied.curve, applied.block_notes));
         }
         if stage.method.target() == Target::FloatOutput && !layers.is_empty() {
             for (role, note) in float_output::by_site(bench, &layers, stage.method.as_ref())? {
-                handed.entry(role).or_default().notes.push(note);
+                handed.entry((None, role)).or_default().notes.push(note);
             }
             return Ok(Default::default());
         }
@@ -190,14 +185,14 @@ impl<'a> Compressor<'a> {
             let linear = linear.ok_or_else(|| Error::run("not part of the block").tensor(&layer.name))?;
             let weight = std::mem::replace(&mut linear.weight, Weight::Dense(Matrix::new(0, 0, Vec::new())));
             let gpu = bench.run.device.gpu.as_ref();
-            (linear.weight, _) = apply(stage, planned, weight, statistics, handed.entry(layer.role).or_default(), gpu)?;
+            (linear.weight, _) = apply(stage, planned, weight, statistics, handed.entry((None, layer.role)).or_default(), gpu)?;
         }
-        self.on_experts(number, bench, experts)?;
+        self.on_experts(number, bench, handed)?;
         Ok(Default::default())
     }
 
     /// One stage on the experts of a block that it works on.
-    fn on_experts(&self, number: usize, bench: &mut Bench<'_>, handed: &mut BTreeMap<String, Handed>) -> Result<()> {
+    fn on_experts(&self, number: usize, bench: &mut Bench<'_>, handed: &mut HandedOn) -> Result<()> {
         let stage = &self.plan.stages[number];
         let Some(mut experts) = bench.block.experts.take() else { return Ok(()) };
         let names: Vec<Which> = experts.linears().map(|(which, _)| which).collect();
@@ -213,7 +208,7 @@ impl<'a> Compressor<'a> {
                     Err(error) => return Err(error.tensor(&linear.name)),
                 };
                 let weight = std::mem::replace(&mut linear.weight, Weight::Dense(Matrix::new(0, 0, Vec::new())));
-                let handed = handed.entry(linear.name.clone()).or_default();
+                let handed = handed.entry((Some(which), linear.role)).or_default();
                 (linear.weight, _) = apply(stage, planned, weight, statistics.as_deref(), handed, bench.run.device.gpu.as_ref())?;
             }
         }
@@ -222,18 +217,14 @@ impl<'a> Compressor<'a> {
     }
 
     /// Writes the layers of a block with their reports.
-    fn write_block(&mut self, bench: &Bench<'_>, handed: HandedOn) -> Result<()> {
-        let HandedOn { roles: mut handed, mut experts } = handed;
+    fn write_block(&mut self, bench: &Bench<'_>, mut handed: HandedOn) -> Result<()> {
         let plan = self.plan;
         let tokens = (0..bench.hidden.len()).map(|window| bench.hidden.tokens(window)).sum();
         for module in bench.model.modules(bench.index()) {
             let Some(planned) = plan.layer(&module.name).filter(|planned| planned.outlined.storage.is_some()) else { continue };
             let (mut change, mut layer_error, mut notes) = ([0.0; 2], None, Vec::new());
-            let of_roles: Vec<Handed> = match module.expert {
-                Some(_) => experts.remove(&module.name).into_iter().collect(),
-                None => module.roles.iter().filter_map(|role| handed.remove(role)).collect(),
-            };
-            for note in of_roles.into_iter().flat_map(|handed| handed.notes) {
+            let of_roles = module.roles.iter().filter_map(|&role| handed.remove(&(module.expert, role)));
+            for note in of_roles.flat_map(|handed| handed.notes) {
                 if !notes.contains(&note) {
                     notes.push(note);
                 }

@@ -27,27 +27,14 @@ const PRE: Places = Places {
     parallel: false,
 };
 const SANDWICH: Places = Places {
-    attention_in: Some("input_layernorm"),
     attention_out: Some("post_attention_layernorm"),
     mlp_in: Some("pre_feedforward_layernorm"),
     mlp_out: Some("post_feedforward_layernorm"),
-    parallel: false,
+    ..PRE
 };
-const SANDWICH_GLM: Places = Places {
-    attention_in: Some("input_layernorm"),
-    attention_out: Some("post_self_attn_layernorm"),
-    mlp_in: Some("post_attention_layernorm"),
-    mlp_out: Some("post_mlp_layernorm"),
-    parallel: false,
-};
-const PARALLEL: Places = Places { attention_in: Some("input_layernorm"), attention_out: None, mlp_in: None, mlp_out: None, parallel: true };
-const POST: Places = Places {
-    attention_in: None,
-    attention_out: Some("post_attention_layernorm"),
-    mlp_in: None,
-    mlp_out: Some("post_feedforward_layernorm"),
-    parallel: false,
-};
+const SANDWICH_GLM: Places = Places { attention_out: Some("post_self_attn_layernorm"), mlp_out: Some("post_mlp_layernorm"), ..PRE };
+const PARALLEL: Places = Places { mlp_in: None, parallel: true, ..PRE };
+const POST: Places = Places { attention_in: None, mlp_in: None, ..SANDWICH };
 
 /// Norm of queries and keys before the rotation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

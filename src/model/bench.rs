@@ -19,7 +19,6 @@ use crate::model::block::{Block, Linear, Parameters, Place, Role, Site};
 use crate::model::capture::{Capture, Sums};
 use crate::model::forward::{self, Spec};
 use crate::model::hidden::Hidden;
-use crate::model::mixture::Experts;
 use crate::model::seen::Seen;
 use crate::model::{Model, Module};
 use crate::run::Run;
@@ -125,19 +124,23 @@ impl Bench<'_> {
 
     /// The original weight of all roles of a module, one after the other.
     pub fn originals(&self, module: &Module) -> Option<Matrix> {
-        if let (Some(which), [role]) = (module.expert, module.roles.as_slice()) {
-            let weight = self.original.as_ref()?.experts()?.weight(which, *role)?;
-            let [rows, columns] = weight.dims();
-            return Some(Matrix::new(rows, columns, values(weight.clone())));
+        let original = self.original.as_ref()?;
+        let mut whole: Option<Matrix> = None;
+        for &role in &module.roles {
+            let weight = match module.expert {
+                None => original.weight(role),
+                Some(which) => original.experts()?.weight(which, role)?,
+            };
+            let ([rows, columns], mut floats) = (weight.dims(), values(weight.clone()));
+            match &mut whole {
+                None => whole = Some(Matrix::new(rows, columns, floats)),
+                Some(whole) => {
+                    whole.rows += rows;
+                    whole.data.append(&mut floats);
+                }
+            }
         }
-        let [first, others @ ..] = module.roles.as_slice() else { return None };
-        let mut whole = self.original(*first)?;
-        for &role in others {
-            let mut part = self.original(role)?;
-            whole.rows += part.rows;
-            whole.data.append(&mut part.data);
-        }
-        Some(whole)
+        whole
     }
 
     /// The weight of a module as it stands.
@@ -145,18 +148,11 @@ impl Bench<'_> {
     /// # Errors
     /// When the block does not have it.
     pub fn joined(&self, module: &Module) -> Result<Cow<'_, Weight>> {
-        if let Some(which) = module.expert {
-            let experts = self.block.experts.iter().flat_map(Experts::linears).filter(|(expert, _)| *expert == which);
-            let linear = experts.flat_map(|(_, linears)| linears).find(|linear| module.roles.contains(&linear.role));
-            let linear = linear.ok_or_else(|| Error::run("not part of the block").tensor(&module.name))?;
-            return Ok(Cow::Borrowed(&linear.weight));
-        }
-        let weights: Vec<&Weight> =
-            self.block.linears.iter().filter(|linear| module.roles.contains(&linear.role)).map(|linear| &linear.weight).collect();
-        match weights.as_slice() {
-            [] => Err(Error::run("not part of the block").tensor(&module.name)),
-            [one] => Ok(Cow::Borrowed(one)),
-            several => Ok(Cow::Owned(Weight::stacked(several))),
+        let weights = module.roles.iter().map(|&role| self.block.linear(module.expert, role).map(|linear| &linear.weight));
+        match weights.collect::<Option<Vec<&Weight>>>().as_deref() {
+            None | Some([]) => Err(Error::run("not part of the block").tensor(&module.name)),
+            Some([one]) => Ok(Cow::Borrowed(one)),
+            Some(several) => Ok(Cow::Owned(Weight::stacked(several))),
         }
     }
 

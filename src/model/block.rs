@@ -5,7 +5,7 @@ use burn::tensor::Tensor;
 use crate::device::{Buffer, Device, Gpu};
 use crate::kernels::{Floats, tensor, values};
 use crate::matrix::Matrix;
-use crate::model::mixture::{Experts, Tensors};
+use crate::model::mixture::{Experts, Tensors, Which};
 use crate::weight::{Sparse, Weight};
 
 /// What a linear layer does in its block.
@@ -139,6 +139,17 @@ pub struct Block {
     pub experts: Option<Experts>,
     /// Its norms.
     pub norms: Vec<Norm>,
+}
+
+impl Block {
+    /// The layer of a role, of an expert or of the block itself.
+    pub fn linear(&self, expert: Option<Which>, role: Role) -> Option<&Linear> {
+        let own = match expert {
+            None => self.linears.as_slice(),
+            Some(expert) => self.experts.as_ref()?.linears().find(|(which, _)| *which == expert)?.1,
+        };
+        own.iter().find(|linear| linear.role == role)
+    }
 }
 
 /// The tensors that a forward needs.

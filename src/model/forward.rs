@@ -9,14 +9,16 @@ use burn::tensor::Tensor;
 
 use crate::kernels::attention::Attention;
 use crate::kernels::decode_attention::{self, Cache};
-use crate::kernels::gated::gated;
+use crate::kernels::gated::{Activation, gated};
 use crate::kernels::linear;
 use crate::kernels::rms_norm::rms_norm;
 use crate::kernels::rope::{Table, rope};
+use crate::kernels::routing::{Rule, route};
+use crate::kernels::{tensor, values};
 use crate::model::architecture::QkNorm;
 use crate::model::block::{Parameters, Place, Role, Site};
 use crate::model::config::{Config, Layer};
-use crate::model::mixture::Which;
+use crate::model::mixture::{Tensors, Which};
 
 /// What a forward of one layer needs besides its tensors.
 #[derive(Debug)]
@@ -77,6 +79,9 @@ impl<'a> Spec<'a> {
     }
 }
 
+/// Rows of an expert's products are a multiple of this.
+const ROWS: usize = 16;
+
 /// A tensor that the forward passes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Point {
@@ -118,8 +123,8 @@ pub fn block(spec: &Spec<'_>, parameters: &Parameters, x: Tensor<2>, tap: Tap<'_
     let h = add_branch(spec, parameters, Branch::ATTENTION, x, mixed, tap);
     tap(Point::Joined, &h);
     let source = parallel.unwrap_or_else(|| h.clone());
-    if let (Some(experts), Some(mixture)) = (parameters.experts(), &spec.config.mixture) {
-        let given = experts.forward(mixture, spec.config.activation, &mlp_input(spec, parameters, source), tap);
+    if let (Some(experts), Some(described)) = (parameters.experts(), &spec.config.mixture) {
+        let given = mixture(experts, described.rule, spec.config.activation, &mlp_input(spec, parameters, source), tap);
         return add_given(spec, parameters, Place::MlpOut, h, given, tap);
     }
     let gated = middle(spec, parameters, source, tap);
@@ -197,6 +202,46 @@ pub fn logits(config: &Config, normed: Tensor<2>, head: Tensor<2>) -> Tensor<2> 
         Some(cap) => (logits / cap).tanh() * cap,
         None => logits,
     }
+}
+
+/// What a mixture gives for its input `x`, tokens × hidden. The tap sees `x` and what the layers of every expert read. Tokens go
+/// to the processor between experts, so that nothing here is differentiated.
+fn mixture(experts: &Tensors, rule: Rule, activation: Activation, x: &Tensor<2>, tap: Tap<'_>) -> Tensor<2> {
+    tap(Point::Site(Site::Mlp), x);
+    let ([tokens, hidden], device) = (x.dims(), x.device());
+    let rows = values(x.clone());
+    let logits = values(linear::linear(x, &experts.router));
+    let mut out = vec![0.0f32; tokens * hidden];
+    let routed = route(&logits, experts.routed.len(), rule);
+    for ((expert, layers), tokens) in experts.routed.iter().enumerate().zip(routed).filter(|(_, tokens)| !tokens.is_empty()) {
+        let mut own = Vec::with_capacity(tokens.len() * hidden);
+        tokens.iter().for_each(|&(token, _)| own.extend_from_slice(&rows[token * hidden..][..hidden]));
+        // Products of few rows round otherwise; what a token gets must not depend on who goes with it.
+        let filled = tokens.len().next_multiple_of(ROWS);
+        own.resize(filled * hidden, 0.0);
+        let mut see = |site: Site, x: &Tensor<2>| tap(Point::Expert(Which::Routed(expert), site, tokens.len()), x);
+        let given = values(mlp(layers, activation, &tensor(own, [filled, hidden], &device), &mut see));
+        for (&(token, share), given) in tokens.iter().zip(given.chunks_exact(hidden.max(1))) {
+            out[token * hidden..][..hidden].iter_mut().zip(given).for_each(|(out, given)| *out += share * given);
+        }
+    }
+    if let Some((layers, gate)) = &experts.shared {
+        let mut see = |site: Site, x: &Tensor<2>| tap(Point::Expert(Which::Shared, site, tokens), x);
+        let (given, gates) = (values(mlp(layers, activation, x, &mut see)), values(linear::linear(x, gate)));
+        for ((out, given), gate) in out.chunks_exact_mut(hidden.max(1)).zip(given.chunks_exact(hidden.max(1))).zip(gates) {
+            let open = 1.0 / (1.0 + (-gate).exp());
+            out.iter_mut().zip(given).for_each(|(out, given)| *out += open * given);
+        }
+    }
+    tensor(out, [tokens, hidden], &device)
+}
+
+/// A gated MLP; `see` is shown what its layers read.
+fn mlp([gate, up, down]: &[Tensor<2>; 3], activation: Activation, x: &Tensor<2>, see: &mut dyn FnMut(Site, &Tensor<2>)) -> Tensor<2> {
+    see(Site::Mlp, x);
+    let middle = gated(activation, linear::linear(x, gate), linear::linear(x, up));
+    see(Site::Down, &middle);
+    linear::linear(&middle, down)
 }
 
 /// How a branch returns to the residual stream.

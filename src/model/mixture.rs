@@ -1,27 +1,21 @@
-//! Mixtures of experts: what config.json says of them, their layers in a block, and their forward. A router sends every token to a
-//! few of the experts, gated MLPs of which each sees its own tokens; the output is the sum of what they give, times their shares,
-//! and of what an expert of all tokens gives, where there is one.
+//! Mixtures of experts: what config.json says of them, and their layers in a block. A router sends every token to a few of the
+//! experts, gated MLPs of which each sees its own tokens; the output is the sum of what they give, times their shares, and of what
+//! an expert of all tokens gives, where there is one ([`crate::model::forward`]).
 
 use burn::tensor::Tensor;
 use serde_json::Value;
 
 use crate::error::{Error, Result, shown};
-use crate::kernels::gated::{Activation, gated};
-use crate::kernels::linear::linear;
-use crate::kernels::routing::{Rule, route};
+use crate::kernels::routing::Rule;
 use crate::kernels::{tensor, values};
 use crate::matrix::Matrix;
 use crate::model::architecture::Family;
-use crate::model::block::{Linear, Role, Site, floats};
+use crate::model::block::{Linear, Role, floats};
 use crate::model::config::Keys;
-use crate::model::forward::{Point, Tap};
 use crate::weight::{Sparse, Weight};
 
 /// What the layers of an expert do, in order.
 const LAYERS: [Role; 3] = [Role::Gate, Role::Up, Role::Down];
-
-/// Rows of an expert's products are a multiple of this.
-const ROWS: usize = 16;
 
 /// Most experts of a layer.
 const MOST: usize = 1 << 14;
@@ -133,9 +127,12 @@ impl Experts {
 /// The tensors that the forward of a mixture needs.
 #[derive(Debug, Clone)]
 pub struct Tensors {
-    router: Tensor<2>,
-    routed: Vec<[Tensor<2>; 3]>,
-    shared: Option<([Tensor<2>; 3], Tensor<2>)>,
+    /// Experts × hidden.
+    pub router: Tensor<2>,
+    /// Gate, up and down of those that the router chooses from.
+    pub routed: Vec<[Tensor<2>; 3]>,
+    /// Those of the expert of all tokens, with what scales its output, 1 × hidden.
+    pub shared: Option<([Tensor<2>; 3], Tensor<2>)>,
 }
 
 impl Tensors {
@@ -177,44 +174,4 @@ impl Tensors {
             }
         }
     }
-
-    /// What a mixture gives for its input `x`, tokens × hidden. The tap sees `x` and what the layers of every expert read. Tokens go
-    /// to the processor between experts, so that nothing here is differentiated.
-    pub fn forward(&self, mixture: &Mixture, activation: Activation, x: &Tensor<2>, tap: Tap<'_>) -> Tensor<2> {
-        tap(Point::Site(Site::Mlp), x);
-        let ([tokens, hidden], device) = (x.dims(), x.device());
-        let rows = values(x.clone());
-        let logits = values(linear(x, &self.router));
-        let mut out = vec![0.0f32; tokens * hidden];
-        let routed = route(&logits, mixture.experts, mixture.rule);
-        for ((expert, layers), tokens) in self.routed.iter().enumerate().zip(routed).filter(|(_, tokens)| !tokens.is_empty()) {
-            let mut own = Vec::with_capacity(tokens.len() * hidden);
-            tokens.iter().for_each(|&(token, _)| own.extend_from_slice(&rows[token * hidden..][..hidden]));
-            // Products of few rows round otherwise; what a token gets must not depend on who goes with it.
-            let filled = tokens.len().next_multiple_of(ROWS);
-            own.resize(filled * hidden, 0.0);
-            let mut see = |site: Site, x: &Tensor<2>| tap(Point::Expert(Which::Routed(expert), site, tokens.len()), x);
-            let given = values(mlp(layers, activation, &tensor(own, [filled, hidden], &device), &mut see));
-            for (&(token, share), given) in tokens.iter().zip(given.chunks_exact(hidden.max(1))) {
-                out[token * hidden..][..hidden].iter_mut().zip(given).for_each(|(out, given)| *out += share * given);
-            }
-        }
-        if let Some((layers, gate)) = &self.shared {
-            let mut see = |site: Site, x: &Tensor<2>| tap(Point::Expert(Which::Shared, site, tokens), x);
-            let (given, gates) = (values(mlp(layers, activation, x, &mut see)), values(linear(x, gate)));
-            for ((out, given), gate) in out.chunks_exact_mut(hidden.max(1)).zip(given.chunks_exact(hidden.max(1))).zip(gates) {
-                let open = 1.0 / (1.0 + (-gate).exp());
-                out.iter_mut().zip(given).for_each(|(out, given)| *out += open * given);
-            }
-        }
-        tensor(out, [tokens, hidden], &device)
-    }
-}
-
-/// A gated MLP; `see` is shown what its layers read.
-fn mlp([gate, up, down]: &[Tensor<2>; 3], activation: Activation, x: &Tensor<2>, see: &mut dyn FnMut(Site, &Tensor<2>)) -> Tensor<2> {
-    see(Site::Mlp, x);
-    let middle = gated(activation, linear(x, gate), linear(x, up));
-    see(Site::Down, &middle);
-    linear(&middle, down)
 }

@@ -74,6 +74,14 @@ impl Statistics {
         space
     }
 
+    /// Itself, where everything that was seen is finite.
+    fn finite(&self, site: Site) -> Result<&Self> {
+        match self.squares.iter().position(|square| !square.is_finite()) {
+            Some(column) => Err(Error::input(format!("the calibration inputs at {site:?} are not finite in column {column}"))),
+            None => Ok(self),
+        }
+    }
+
     /// √Σx² per column in f32, as Wanda multiplies it (methods-pruning §1.2; the scale does not matter there).
     pub fn norms(&self) -> Vec<f32> {
         self.squares.iter().map(|&square| square.sqrt() as f32).collect()
@@ -125,8 +133,7 @@ impl Seen {
     /// When nothing was seen in the block, or something that is not finite.
     pub fn at_expert(&self, which: Which, site: Site, columns: usize) -> Result<Cow<'_, Statistics>> {
         match self.experts.get(&(which, site)).filter(|_| self.tokens_of(which) >= FEW_TOKENS) {
-            Some(statistics) if statistics.squares.iter().all(|square| square.is_finite()) => Ok(Cow::Borrowed(statistics)),
-            Some(_) => Err(Error::input(format!("the calibration inputs of {which:?} at {site:?} are not finite"))),
+            Some(statistics) => statistics.finite(site).map(Cow::Borrowed),
             None if site == Site::Down => Ok(Cow::Owned(Statistics::new(0, vec![1.0; columns], None))),
             None => self.at(site).map(Cow::Borrowed),
         }
@@ -137,11 +144,7 @@ impl Seen {
     /// # Errors
     /// When nothing was seen there, or something that is not finite.
     pub fn at(&self, site: Site) -> Result<&Statistics> {
-        let statistics = self.sites.get(&site).ok_or_else(|| Error::run(format!("no calibration was seen at {site:?}")))?;
-        match statistics.squares.iter().position(|square| !square.is_finite()) {
-            Some(column) => Err(Error::input(format!("the calibration inputs at {site:?} are not finite in column {column}"))),
-            None => Ok(statistics),
-        }
+        self.sites.get(&site).ok_or_else(|| Error::run(format!("no calibration was seen at {site:?}")))?.finite(site)
     }
 }
 

@@ -12,6 +12,7 @@ mod generate;
 mod golden;
 mod gpu;
 mod hostile;
+#[cfg(feature = "hub")]
 mod hub;
 mod kernels;
 mod layering;
