@@ -7,6 +7,7 @@ pub mod header;
 pub mod index;
 pub mod shard;
 pub mod source;
+pub mod stacked;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -169,10 +170,19 @@ impl Checkpoint {
     /// # Errors
     /// As [`Self::matrix`].
     pub fn stored(&self, name: &str, shape: [usize; 2]) -> Result<Stored> {
+        self.stored_part(name, &shape, 0, shape)
+    }
+
+    /// A matrix that is part of a tensor of some shape, from entry `first` on, as it is stored, checked as in [`Self::matrix`].
+    ///
+    /// # Errors
+    /// As [`Self::matrix`].
+    pub fn stored_part(&self, name: &str, whole: &[usize], first: usize, shape: [usize; 2]) -> Result<Stored> {
         let float = self.float(name)?;
         let (shard, info) = self.located(name)?;
-        expect(info, &shape).map_err(|error| error.tensor(name).file(&shard.path))?;
-        let bytes = shard.bytes(info, 0..info.bytes())?;
+        expect(info, whole).map_err(|error| error.tensor(name).file(&shard.path))?;
+        let at = |entry: usize| entry as u64 * float.bytes() as u64;
+        let bytes = shard.bytes(info, at(first)..at(first + shape[0] * shape[1]))?;
         if let Some((first, count)) = decode::nonfinite_bytes(float, &bytes) {
             return Err(nonfinite(first, count).tensor(name).file(&shard.path));
         }
@@ -196,7 +206,20 @@ impl Checkpoint {
         self.floats(name, &[length], 0..length)
     }
 
-    fn floats(&self, name: &str, shape: &[usize], entries: Range<usize>) -> Result<Vec<f32>> {
+    /// The bytes from one place of a tensor to another.
+    ///
+    /// # Errors
+    /// When the tensor is missing, ends before, or cannot be read.
+    pub fn part(&self, name: &str, bytes: Range<usize>) -> Result<Bytes> {
+        let (shard, info) = self.located(name)?;
+        shard.bytes(info, bytes.start as u64..bytes.end as u64)
+    }
+
+    /// Some entries of a tensor of some shape in f32, checked as in [`Self::matrix`].
+    ///
+    /// # Errors
+    /// As [`Self::matrix`].
+    pub fn floats(&self, name: &str, shape: &[usize], entries: Range<usize>) -> Result<Vec<f32>> {
         let float = self.float(name)?;
         let (shard, info) = self.located(name)?;
         expect(info, shape).map_err(|error| error.tensor(name).file(&shard.path))?;

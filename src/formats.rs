@@ -19,6 +19,7 @@ use serde_json::Value;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::decode::{decode, nonfinite};
 use crate::checkpoint::source::{Plain, Source, Through};
+use crate::checkpoint::stacked;
 use crate::error::{Error, Result, shown};
 use crate::weight::{Float, Outlined, Weight};
 
@@ -126,7 +127,9 @@ pub fn scales(checkpoint: &Checkpoint, name: &str, float: Float) -> Result<Vec<f
 /// # Errors
 /// When the checkpoint is quantized in a way that this version does not read.
 pub fn open(checkpoint: &Checkpoint) -> Result<Box<dyn Source>> {
-    let Some(config) = quantization(checkpoint) else { return Ok(Box::new(Plain)) };
+    let apart =
+        |source: Box<dyn Source>| -> Box<dyn Source> { if stacked::any(checkpoint) { Box::new(stacked::Stacked(source)) } else { source } };
+    let Some(config) = quantization(checkpoint) else { return Ok(apart(Box::new(Plain))) };
     let source = packed(checkpoint, config)?;
     if !checkpoint.names().any(|name| PACKED.iter().any(|end| name.ends_with(end))) {
         let method = shown(config["quant_method"].as_str().unwrap_or("?"));
@@ -135,11 +138,12 @@ pub fn open(checkpoint: &Checkpoint) -> Result<Box<dyn Source>> {
         );
         return Err(Error::input(what).file(&checkpoint.folder));
     }
-    Ok(Box::new(Through::new(source, bounded)))
+    Ok(apart(Box::new(Through::new(source, bounded))))
 }
 
 /// Ends of names that only tensors of packed layers have.
-const PACKED: [&str; 8] = [
+const PACKED: [&str; 9] = [
+    "_blocks",
     ".qweight",
     ".weight_packed",
     ".weight_scale",
@@ -162,6 +166,8 @@ fn bounded(weight: Weight) -> Result<Weight> {
 fn packed(checkpoint: &Checkpoint, config: &Value) -> Result<Box<dyn Source>> {
     match config["quant_method"].as_str() {
         Some("tritplane") => Ok(Box::new(tritplane::Tritplane::read(config).map_err(|error| error.file(&checkpoint.folder))?)),
+        // Only experts are packed, which are no layers of their own.
+        Some("mxfp4") => Ok(Box::new(Plain)),
         Some("fp8") => Ok(Box::new(float8::Float8::read(config).map_err(|error| error.file(&checkpoint.folder))?)),
         Some("compressed-tensors") if float8_groups(config) => Ok(Box::new(float8::Float8::read(config)?)),
         Some("compressed-tensors") => {
@@ -172,7 +178,7 @@ fn packed(checkpoint: &Checkpoint, config: &Value) -> Result<Box<dyn Source>> {
         other => {
             let method = shown(other.unwrap_or("?"));
             Err(Error::input(format!(
-                "config.json: quantized by `{method}`, this version reads dense, compressed-tensors, gptq, auto-round, awq, fp8 and tritplane checkpoints"
+                "config.json: quantized by `{method}`, this version reads dense, compressed-tensors, gptq, auto-round, awq, fp8, mxfp4 and tritplane checkpoints"
             ))
             .file(&checkpoint.folder))
         }

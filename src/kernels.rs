@@ -14,6 +14,7 @@ pub mod attention;
 pub mod attention_adjoint;
 pub mod channels;
 pub mod decode_attention;
+pub mod delta_rule;
 pub mod descent;
 pub mod error_feedback;
 pub mod exponential;

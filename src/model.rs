@@ -6,14 +6,17 @@ pub mod bench;
 pub mod block;
 pub mod capture;
 pub mod config;
+pub mod delta;
 pub mod forward;
 pub mod generate;
 pub mod hidden;
+pub mod latent;
 pub mod mixture;
 pub mod rotation;
 pub mod seen;
 pub mod slopes;
 pub mod walk;
+pub mod woven;
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -22,10 +25,12 @@ use crate::checkpoint::Checkpoint;
 use crate::checkpoint::source::{Source, expect_shape};
 use crate::error::{Error, Result};
 use crate::matrix::Matrix;
-use crate::model::architecture::{Mixed, PROJECTIONS};
+use crate::model::architecture::families::PROJECTIONS;
+use crate::model::architecture::{Lying, Mixed, Mixing, Routing};
 use crate::model::block::{Block, Linear, Norm, Place, Role, Site};
 use crate::model::config::{Config, decoder, known_family};
-use crate::model::mixture::{Experts, Mixture, Which};
+use crate::model::delta::Delta;
+use crate::model::mixture::{Experts, Mixture, Router, Which};
 use crate::weight::Weight;
 
 /// Largest slice of the head that is decoded at once, in bytes of f32.
@@ -46,6 +51,8 @@ pub struct Module {
     pub roles: Vec<Role>,
     /// The expert of a mixture that it is part of.
     pub expert: Option<Which>,
+    /// `[outputs, inputs]`.
+    pub shape: [usize; 2],
 }
 
 impl Module {
@@ -108,11 +115,11 @@ impl<'a> Model<'a> {
         }
         for index in 0..config.layers.len() {
             for module in self.modules(index) {
-                let (name, needed) = (&module.name, self.module_shape(&module));
+                let (name, needed) = (&module.name, module.shape);
                 let found = self.source.shape(self.checkpoint, name);
                 expect_shape(self.checkpoint, &format!("{name}.weight"), found, needed)?;
                 self.source.check(self.checkpoint, name, needed)?;
-                let required = module.roles.first().is_some_and(|role| config.biases[role.bias_class()]);
+                let required = module.roles.first().and_then(|role| role.bias_class()).is_some_and(|class| config.biases[class]);
                 let bias = format!("{name}.bias");
                 if required || self.checkpoint.has(&bias) {
                     self.vector_shape(&bias, needed[0])?;
@@ -121,9 +128,28 @@ impl<'a> Model<'a> {
             for (name, _, width) in self.norms(index) {
                 self.vector_shape(&name, width)?;
             }
-            for (name, shape) in self.routers(index) {
+            for (name, shape) in self.matrices(index) {
                 expect_shape(self.checkpoint, &name, two(&name), shape)?;
                 self.checkpoint.float(&name)?;
+            }
+            for (name, width) in self.vectors(index) {
+                self.vector_shape(&name, width)?;
+            }
+            if let Some((mixture, mixed)) = self.mixture(index).filter(|(_, mixed)| mixed.lying == Lying::Woven) {
+                woven::check(self.checkpoint, &self.named(index, &format!("{}.experts", mixed.name)), &mixture, config.hidden)?;
+            }
+            if let (true, Some(sizes)) = (config.layers[index].linear, &config.delta) {
+                let (name, needed) = (self.named(index, "linear_attn.conv1d.weight"), [sizes.channels(), 1, sizes.kernel]);
+                self.checkpoint.float(&name)?;
+                match self.checkpoint.info(&name) {
+                    Some(info) if info.shape == needed => {}
+                    found => {
+                        let found = found.map(|info| info.shape.clone()).unwrap_or_default();
+                        return Err(Error::input(format!("has shape {found:?}, config.json asks for {needed:?}"))
+                            .tensor(&name)
+                            .file(&self.checkpoint.folder));
+                    }
+                }
             }
         }
         self.no_more_layers()?;
@@ -134,7 +160,8 @@ impl<'a> Model<'a> {
     fn no_more_layers(&self) -> Result<()> {
         let start = format!("{}layers.", self.prefix);
         let number = |name: &str| name.strip_prefix(&start)?.split('.').next()?.parse::<usize>().ok();
-        let further = self.checkpoint.config["num_nextn_predict_layers"].as_u64().unwrap_or(0) as usize;
+        let further = ["num_nextn_predict_layers", "num_mtp_layers"].map(|key| self.checkpoint.config[key].as_u64().unwrap_or(0));
+        let further = further.into_iter().max().unwrap_or(0) as usize;
         let count = self.config.layers.len();
         match self.checkpoint.names().find(|name| number(name).is_some_and(|number| number >= count.saturating_add(further))) {
             Some(name) => Err(Error::input(format!("config.json says num_hidden_layers {count}, but this belongs to a later one"))
@@ -154,41 +181,77 @@ impl<'a> Model<'a> {
         }
     }
 
+    /// The full name of something in a block.
+    fn named(&self, index: usize, name: &str) -> String {
+        format!("{}layers.{index}.{name}", self.prefix)
+    }
+
     /// The linear layers of a block as the checkpoint stores them, in the order of a forward.
     pub fn modules(&self, index: usize) -> Vec<Module> {
         let family = self.config.family;
-        let fused = |name: Option<&'static str>, roles: &[Role]| -> Vec<(&'static str, Vec<Role>)> {
-            match name {
-                Some(name) => vec![(name, roles.to_vec())],
-                None => roles.iter().map(|&role| (role.name(), vec![role])).collect(),
-            }
-        };
-        let mut modules = fused(family.fused_qkv, &[Role::Query, Role::Key, Role::Value]);
-        modules.extend(fused(None, &[Role::Output]));
+        let mut modules = self.mixers(index);
         let mixture = self.mixture(index);
         if mixture.is_none() {
-            modules.extend(fused(family.fused_mlp, &[Role::Gate, Role::Up]));
-            modules.extend(fused(None, &[Role::Down]));
+            match family.fused_mlp {
+                Some(name) => modules.push((name, vec![Role::Gate, Role::Up])),
+                None => modules.extend([Role::Gate, Role::Up].map(|role| (role.name(), vec![role]))),
+            }
+            modules.push((Role::Down.name(), vec![Role::Down]));
         }
-        let start = format!("{}layers.{index}.", self.prefix);
-        let mut modules: Vec<Module> =
-            modules.into_iter().map(|(name, roles)| Module { name: format!("{start}{name}"), roles, expert: None }).collect();
+        let own = modules.into_iter().map(|(name, roles)| {
+            let columns = roles.first().map_or(0, |&role| self.shape(index, role)[1]);
+            let shape = [roles.iter().map(|&role| self.shape(index, role)[0]).sum(), columns];
+            Module { name: self.named(index, name), roles, expert: None, shape }
+        });
+        let mut modules: Vec<Module> = own.collect();
         if let Some((mixture, mixed)) = mixture {
-            let mut of = |name: String, layers: [&str; 3], expert: Which| {
-                let layers = layers.into_iter().zip([Role::Gate, Role::Up, Role::Down]);
-                modules.extend(layers.map(|(layer, role)| Module {
+            let mut of = |name: String, layers: [&str; 3], which: Which, width: usize| {
+                let hidden = self.config.hidden;
+                let layers =
+                    layers.into_iter().zip([(Role::Gate, [width, hidden]), (Role::Up, [width, hidden]), (Role::Down, [hidden, width])]);
+                modules.extend(layers.map(|(layer, (role, shape))| Module {
                     name: format!("{name}.{layer}"),
                     roles: vec![role],
-                    expert: Some(expert),
+                    expert: Some(which),
+                    shape,
                 }));
             };
-            let name = format!("{start}{}", mixed.name);
-            (0..mixture.experts).for_each(|expert| of(format!("{name}.experts.{expert}"), mixed.layers, Which::Routed(expert)));
-            if let Some([shared, _]) = mixed.shared {
-                of(format!("{name}.{shared}"), PROJECTIONS, Which::Shared);
+            let name = self.named(index, mixed.name);
+            if mixed.lying == Lying::Apart {
+                let each = |expert| (format!("{name}.experts.{expert}"), mixed.layers, Which::Routed(expert), mixture.width);
+                (0..mixture.experts).map(each).for_each(|(name, layers, which, width)| of(name, layers, which, width));
+            }
+            if let (Some((shared, _)), Some(width)) = (mixed.shared, mixture.shared) {
+                of(format!("{name}.{shared}"), PROJECTIONS, Which::Shared, width);
             }
         }
         modules
+    }
+
+    /// Names and roles of the linear layers of what mixes tokens in a block.
+    fn mixers(&self, index: usize) -> Vec<(&'static str, Vec<Role>)> {
+        let one = |role: Role| (role.name(), vec![role]);
+        match (self.config.family.mixing, self.config.latent) {
+            (Mixing::Hybrid(names), _) if self.config.layers[index].linear => {
+                let mut mixers = vec![(names.input, vec![Role::DeltaIn])];
+                mixers.extend(names.gate.map(|gate| (gate, vec![Role::DeltaGate])));
+                mixers.push(("linear_attn.out_proj", vec![Role::Output]));
+                mixers
+            }
+            (_, Some(latent)) => {
+                let queries: &[Role] = if latent.query_rank.is_some() { &[Role::QueryDown, Role::QueryUp] } else { &[Role::Query] };
+                queries.iter().chain(&[Role::KeyValueDown, Role::KeyValueUp, Role::Output]).map(|&role| one(role)).collect()
+            }
+            _ => {
+                let roles = [Role::Query, Role::Key, Role::Value];
+                let mut mixers = match self.config.family.fused_qkv {
+                    Some(name) => vec![(name, roles.to_vec())],
+                    None => roles.map(one).to_vec(),
+                };
+                mixers.push(one(Role::Output));
+                mixers
+            }
+        }
     }
 
     /// The mixture of experts of a block that is one, and how its family names it.
@@ -196,36 +259,68 @@ impl<'a> Model<'a> {
         if self.config.layers[index].mixed { self.config.mixture.zip(self.config.family.mixed) } else { None }
     }
 
-    /// The names of a mixture's router and of what scales its shared expert, with their shapes.
-    fn routers(&self, index: usize) -> Vec<(String, [usize; 2])> {
-        let Some((mixture, mixed)) = self.mixture(index) else { return Vec::new() };
-        let name = format!("{}layers.{index}.{}", self.prefix, mixed.name);
-        let mut routers = vec![(format!("{name}.gate.weight"), [mixture.experts, self.config.hidden])];
-        routers.extend(mixed.shared.map(|[_, gate]| (format!("{name}.{gate}.weight"), [1, self.config.hidden])));
-        routers
-    }
-
-    /// `[outputs, inputs]` of a module.
-    pub fn module_shape(&self, module: &Module) -> [usize; 2] {
-        if let (Some(which), Some(mixture)) = (module.expert, self.config.mixture) {
-            let width = if which == Which::Shared { mixture.shared.unwrap_or(0) } else { mixture.width };
-            let hidden = self.config.hidden;
-            return if module.roles == [Role::Down] { [hidden, width] } else { [width, hidden] };
+    /// Names and shapes of matrices of a block that no method works on: a mixture's router, what scales its shared expert, and
+    /// what controls a delta rule.
+    fn matrices(&self, index: usize) -> Vec<(String, [usize; 2])> {
+        let (config, mut matrices) = (&self.config, Vec::new());
+        if let Some((mixture, mixed)) = self.mixture(index) {
+            matrices.push((self.named(index, &format!("{}.{}.weight", mixed.name, mixed.router)), [mixture.experts, config.hidden]));
+            let gate = mixed.shared.and_then(|(_, gate)| gate);
+            matrices.extend(gate.map(|gate| (self.named(index, &format!("{}.{gate}.weight", mixed.name)), [1, config.hidden])));
         }
-        let columns = module.roles.first().map_or(0, |&role| self.shape(role)[1]);
-        [module.roles.iter().map(|&role| self.shape(role)[0]).sum(), columns]
+        if let (Mixing::Hybrid(names), Some(sizes), true) = (config.family.mixing, config.delta, config.layers[index].linear) {
+            let rows = 2 * sizes.value_heads / names.controls.len();
+            matrices.extend(names.controls.iter().map(|name| (self.named(index, &format!("{name}.weight")), [rows, config.hidden])));
+        }
+        matrices
     }
 
-    /// `[outputs, inputs]` of a role.
-    pub fn shape(&self, role: Role) -> [usize; 2] {
+    /// Names and widths of vectors of a block that are neither norms nor biases of linear layers.
+    fn vectors(&self, index: usize) -> Vec<(String, usize)> {
+        let (config, mut vectors) = (&self.config, Vec::new());
+        if let Some((mixture, mixed)) = self.mixture(index) {
+            let router = self.named(index, &format!("{}.{}", mixed.name, mixed.router));
+            if mixed.routing == Routing::GroupedSigmoid {
+                vectors.push((format!("{router}.e_score_correction_bias"), mixture.experts));
+            }
+            let bias = format!("{router}.bias");
+            vectors.extend(self.checkpoint.has(&bias).then_some((bias, mixture.experts)));
+        }
+        if let (true, Some(sizes)) = (config.layers[index].linear, config.delta) {
+            let named = |name: &str| self.named(index, &format!("linear_attn.{name}"));
+            vectors.extend(["A_log", "dt_bias"].map(|name| (named(name), sizes.value_heads)));
+            vectors.push((named("norm.weight"), sizes.value_dim));
+        }
+        if config.family.sinks {
+            vectors.push((self.named(index, "self_attn.sinks"), config.heads));
+        }
+        vectors
+    }
+
+    /// `[outputs, inputs]` of a role in a block.
+    pub fn shape(&self, index: usize, role: Role) -> [usize; 2] {
         let config = &self.config;
         let (hidden, middle, query, kv) = (config.hidden, config.intermediate, config.query_width(), config.kv_width());
+        let (latent, sizes) = (config.latent, config.delta);
+        let keys = latent.map_or(0, |latent| config.heads * latent.key());
+        let rank = latent.and_then(|latent| latent.query_rank).unwrap_or(0);
         match role {
+            Role::Query if latent.is_some() => [keys, hidden],
+            Role::Query if config.family.gated => [2 * query, hidden],
             Role::Query => [query, hidden],
             Role::Key | Role::Value => [kv, hidden],
-            Role::Output => [hidden, query],
+            Role::Output => [hidden, config.mixed_width(index)],
             Role::Gate | Role::Up => [middle, hidden],
             Role::Down => [hidden, middle],
+            Role::QueryDown => [rank, hidden],
+            Role::QueryUp => [keys, rank],
+            Role::KeyValueDown => [latent.map_or(0, |latent| latent.rank + latent.turning), hidden],
+            Role::KeyValueUp => latent.map_or([0, 0], |latent| [config.heads * (latent.still + latent.value), latent.rank]),
+            Role::DeltaIn => {
+                let apart = matches!(config.family.mixing, Mixing::Hybrid(names) if names.gate.is_some());
+                [sizes.map_or(0, |sizes| sizes.channels() + if apart { 0 } else { sizes.values() }), hidden]
+            }
+            Role::DeltaGate => [sizes.map_or(0, |sizes| sizes.values()), hidden],
         }
     }
 
@@ -241,9 +336,16 @@ impl<'a> Model<'a> {
         ] {
             norms.extend(name.map(|name| (format!("{}layers.{index}.{name}.weight", self.prefix), place, self.config.hidden)));
         }
-        if let Some([query, key]) = self.config.qk_norm_widths() {
-            norms.push((format!("{}layers.{index}.self_attn.q_norm.weight", self.prefix), Place::Query, query));
-            norms.push((format!("{}layers.{index}.self_attn.k_norm.weight", self.prefix), Place::Key, key));
+        let mut own = |name: &str, place, width| norms.push((self.named(index, &format!("self_attn.{name}.weight")), place, width));
+        if let Some([query, key]) = self.config.qk_norm_widths().filter(|_| !self.config.layers[index].linear) {
+            own("q_norm", Place::Query, query);
+            own("k_norm", Place::Key, key);
+        }
+        if let Some(latent) = &self.config.latent {
+            if let Some(rank) = latent.query_rank {
+                own("q_a_layernorm", Place::QueryLatent, rank);
+            }
+            own("kv_a_layernorm", Place::KeyValueLatent, latent.rank);
         }
         norms
     }
@@ -260,24 +362,64 @@ impl<'a> Model<'a> {
                 Some(Which::Routed(_)) => &mut routed,
                 Some(Which::Shared) => &mut shared,
             };
-            into.extend(self.load_module(module)?);
+            into.extend(self.load_module(index, module)?);
         }
-        let mut routers = self.routers(index).into_iter().map(|(name, shape)| self.checkpoint.matrix(&name, shape));
-        let experts = match routers.next().transpose()? {
-            Some(router) => {
-                let shared = threes(shared).pop().zip(routers.next().transpose()?);
-                Some(Experts { router, routed: threes(routed), shared })
-            }
-            None => None,
-        };
+        let experts = self.load_experts(index, threes(routed), threes(shared).pop())?;
         let norm = |(name, place, width): (String, Place, usize)| Ok(Norm { weight: self.checkpoint.vector(&name, width)?, name, place });
-        Ok(Block { index, linears, experts, norms: self.norms(index).into_iter().map(norm).collect::<Result<_>>()? })
+        let sinks = if self.config.family.sinks {
+            Some(self.checkpoint.vector(&self.named(index, "self_attn.sinks"), self.config.heads)?)
+        } else {
+            None
+        };
+        let norms = self.norms(index).into_iter().map(norm).collect::<Result<_>>()?;
+        Ok(Block { index, linears, experts, delta: self.load_delta(index)?, sinks, norms })
+    }
+
+    /// Reads what a mixture has beside the layers that methods work on.
+    fn load_experts(&self, index: usize, mut routed: Vec<[Linear; 3]>, shared: Option<[Linear; 3]>) -> Result<Option<Experts>> {
+        let Some((mixture, mixed)) = self.mixture(index) else { return Ok(None) };
+        let mut matrices = self.matrices(index).into_iter().map(|(name, shape)| self.checkpoint.matrix(&name, shape));
+        let weight = matrices.next().transpose()?.ok_or_else(|| Error::run("a mixture without a router"))?;
+        let gate = if mixed.shared.is_some_and(|(_, gate)| gate.is_some()) { matrices.next().transpose()? } else { None };
+        let mut router = Router { weight, bias: Vec::new(), correction: Vec::new() };
+        let own = self.named(index, &format!("{}.{}", mixed.name, mixed.router));
+        for (name, width) in self.vectors(index).into_iter().filter(|(name, _)| name.starts_with(&own)) {
+            let vector = self.checkpoint.vector(&name, width)?;
+            if name.ends_with(".bias") { router.bias = vector } else { router.correction = vector }
+        }
+        if mixed.lying == Lying::Woven {
+            routed = woven::load(self.checkpoint, &self.named(index, &format!("{}.experts", mixed.name)), &mixture, self.config.hidden)?;
+        }
+        Ok(Some(Experts { router, routed, shared: shared.map(|shared| (shared, gate)) }))
+    }
+
+    /// Reads what a delta rule has beside its linear layers.
+    fn load_delta(&self, index: usize) -> Result<Option<Delta>> {
+        let (true, Some(sizes)) = (self.config.layers[index].linear, &self.config.delta) else { return Ok(None) };
+        let (checkpoint, named) = (self.checkpoint, |name: &str| self.named(index, &format!("linear_attn.{name}")));
+        let of_control = |(name, _): &(String, [usize; 2])| name.contains(".linear_attn.");
+        let mut controls = Matrix::new(0, self.config.hidden, Vec::new());
+        for (name, shape) in self.matrices(index).into_iter().filter(of_control) {
+            controls.rows += shape[0];
+            controls.data.extend(checkpoint.matrix(&name, shape)?.data);
+        }
+        if matches!(self.config.family.mixing, Mixing::Hybrid(names) if names.controls.len() == 1) {
+            let rows = delta::control_rows(sizes).into_iter().flat_map(|row| controls.row(row).to_vec()).collect();
+            controls.data = rows;
+        }
+        let vector = |name: &str, width: usize| checkpoint.vector(&named(name), width);
+        Ok(Some(Delta {
+            controls,
+            taps: checkpoint.floats(&named("conv1d.weight"), &[sizes.channels(), 1, sizes.kernel], 0..sizes.channels() * sizes.kernel)?,
+            decay: vector("A_log", sizes.value_heads)?,
+            offset: vector("dt_bias", sizes.value_heads)?,
+            norm: vector("norm.weight", sizes.value_dim)?,
+        }))
     }
 
     /// Reads a module: a linear layer for each of its roles.
-    fn load_module(&self, module: Module) -> Result<Vec<Linear>> {
-        let shape = self.module_shape(&module);
-        let Module { name, roles, .. } = module;
+    fn load_module(&self, index: usize, module: Module) -> Result<Vec<Linear>> {
+        let Module { name, roles, shape, .. } = module;
         let bias = format!("{name}.bias");
         let bias = if self.checkpoint.has(&bias) { Some(self.checkpoint.vector(&bias, shape[0])?) } else { None };
         let weight = match self.source.weight(self.checkpoint, &name, shape)? {
@@ -289,7 +431,7 @@ impl<'a> Model<'a> {
         }
         let mut first = 0;
         let part = |role: Role| {
-            let rows: Vec<usize> = (first..first + self.shape(role)[0]).collect();
+            let rows: Vec<usize> = (first..first + self.shape(index, role)[0]).collect();
             let bias = bias.as_ref().map(|bias| bias[first..first + rows.len()].to_vec());
             first += rows.len();
             Linear { weight: weight.picked(&rows), name: name.clone(), role, bias }
@@ -333,25 +475,26 @@ impl<'a> Model<'a> {
 
     /// Bytes of the largest block in f32.
     pub fn block_bytes(&self) -> u64 {
-        let of =
-            |roles: &[Role]| roles.iter().map(|&role| self.shape(role)).map(|[rows, columns]| rows as u64 * columns as u64).sum::<u64>();
-        let (attention, mlp) = (of(&Role::ALL[..4]), of(&Role::ALL[4..]));
-        let layers = &self.config.layers;
-        let dense = if layers.iter().all(|layer| layer.mixed) { 0 } else { mlp };
-        let mixed = self.config.mixture.filter(|_| layers.iter().any(|layer| layer.mixed));
-        4 * (attention + dense.max(mixed.map_or(0, |mixture| mixture.entries(self.config.hidden))))
+        (0..self.config.layers.len()).map(|index| 4 * self.entries(index)).max().unwrap_or(0)
+    }
+
+    /// Weights of the linear layers of a block.
+    fn entries(&self, index: usize) -> u64 {
+        let mut roles: Vec<Role> = self.mixers(index).into_iter().flat_map(|(_, roles)| roles).collect();
+        let mixture = self.mixture(index);
+        if mixture.is_none() {
+            roles.extend([Role::Gate, Role::Up, Role::Down]);
+        }
+        let own: u64 = roles.into_iter().map(|role| self.shape(index, role)).map(|[rows, columns]| rows as u64 * columns as u64).sum();
+        own + mixture.map_or(0, |(mixture, _)| mixture.entries(self.config.hidden))
     }
 }
 
 /// Whether a checkpoint is one whose decoder can be computed, as far as its configuration and its names tell. What is not is
-/// worked on by names and shapes: other families, larger models that say too little of their decoder, and mixtures whose experts
-/// are stacked in one tensor.
+/// worked on by names and shapes: other families, and larger models that say too little of their decoder.
 pub fn computes(checkpoint: &Checkpoint) -> bool {
     let config = &checkpoint.config;
-    let Some(family) = known_family(config) else { return false };
-    let silent = matches!(decoder(config), Cow::Owned(_)) && Config::read(config).is_err();
-    let stacked = family.mixed.is_some() && checkpoint.names().any(|name| name.contains(".experts.gate_up_proj"));
-    !silent && !stacked
+    known_family(config).is_some() && !(matches!(decoder(config), Cow::Owned(_)) && Config::read(config).is_err())
 }
 
 /// Gate, up and down of one expert after the other.

@@ -173,13 +173,13 @@ impl Trainer {
         let mut matrices = vec![Trained::new("model.embed_tokens.weight".into(), normal([VOCABULARY, HIDDEN], 0.04))];
         let mut norms = Vec::new();
         for layer in 0..LAYERS {
-            for role in Role::ALL {
+            for role in Role::PLAIN {
                 let shape = match role {
                     Role::Query => [HEADS * HEAD_DIM, HIDDEN],
                     Role::Key | Role::Value => [KV_HEADS * HEAD_DIM, HIDDEN],
                     Role::Output => [HIDDEN, HEADS * HEAD_DIM],
                     Role::Gate | Role::Up => [MIDDLE, HIDDEN],
-                    Role::Down => [HIDDEN, MIDDLE],
+                    _ => [HIDDEN, MIDDLE],
                 };
                 let std = if matches!(role, Role::Output | Role::Down) { 0.02 } else { 0.05 };
                 matrices.push(Trained::new(format!("model.layers.{layer}.{}.weight", role.name()), normal(shape, std)));
@@ -204,7 +204,7 @@ impl Trainer {
         let mut x = matrices[0].clone().select(0, tokens(0));
         for layer in 0..LAYERS {
             let mut parameters = Parameters::default();
-            for (role, weight) in Role::ALL.into_iter().zip(&matrices[1 + layer * 7..]) {
+            for (role, weight) in Role::PLAIN.into_iter().zip(&matrices[1 + layer * 7..]) {
                 parameters.set_weight(role, weight.clone());
             }
             parameters.set_norm(Place::AttentionIn, norms[2 * layer].clone());

@@ -195,8 +195,7 @@ impl<'a> Compressor<'a> {
     fn on_experts(&self, number: usize, bench: &mut Bench<'_>, handed: &mut HandedOn) -> Result<()> {
         let stage = &self.plan.stages[number];
         let Some(mut experts) = bench.block.experts.take() else { return Ok(()) };
-        let names: Vec<Which> = experts.linears().map(|(which, _)| which).collect();
-        for (which, linears) in names.into_iter().zip(experts.linears_mut()) {
+        for (which, linears) in experts.linears_mut() {
             for linear in linears {
                 bench.run.check_stop()?;
                 let planned = self.plan.layer(&linear.name).filter(|planned| planned.stages.contains(&number));

@@ -2,6 +2,7 @@
 //! block with a few windows, once with fewer and once with more, and a few windows of the measurement of quality. Where the
 //! model is too large for a trial, floating-point operations are counted and divided by what a matrix product reaches here.
 
+use std::collections::BTreeSet;
 use std::time::Instant;
 
 use crate::calibrate::corpus::Packed;
@@ -13,12 +14,11 @@ use crate::error::Result;
 use crate::evaluate;
 use crate::formats;
 use crate::kernels::gemm::{Sizes, View, product};
-use crate::model::Model;
-use crate::model::block::Role;
-use crate::model::computes;
 use crate::model::hidden::Keeping;
+use crate::model::mixture::Which;
 use crate::model::seen::Needs;
 use crate::model::walk::{activation_bytes, embed, walk_part, windows_at_once};
+use crate::model::{Model, Module, computes};
 use crate::plan::recipe::Recipe;
 use crate::plan::{Candidate, Plan};
 use crate::report::peak_memory;
@@ -72,7 +72,7 @@ pub fn estimate(prepared: &Prepared, preparing: f64, run: &Run<'_>) -> Result<Es
     let calibration = prepared.calibration.as_ref().map_or(&[][..], |packed: &Packed| &packed.windows);
     let evaluation = prepared.evaluation.as_ref().map_or(&[][..], |(windows, _)| windows);
     let per_token = 2.0 * model.block_bytes() as f64 / 4.0;
-    let widest = Role::ALL.iter().map(|&role| model.shape(role)[1]).max().unwrap_or(1) as f64;
+    let widest = columns(model).into_iter().fold(1.0, f64::max);
     let trial_cost = 8.0 * per_token * TRIAL_TOKENS.min(tokens(calibration)) as f64 + 4.0 * widest.powi(3);
     let whole = 2.0 * prepared.facts.parameters as f64 * 2.0 * 512.0;
     if trial_cost > TRIAL_OPERATIONS || whole > TRIAL_OPERATIONS || prepared.generation.is_some() {
@@ -218,13 +218,13 @@ impl Trial<'_> {
     fn counted(&self, model: &Model<'_>, needs: Needs, calibration: usize, evaluation: usize) -> f64 {
         let rate = product_rate();
         let (blocks, weights) = (model.config.layers.len() as f64, model.block_bytes() as f64 / 4.0);
-        let columns = Role::ALL.map(|role| model.shape(role)[1] as f64);
+        let columns = columns(model);
         let forwards = match needs {
             Needs::Nothing => 0.0,
             Needs::SquaredNorms | Needs::Gram => 2.6,
             Needs::Streams => 5.0,
         };
-        let sites: f64 = [columns[0], columns[3], columns[4], columns[6]].iter().map(|columns| columns * columns).sum();
+        let sites: f64 = columns.iter().map(|columns| columns * columns).sum();
         let grams = match needs {
             Needs::Nothing | Needs::SquaredNorms => 0.0,
             Needs::Gram => 1.0,
@@ -237,6 +237,15 @@ impl Trial<'_> {
         let measured = 2.0 * evaluation as f64 * 2.0 * self.prepared.facts.parameters as f64;
         (blocks * (gathered + solved + learning) + measured) / rate
     }
+}
+
+/// Columns that the sites of the first block have; of experts, those of as many as a token goes to.
+fn columns(model: &Model<'_>) -> Vec<f64> {
+    let mut sites = BTreeSet::new();
+    let chosen = model.config.mixture.map_or(0, |mixture| mixture.rule.chosen);
+    let few = |module: &Module| !matches!(module.expert, Some(Which::Routed(expert)) if expert >= chosen);
+    let modules = model.modules(0).into_iter().filter(few);
+    modules.filter(|module| sites.insert((module.expert, module.site()))).map(|module| module.shape[1] as f64).collect()
 }
 
 /// Seconds per window from two trials; hardly less than its share of the larger one, because differences of short times say little.

@@ -47,7 +47,7 @@ pub fn candidates(checkpoint: &Checkpoint, source: &dyn Source, model: Option<&M
     for index in 0..model.config.layers.len() {
         for module in model.modules(index) {
             let float = float(checkpoint, &module.name);
-            candidates.push(Candidate { shape: model.module_shape(&module), name: module.name, float });
+            candidates.push(Candidate { shape: module.shape, name: module.name, float });
         }
     }
     Ok(candidates)

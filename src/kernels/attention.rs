@@ -17,7 +17,7 @@ use crate::kernels::{Floats, maximum, sum_lanes, tensor, vectorized};
 
 /// The shape and the switches of an attention.
 #[derive(Debug, Clone, Copy)]
-pub struct Attention {
+pub struct Attention<'a> {
     /// Tokens per window.
     pub seq: usize,
     /// Query heads.
@@ -32,6 +32,8 @@ pub struct Attention {
     pub softcap: Option<f32>,
     /// How many positions a token sees, itself included.
     pub window: Option<usize>,
+    /// By head, a score of nothing that stands beside those of the keys.
+    pub sinks: Option<&'a [f32]>,
 }
 
 /// Query rows that share one pass over the keys.
@@ -42,7 +44,7 @@ fn joined(mut pieces: Vec<Tensor<2>>, axis: usize) -> Tensor<2> {
     if pieces.len() == 1 { pieces.remove(0) } else { Tensor::cat(pieces, axis) }
 }
 
-impl Attention {
+impl Attention<'_> {
     /// Attention output (tokens × heads · d).
     pub fn run(&self, q: Tensor<2>, k: Tensor<2>, v: Tensor<2>) -> Tensor<2> {
         match (Floats::of(&q), Floats::of(&k), Floats::of(&v)) {
@@ -63,7 +65,8 @@ impl Attention {
         let kv_heads = (BYTES / (head_bytes * times)).clamp(1, self.kv_heads);
         let windows = (BYTES / (head_bytes * self.heads)).max(1);
         let piece = |rows: Range<usize>, heads: Range<usize>| {
-            let part = Self { heads: heads.len() * times, kv_heads: heads.len(), ..*self };
+            let sinks = self.sinks.map(|sinks| &sinks[heads.start * times..heads.end * times]);
+            let part = Self { heads: heads.len() * times, kv_heads: heads.len(), sinks, ..*self };
             let d = self.head_dim;
             let of = |x: &Tensor<2>, times: usize| x.clone().slice([rows.clone(), heads.start * times * d..heads.end * times * d]);
             part.run_reference(of(&q, times), of(&k, 1), of(&v, 1))
@@ -100,7 +103,13 @@ impl Attention {
             hidden = hidden.bool_or(distance.greater_equal_elem(window as i64));
         }
         let hidden = hidden.unsqueeze::<4>().expand([windows, self.heads, seq, seq]);
-        let weights = softmax(scores.mask_fill(hidden, -1e30), 3);
+        let mut scores = scores.mask_fill(hidden, -1e30);
+        if let Some(sinks) = self.sinks {
+            let sinks: Tensor<4> = tensor(sinks.to_vec(), [1, self.heads, 1, 1], &device);
+            let sinks = if scores.is_autodiff() && !sinks.is_autodiff() { sinks.autodiff() } else { sinks };
+            scores = Tensor::cat(vec![scores, sinks.expand([windows, self.heads, seq, 1])], 3);
+        }
+        let weights = softmax(scores, 3).slice([0..windows, 0..self.heads, 0..seq, 0..seq]);
         weights.matmul(v).swap_dims(1, 2).reshape([tokens, width])
     }
 
@@ -128,7 +137,7 @@ impl Attention {
         let low = self.lowest(first);
         let keys = first + rows - low;
         self.scores(first, rows, head, [q, k], scores);
-        self.probabilities(first, rows, scores);
+        self.probabilities(first, rows, head, scores);
         let value = View::rows(&v[low * kv_width + self.kv_column(head)..], kv_width);
         let sizes = Sizes { m: rows, n: d, k: keys };
         product(sizes, &mut out[head * d..], width, false, 1.0, View::rows(scores, keys), value, false);
@@ -157,9 +166,14 @@ impl Attention {
         product(Sizes { m: rows, n: keys, k: d }, scores, keys, false, self.scale, query, key, false);
     }
 
-    /// Turns [`Self::scores`] into probabilities; what a row does not see gets 0.
-    pub(super) fn probabilities(&self, first: usize, rows: usize, scores: &mut [f32]) {
-        let low = self.lowest(first);
+    /// The score of nothing of a head.
+    pub(super) fn sink(&self, head: usize) -> Option<f32> {
+        self.sinks.and_then(|sinks| sinks.get(head).copied())
+    }
+
+    /// Turns [`Self::scores`] of a head into probabilities; what a row does not see gets 0.
+    pub(super) fn probabilities(&self, first: usize, rows: usize, head: usize, scores: &mut [f32]) {
+        let (low, sink) = (self.lowest(first), self.sink(head));
         vectorized(
             #[inline(always)]
             || {
@@ -168,26 +182,26 @@ impl Attention {
                     let end = first + row + 1 - low;
                     scores[..start].fill(0.0);
                     scores[end..].fill(0.0);
-                    softmax_row(&mut scores[start..end], self.softcap);
+                    softmax_row(&mut scores[start..end], self.softcap, sink);
                 }
             },
         );
     }
 }
 
-/// Soft cap and softmax of one row of scores, in place.
+/// Soft cap and softmax of one row of scores, in place; a sink takes its share.
 #[inline(always)]
-pub(super) fn softmax_row(scores: &mut [f32], softcap: Option<f32>) {
+pub(super) fn softmax_row(scores: &mut [f32], softcap: Option<f32>, sink: Option<f32>) {
     if let Some(cap) = softcap {
         for score in scores.iter_mut() {
             *score = cap * tanh(*score / cap);
         }
     }
-    let highest = maximum(scores);
+    let highest = sink.map_or_else(|| maximum(scores), |sink| sink.max(maximum(scores)));
     for score in scores.iter_mut() {
         *score = exp(*score - highest);
     }
-    let total = sum_lanes(scores, |score| score);
+    let total = sum_lanes(scores, |score| score) + sink.map_or(0.0, |sink| exp(sink - highest));
     let factor = 1.0 / total;
     for score in scores.iter_mut() {
         *score *= factor;

@@ -46,7 +46,7 @@ struct Scratch {
     dv: Vec<f32>,
 }
 
-impl Attention {
+impl Attention<'_> {
     /// Writes dL/dq, dL/dk and dL/dv. Windows and kv heads in parallel; the heads and rows that add to one key do so in
     /// a fixed order.
     pub fn adjoint(&self, passed: &Passed<'_>, dq: &mut [f32], dk: &mut [f32], dv: &mut [f32]) {
@@ -113,7 +113,7 @@ impl Attention {
         if let Some(cap) = self.softcap {
             cap_slopes(scores, cap, slopes);
         }
-        self.probabilities(first, rows, scores);
+        self.probabilities(first, rows, head, scores);
         upstream.resize(rows * keys, 0.0);
         dq.resize(rows * d, 0.0);
         let across = Sizes { m: rows, n: keys, k: d };

@@ -57,7 +57,7 @@ impl Cache {
 ///
 /// # Panics
 /// When the cache is full, or was made for other sizes.
-pub fn attend(attention: &Attention, cache: &mut Cache, q: Tensor<2>, k: Tensor<2>, v: Tensor<2>) -> Tensor<2> {
+pub fn attend(attention: &Attention<'_>, cache: &mut Cache, q: Tensor<2>, k: Tensor<2>, v: Tensor<2>) -> Tensor<2> {
     let (dims, device) = (q.dims(), q.device());
     let (q, k, v) = (values(q), values(k), values(v));
     let mut out = vec![0.0; q.len()];
@@ -69,16 +69,16 @@ pub fn attend(attention: &Attention, cache: &mut Cache, q: Tensor<2>, k: Tensor<
 ///
 /// # Panics
 /// As [`attend`].
-pub fn attend_cpu(attention: &Attention, cache: &mut Cache, [q, k, v]: [&[f32]; 3], out: &mut [f32]) {
+pub fn attend_cpu(attention: &Attention<'_>, cache: &mut Cache, [q, k, v]: [&[f32]; 3], out: &mut [f32]) {
     let (d, position, room) = (cache.head_dim, cache.length, cache.room);
     assert!(position < room && d == attention.head_dim, "position {position} of {room}, {d} columns");
     let group = attention.heads / attention.kv_heads * d;
     let low = attention.window.map_or(0, |window| (position + 1).saturating_sub(window));
     let rows = q.par_chunks_exact(group).zip(k.par_chunks_exact(d)).zip(v.par_chunks_exact(d));
     let kept = cache.keys.par_chunks_exact_mut(room * d).zip(cache.values.par_chunks_exact_mut(room * d));
-    out.par_chunks_exact_mut(group).zip(rows).zip(kept).with_min_len(4).for_each_init(
+    out.par_chunks_exact_mut(group).zip(rows).zip(kept).enumerate().with_min_len(4).for_each_init(
         Vec::new,
-        |scores, ((out, ((q, k), v)), (keys, values))| {
+        |scores, (at, ((out, ((q, k), v)), (keys, values)))| {
             let tile = &mut keys[position / TILE * TILE * d..][..TILE * d];
             for (column, &key) in tile.chunks_exact_mut(TILE).zip(k) {
                 column[position % TILE] = key;
@@ -88,9 +88,10 @@ pub fn attend_cpu(attention: &Attention, cache: &mut Cache, [q, k, v]: [&[f32]; 
             vectorized(
                 #[inline(always)]
                 || {
-                    for (q, out) in q.chunks_exact(d).zip(out.chunks_exact_mut(d)) {
+                    let first = at % attention.kv_heads * (attention.heads / attention.kv_heads);
+                    for (head, (q, out)) in q.chunks_exact(d).zip(out.chunks_exact_mut(d)).enumerate() {
                         score(q, keys, low / TILE..position / TILE + 1, attention.scale, scores);
-                        softmax_row(&mut scores[low..=position], attention.softcap);
+                        softmax_row(&mut scores[low..=position], attention.softcap, attention.sink(first + head));
                         mix(&scores[low..=position], &values[low * d..], out);
                     }
                 },
@@ -162,7 +163,9 @@ mod tests {
         for (seq, heads, kv_heads, head_dim) in [(1, 1, 1, 2), (70, 4, 2, 10), (130, 6, 3, 82), (65, 2, 2, 64)] {
             for window in [None, Some(1), Some(7), Some(65), Some(1000)] {
                 for softcap in [None, Some(2.0)] {
-                    let whole = Attention { seq, heads, kv_heads, head_dim, scale: 0.3, softcap, window };
+                    let sinks: Vec<f32> = (0..heads).map(|head| head as f32 * 0.7 - 1.0).collect();
+                    let sinks = window.map(|_| sinks.as_slice());
+                    let whole = Attention { seq, heads, kv_heads, head_dim, scale: 0.3, softcap, window, sinks };
                     let (windows, width, kv_width) = (3, heads * head_dim, kv_heads * head_dim);
                     let q = numbers(windows * seq * width, 1);
                     let [k, v] = [2, 3].map(|seed| numbers(windows * seq * kv_width, seed));

@@ -13,7 +13,13 @@ pub enum Activation {
     Silu,
     /// ½x(1 + tanh(√(2/π)(x + 0.044715x³))).
     GeluTanh,
+    /// gate · sigmoid(1.702 · gate), the gate at most 7, times 1 + up, which lies in −7..=7.
+    Clamped,
 }
+
+/// Bound and steepness of [`Activation::Clamped`].
+const LIMIT: f32 = 7.0;
+const STEEP: f32 = 1.702;
 
 const ROOT_2_OVER_PI: f32 = 0.797_884_6;
 const CUBIC: f32 = 0.044_715;
@@ -38,6 +44,10 @@ pub fn gated_reference(activation: Activation, gate: Tensor<2>, up: Tensor<2>) -
             let inner = (gate.clone() + gate.clone().powi_scalar(3) * CUBIC) * ROOT_2_OVER_PI;
             gate * 0.5 * (inner.tanh() + 1.0)
         }
+        Activation::Clamped => {
+            let gate = gate.clamp_max(LIMIT);
+            return gate.clone() * burn::tensor::activation::sigmoid(gate * STEEP) * (up.clamp(-LIMIT, LIMIT) + 1.0);
+        }
     };
     activated * up
 }
@@ -59,6 +69,12 @@ pub fn gated_cpu(activation: Activation, gate: &[f32], up: &[f32], out: &mut [f3
                         *out = 0.5 * g * (1.0 + tanh(ROOT_2_OVER_PI * (g + CUBIC * g * g * g))) * u;
                     }
                 }
+                Activation::Clamped => {
+                    for ((out, &g), &u) in out.iter_mut().zip(gate).zip(up) {
+                        let g = g.min(LIMIT);
+                        *out = g * sigmoid(STEEP * g) * (1.0 + u.clamp(-LIMIT, LIMIT));
+                    }
+                }
             },
         );
     });
@@ -74,6 +90,7 @@ pub fn gated_adjoint(activation: Activation, gate: &[f32], up: &[f32], d: &mut [
             || match activation {
                 Activation::Silu => adjoint_entries(gate, up, d, dgate, silu_and_slope),
                 Activation::GeluTanh => adjoint_entries(gate, up, d, dgate, gelu_and_slope),
+                Activation::Clamped => clamped_adjoint(gate, up, d, dgate),
             },
         );
     });
@@ -85,6 +102,17 @@ fn adjoint_entries(gate: &[f32], up: &[f32], d: &mut [f32], dgate: &mut [f32], a
         let [value, slope] = activation(g);
         *dgate = *d * u * slope;
         *d *= value;
+    }
+}
+
+#[inline(always)]
+fn clamped_adjoint(gate: &[f32], up: &[f32], d: &mut [f32], dgate: &mut [f32]) {
+    for (((d, dgate), &g), &u) in d.iter_mut().zip(dgate).zip(gate).zip(up) {
+        let bounded = g.min(LIMIT);
+        let s = sigmoid(STEEP * bounded);
+        let slope = if g <= LIMIT { s + STEEP * bounded * s * (1.0 - s) } else { 0.0 };
+        *dgate = *d * (1.0 + u.clamp(-LIMIT, LIMIT)) * slope;
+        *d *= if u.abs() <= LIMIT { bounded * s } else { 0.0 };
     }
 }
 

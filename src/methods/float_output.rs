@@ -155,6 +155,9 @@ pub fn by_site(bench: &mut Bench<'_>, layers: &[BlockLayer], method: &dyn Method
     let mut notes = Vec::new();
     let gpu = bench.run.device.gpu.as_ref();
     for site in block::Site::ALL {
+        if !bench.reads(site) {
+            continue;
+        }
         let capture = bench.capture(site)?;
         let reads: Vec<&BlockLayer> = layers.iter().filter(|layer| layer.role.site() == site).collect();
         if reads.is_empty() {

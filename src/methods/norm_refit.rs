@@ -67,7 +67,7 @@ impl BlockMethod for NormRefit {
             let place = match site {
                 Site::Attention => Place::AttentionIn,
                 Site::Mlp => Place::MlpIn,
-                Site::Output | Site::Down => {
+                Site::QueryLatent | Site::KeyValueLatent | Site::Output | Site::Down => {
                     if site == Site::Output {
                         bench.capture(site)?;
                     }

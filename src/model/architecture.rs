@@ -1,6 +1,8 @@
 //! An architecture is data: one row per family says which norms, windows, factors and defaults it has. The forward
 //! reads the row; a new family whose switches exist is one more row.
 
+pub mod families;
+
 use crate::kernels::gated::Activation;
 pub use crate::kernels::rms_norm::NormKind;
 
@@ -18,23 +20,6 @@ pub struct Places {
     /// Whether the MLP reads what attention reads, rather than the residual stream after it.
     pub parallel: bool,
 }
-
-const PRE: Places = Places {
-    attention_in: Some("input_layernorm"),
-    attention_out: None,
-    mlp_in: Some("post_attention_layernorm"),
-    mlp_out: None,
-    parallel: false,
-};
-const SANDWICH: Places = Places {
-    attention_out: Some("post_attention_layernorm"),
-    mlp_in: Some("pre_feedforward_layernorm"),
-    mlp_out: Some("post_feedforward_layernorm"),
-    ..PRE
-};
-const SANDWICH_GLM: Places = Places { attention_out: Some("post_self_attn_layernorm"), mlp_out: Some("post_mlp_layernorm"), ..PRE };
-const PARALLEL: Places = Places { mlp_in: None, parallel: true, ..PRE };
-const POST: Places = Places { attention_in: None, mlp_in: None, ..SANDWICH };
 
 /// Norm of queries and keys before the rotation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -139,6 +124,69 @@ pub enum Biases {
     QkvFlag,
     /// Queries, keys and values, unless `qkv_bias` is false.
     Qkv,
+    /// All, unless `attention_bias` is false.
+    Always,
+}
+
+/// What mixes tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mixing {
+    /// Attention in every layer.
+    Attention,
+    /// Attention over narrowed keys and values in every layer ([`crate::model::latent`]).
+    Latent,
+    /// A delta rule ([`crate::model::delta`]) in those layers that `layer_types` calls linear, without the list in all but
+    /// every fourth; attention in the others.
+    Hybrid(DeltaNames),
+}
+
+/// Names of the linear layers of a delta rule.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeltaNames {
+    /// Of queries, keys and values, and of what opens the output where [`Self::gate`] is not there.
+    pub input: &'static str,
+    /// Of what opens the output.
+    pub gate: Option<&'static str>,
+    /// Of how much is learned and what is kept: in one layer, or in two.
+    pub controls: &'static [&'static str],
+}
+
+/// Which layers are mixtures of experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MixedLayers {
+    /// All.
+    Every,
+    /// Those that `decoder_sparse_step` meets and `mlp_only_layers` does not list.
+    Sparse,
+    /// All but the first `first_k_dense_replace`.
+    AfterFirst,
+}
+
+/// How tokens are given to experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Routing {
+    /// By the softmax of all logits.
+    Softmax,
+    /// By the sigmoid of logits within the best groups of experts.
+    GroupedSigmoid,
+}
+
+/// Whether the shares of the chosen experts are made to add up to one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Renormalized {
+    /// Always.
+    Always,
+    /// As `norm_topk_prob` says, which is this when absent.
+    Key(bool),
+}
+
+/// How experts lie in tensors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lying {
+    /// Each layer of each expert in a tensor of its own, or gate and up of all experts, and down of all, stacked in one.
+    Apart,
+    /// Stacked, transposed, columns of gate and up in turn; or as 4-bit floats.
+    Woven,
 }
 
 /// How the MLP of a block is a mixture of experts.
@@ -146,22 +194,25 @@ pub enum Biases {
 pub struct Mixed {
     /// Name of the mixture in a block.
     pub name: &'static str,
+    /// Name of the router in it.
+    pub router: &'static str,
     /// Names of gate, up and down of an expert.
     pub layers: [&'static str; 3],
+    /// How they lie in tensors.
+    pub lying: Lying,
     /// Key of the columns in the middle of an expert.
     pub width: &'static str,
-    /// Whether all layers are mixtures; else `mlp_only_layers` and `decoder_sparse_step` say which.
-    pub every: bool,
-    /// Whether the shares of the chosen experts always add up to one; else `norm_topk_prob` says it.
-    pub renormalized: bool,
-    /// Name of the expert of all tokens, and of what scales its output, where there is one.
-    pub shared: Option<[&'static str; 2]>,
+    /// Which layers are mixtures.
+    pub which: MixedLayers,
+    /// How tokens are given to experts.
+    pub routing: Routing,
+    /// Whether the shares of the chosen experts add up to one.
+    pub renormalized: Renormalized,
+    /// Name of the expert of all tokens, and of what scales its output, where there are such.
+    pub shared: Option<(&'static str, Option<&'static str>)>,
     /// Experts, experts per token, and columns in the middle of an expert and of the shared one, where config.json is silent.
     pub defaults: [usize; 4],
 }
-
-/// Gate, up and down as most families call them.
-pub const PROJECTIONS: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
 
 /// What config.json leaves out.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -180,6 +231,8 @@ pub struct Defaults {
     pub logits: f64,
     /// `rope_theta` (of full-attention layers).
     pub theta: f64,
+    /// The rotation's parameters as JSON, where they are not the plain ones.
+    pub rope: Option<&'static str>,
     /// `rope_local_base_freq` of sliding layers, where they have a table of their own.
     pub local_theta: Option<f64>,
     /// `tie_word_embeddings`.
@@ -191,21 +244,6 @@ pub struct Defaults {
     /// `attn_logit_softcapping` and `final_logit_softcapping`.
     pub caps: [Option<f64>; 2],
 }
-
-const DEFAULTS: Defaults = Defaults {
-    heads_and_vocabulary: None,
-    head_dim: None,
-    kv_heads: None,
-    epsilon: 1e-6,
-    partial: 1.0,
-    logits: 1.0,
-    theta: 1e4,
-    local_theta: None,
-    tied: false,
-    window: None,
-    max_positions: 2048,
-    caps: [None; 2],
-};
 
 /// One decoder family.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -242,6 +280,12 @@ pub struct Family {
     pub longrope_too: &'static [&'static str],
     /// Biases of attention.
     pub biases: Biases,
+    /// What mixes tokens.
+    pub mixing: Mixing,
+    /// Whether queries come with what opens attention's output.
+    pub gated: bool,
+    /// Whether a share of every head's attention goes to nothing.
+    pub sinks: bool,
     /// Name of the one tensor of queries, keys and values, where they are one.
     pub fused_qkv: Option<&'static str>,
     /// Name of the one tensor of gate and up, where they are one.
@@ -254,216 +298,4 @@ pub struct Family {
     pub activation: (&'static str, Activation),
     /// What config.json leaves out.
     pub defaults: Defaults,
-}
-
-const LLAMA: Family = Family {
-    model_type: "llama",
-    norm: NormKind::Plain,
-    places: PRE,
-    qk_norm: QkNorm::Absent,
-    windows: Windows::Never,
-    scale: Scale::HeadDim,
-    attention_cap: false,
-    logits_cap: false,
-    embed: Embed::One,
-    residual: None,
-    logits: LogitsFactor::One,
-    rotates: Rotates::Every,
-    pairing: Pairing::Half,
-    position_scale: false,
-    longrope_too: &[],
-    biases: Biases::Flag,
-    fused_qkv: None,
-    fused_mlp: None,
-    epsilon: "rms_norm_eps",
-    mixed: None,
-    activation: ("hidden_act", Activation::Silu),
-    defaults: DEFAULTS,
-};
-
-const QWEN2: Family = Family {
-    model_type: "qwen2",
-    biases: Biases::Qkv,
-    windows: Windows::ByType(SlidingRule::FromMaxWindowLayers),
-    defaults: Defaults { kv_heads: Some(32), window: Some(4096), max_positions: 32768, ..DEFAULTS },
-    ..LLAMA
-};
-
-const QWEN2_MOE: Family = Family {
-    model_type: "qwen2_moe",
-    windows: Windows::ByType(SlidingRule::EvenBelowMaxWindowLayers),
-    mixed: Some(Mixed {
-        name: "mlp",
-        layers: PROJECTIONS,
-        width: "moe_intermediate_size",
-        every: false,
-        renormalized: false,
-        shared: Some(["shared_expert", "shared_expert_gate"]),
-        defaults: [60, 4, 1408, 5632],
-    }),
-    defaults: Defaults { kv_heads: Some(16), ..QWEN2.defaults },
-    ..QWEN2
-};
-
-const GEMMA2: Family = Family {
-    model_type: "gemma2",
-    norm: NormKind::OnePlus,
-    places: SANDWICH,
-    windows: Windows::ByType(SlidingRule::Even),
-    scale: Scale::InverseRoot("query_pre_attn_scalar"),
-    attention_cap: true,
-    logits_cap: true,
-    embed: Embed::RootHidden,
-    activation: ("hidden_activation", Activation::GeluTanh),
-    defaults: Defaults {
-        head_dim: Some(256),
-        kv_heads: Some(4),
-        tied: true,
-        window: Some(4096),
-        max_positions: 8192,
-        caps: [Some(50.0), Some(30.0)],
-        ..DEFAULTS
-    },
-    ..LLAMA
-};
-
-const OLMO2: Family =
-    Family { model_type: "olmo2", places: POST, qk_norm: QkNorm::Projection, defaults: Defaults { epsilon: 1e-5, ..DEFAULTS }, ..LLAMA };
-
-/// Every family that can be computed.
-pub const FAMILIES: &[Family] = &[
-    LLAMA,
-    Family {
-        model_type: "mistral",
-        windows: Windows::Every,
-        defaults: Defaults { kv_heads: Some(8), window: Some(4096), max_positions: 131_072, ..DEFAULTS },
-        ..LLAMA
-    },
-    Family {
-        model_type: "ministral",
-        windows: Windows::ByType(SlidingRule::All),
-        defaults: Defaults { kv_heads: Some(8), window: Some(4096), max_positions: 131_072, ..DEFAULTS },
-        ..LLAMA
-    },
-    QWEN2,
-    Family {
-        model_type: "qwen3",
-        qk_norm: QkNorm::Head,
-        biases: Biases::Flag,
-        defaults: Defaults { head_dim: Some(128), ..QWEN2.defaults },
-        ..QWEN2
-    },
-    GEMMA2,
-    Family {
-        model_type: "gemma3_text",
-        qk_norm: QkNorm::Head,
-        windows: Windows::ByType(SlidingRule::AllButEvery(6)),
-        attention_cap: false,
-        defaults: Defaults {
-            heads_and_vocabulary: Some([8, 262_208]),
-            theta: 1e6,
-            local_theta: Some(1e4),
-            max_positions: 131_072,
-            caps: [None; 2],
-            ..GEMMA2.defaults
-        },
-        ..GEMMA2
-    },
-    OLMO2,
-    Family {
-        model_type: "olmo3",
-        windows: Windows::ByType(SlidingRule::AllButEvery(4)),
-        defaults: Defaults { theta: 5e5, local_theta: Some(5e5), window: Some(4096), ..OLMO2.defaults },
-        ..OLMO2
-    },
-    Family {
-        model_type: "granite",
-        scale: Scale::Key("attention_multiplier"),
-        embed: Embed::Key("embedding_multiplier"),
-        residual: Some("residual_multiplier"),
-        logits: LogitsFactor::Over("logits_scaling"),
-        ..LLAMA
-    },
-    Family {
-        model_type: "smollm3",
-        windows: Windows::ByType(SlidingRule::WithoutRope),
-        rotates: Rotates::Listed("no_rope_layers"),
-        defaults: Defaults { kv_heads: Some(4), theta: 2e6, tied: true, max_positions: 32768, ..DEFAULTS },
-        ..LLAMA
-    },
-    QWEN2_MOE,
-    Family {
-        model_type: "qwen3_moe",
-        qk_norm: QkNorm::Head,
-        windows: Windows::EveryWhenUsed,
-        biases: Biases::Flag,
-        mixed: Some(Mixed {
-            name: "mlp",
-            layers: PROJECTIONS,
-            width: "moe_intermediate_size",
-            every: false,
-            renormalized: false,
-            shared: None,
-            defaults: [128, 8, 768, 0],
-        }),
-        defaults: Defaults { kv_heads: Some(4), ..QWEN2.defaults },
-        ..QWEN2
-    },
-    Family {
-        model_type: "mixtral",
-        windows: Windows::Every,
-        mixed: Some(Mixed {
-            name: "block_sparse_moe",
-            layers: ["w1", "w3", "w2"],
-            width: "intermediate_size",
-            every: true,
-            renormalized: true,
-            shared: None,
-            defaults: [8, 2, 14336, 0],
-        }),
-        defaults: Defaults { kv_heads: Some(8), epsilon: 1e-5, theta: 1e6, max_positions: 131_072, ..DEFAULTS },
-        ..LLAMA
-    },
-    Family {
-        model_type: "ministral3",
-        windows: Windows::Every,
-        position_scale: true,
-        defaults: Defaults { head_dim: Some(128), kv_heads: Some(8), epsilon: 1e-5, theta: 1e6, max_positions: 262_144, ..DEFAULTS },
-        ..LLAMA
-    },
-    Family {
-        model_type: "phi3",
-        windows: Windows::Every,
-        longrope_too: &["su", "yarn"],
-        fused_qkv: Some("self_attn.qkv_proj"),
-        fused_mlp: Some("mlp.gate_up_proj"),
-        defaults: Defaults { epsilon: 1e-5, max_positions: 4096, ..DEFAULTS },
-        ..LLAMA
-    },
-    Family {
-        model_type: "glm4",
-        places: SANDWICH_GLM,
-        pairing: Pairing::Interleaved,
-        biases: Biases::QkvFlag,
-        fused_mlp: Some("mlp.gate_up_proj"),
-        defaults: Defaults { head_dim: Some(128), kv_heads: Some(2), epsilon: 1.5625e-7, partial: 0.5, max_positions: 131_072, ..DEFAULTS },
-        ..LLAMA
-    },
-    Family {
-        model_type: "cohere2",
-        norm: NormKind::Layer,
-        places: PARALLEL,
-        windows: Windows::ByType(SlidingRule::AllButEvery(4)),
-        logits: LogitsFactor::Times("logit_scale"),
-        rotates: Rotates::Sliding,
-        pairing: Pairing::Interleaved,
-        epsilon: "layer_norm_eps",
-        defaults: Defaults { epsilon: 1e-5, logits: 0.0625, tied: true, window: Some(4096), max_positions: 8192, ..DEFAULTS },
-        ..LLAMA
-    },
-];
-
-/// The row of a model type.
-pub fn family(model_type: &str) -> Option<&'static Family> {
-    FAMILIES.iter().find(|family| family.model_type == model_type)
 }

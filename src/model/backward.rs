@@ -5,6 +5,10 @@
 //! A batch is worked through in groups of whole windows that are small enough to stay in cache, side by side. What they
 //! add to the gradients of weights and norms is added in their order, so results do not depend on threads.
 
+mod delta;
+mod latent;
+mod mixture;
+
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
@@ -13,6 +17,7 @@ use rayon::prelude::*;
 
 use crate::device::{Buffer, Gpu};
 use crate::kernels::attention_adjoint::Passed;
+use crate::kernels::exponential::sigmoid;
 use crate::kernels::gated::gated_adjoint;
 use crate::kernels::gemm::{Sizes, View};
 use crate::kernels::rms_norm::rms_norm_adjoint;
@@ -21,9 +26,13 @@ use crate::kernels::rough_product::{Precision, product_in};
 use crate::kernels::{Floats, dot_lanes, tensor, values, vectorized};
 use crate::model::block::{Parameters, Place, Role, Site};
 use crate::model::forward::{self, Point, Spec};
+use crate::model::mixture::Which;
 
 /// Tokens of a group; a longer window is a group of its own.
 const GROUP_TOKENS: usize = 512;
+
+/// Roles that read what attention reads.
+const ATTENTION: [Role; 7] = [Role::QueryDown, Role::KeyValueDown, Role::DeltaIn, Role::DeltaGate, Role::Query, Role::Key, Role::Value];
 
 /// Floats of a task of an operation on single entries.
 const CHUNK: usize = 1 << 13;
@@ -31,7 +40,7 @@ const CHUNK: usize = 1 << 13;
 /// Which gradients are computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Wanted {
-    /// Those of the seven linear layers.
+    /// Those of the linear layers.
     pub weights: bool,
     /// Those of the norms.
     pub norms: bool,
@@ -44,10 +53,12 @@ pub struct Wanted {
 /// Gradients of a block. Those of weights and norms add up over calls until [`Self::clear`]; the memory is kept.
 #[derive(Debug, Default)]
 pub struct Gradients {
-    weights: [Vec<f32>; 7],
+    weights: [Vec<f32>; Role::COUNT],
+    /// Those of the layers of experts.
+    experts: BTreeMap<(Which, Role), Vec<f32>>,
     /// Those of weights that lie on another device than the processor.
-    elsewhere: [Option<Tensor<2>>; 7],
-    norms: [Vec<f32>; 6],
+    elsewhere: [Option<Tensor<2>>; Role::COUNT],
+    norms: [Vec<f32>; Place::COUNT],
     /// The gradient of the output, which turns step by step into that of the input, tokens × hidden.
     stream: Vec<f32>,
     output: Vec<f32>,
@@ -58,11 +69,15 @@ pub struct Gradients {
 #[derive(Debug, Default)]
 struct Group {
     /// Gradients of what the projections give, by role.
-    outputs: [Vec<f32>; 7],
+    outputs: [Vec<f32>; Role::COUNT],
+    /// Those of the layers of experts.
+    experts: BTreeMap<(Which, Role), Vec<f32>>,
     /// Gradients of norms.
-    norms: [Vec<f32>; 6],
+    norms: [Vec<f32>; Place::COUNT],
     branch: Vec<f32>,
     mixed: Vec<f32>,
+    /// The gradient of what a mixture reads.
+    read: Vec<f32>,
 }
 
 impl Gradients {
@@ -70,7 +85,11 @@ impl Gradients {
     fn prepare(&mut self, operands: &Operands, wanted: Wanted, groups: usize) {
         self.groups.resize_with(groups.max(self.groups.len()), Group::default);
         if wanted.weights {
-            self.weights.iter_mut().zip(&operands.weights).for_each(|(gradient, weight)| gradient.resize(weight.slice().len(), 0.0));
+            let sizes = operands.weights.iter().map(|weight| weight.as_ref().map_or(0, |weight| weight.slice().len()));
+            self.weights.iter_mut().zip(sizes).for_each(|(gradient, size)| gradient.resize(size, 0.0));
+            for (&at, weight) in &operands.experts {
+                self.experts.entry(at).or_default().resize(weight.slice().len(), 0.0);
+            }
         }
         if wanted.norms {
             let sizes = operands.norms.iter().map(|norm| norm.as_ref().map_or(0, |norm| norm.slice().len()));
@@ -81,6 +100,11 @@ impl Gradients {
     /// dL/dW of a role, `[outputs, inputs]`; empty until it was wanted, and where the weight lies on another device.
     pub fn weight(&self, role: Role) -> &[f32] {
         &self.weights[role as usize]
+    }
+
+    /// dL/dW of a layer of an expert, as [`Self::weight`].
+    pub fn of_expert(&self, which: Which, role: Role) -> &[f32] {
+        self.experts.get(&(which, role)).map_or(&[], Vec::as_slice)
     }
 
     /// dL/dW of a role whose weight lies on a GPU.
@@ -113,7 +137,11 @@ impl Gradients {
 
     /// Sets the gradients of weights and norms to zero.
     pub fn clear(&mut self) {
-        self.weights.iter_mut().chain(&mut self.norms).for_each(|gradient| gradient.par_iter_mut().for_each(|value| *value = 0.0));
+        self.weights
+            .iter_mut()
+            .chain(&mut self.norms)
+            .chain(self.experts.values_mut())
+            .for_each(|gradient| gradient.par_iter_mut().for_each(|value| *value = 0.0));
         self.elsewhere = Default::default();
     }
 }
@@ -194,7 +222,7 @@ pub fn block(spec: &Spec<'_>, parameters: &Parameters, x: &[f32], wanted: Wanted
     let device = parameters.home();
     let forward = |x: &[f32]| recorded(spec, parameters, tensor(x.to_vec(), [x.len() / hidden, hidden], &device));
     let (records, outputs): (Vec<Record>, Vec<Tensor<2>>) = x.par_chunks(size).map(forward).unzip();
-    let Gradients { weights, norms, stream, output, groups, .. } = gradients;
+    let Gradients { weights, experts, norms, stream, output, groups, .. } = gradients;
     output.clear();
     outputs.into_iter().for_each(|y| output.extend_from_slice(Floats::fetched(&y).slice()));
     let value = loss(output, room(stream, output.len()));
@@ -203,15 +231,36 @@ pub fn block(spec: &Spec<'_>, parameters: &Parameters, x: &[f32], wanted: Wanted
             sums.clear();
             sums.resize(norm.len(), 0.0);
         });
-        Adjoint { spec, operands: &operands, record, wanted }.run(stream, group);
+        Adjoint { spec, parameters, operands: &operands, record, wanted }.run(stream, group);
     });
     for group in &groups[..records.len()] {
         norms.iter_mut().zip(&group.norms).for_each(|(total, sums)| add(total, sums));
     }
     if wanted.weights {
-        weights.par_iter_mut().zip(Role::ALL).for_each(|(total, role)| {
+        let precision = wanted.precision;
+        weights.par_iter_mut().zip(Role::ALL).filter(|(total, _)| !total.is_empty()).for_each(|(total, role)| {
             for (record, group) in records.iter().zip(&*groups) {
-                add_weight(wanted.precision, role, operands.shapes[role as usize], record, &group.outputs[role as usize], total);
+                add_weight(
+                    precision,
+                    operands.shapes[role as usize],
+                    record[&Point::Site(role.site())].slice(),
+                    &group.outputs[role as usize],
+                    total,
+                );
+            }
+        });
+        experts.par_iter_mut().for_each(|(&(which, role), total)| {
+            for (record, group) in records.iter().zip(&*groups) {
+                // Groups in which nothing came to the expert add nothing.
+                if let (Some(d), Some(x)) = (group.experts.get(&(which, role)), mixture::read(record, which, role)) {
+                    add_weight(
+                        precision,
+                        [d.len() * operands.columns(which, role) / x.len().max(1), operands.columns(which, role)],
+                        x,
+                        d,
+                        total,
+                    );
+                }
             }
         });
     }
@@ -236,8 +285,8 @@ fn differentiated(spec: &Spec<'_>, parameters: &Parameters, x: &[f32], wanted: W
     let value = loss(&gradients.output, room(&mut gradients.stream, x.len()));
     let upstream = tensor::<2>(gradients.stream.clone(), shape, &device).autodiff();
     let found = (y * upstream).sum().backward();
-    let before = before_attention(spec, &seen, &found);
-    for role in Role::ALL.into_iter().filter(|_| wanted.weights) {
+    let before = before_attention(spec, parameters, &seen, &found);
+    for role in parameters.roles().filter(|_| wanted.weights) {
         let weight = tracked.weight(role);
         let more = sum(weight.grad(&found), before.as_ref().and_then(|before| weight.grad(before)));
         let total = &mut gradients.elsewhere[role as usize];
@@ -262,6 +311,7 @@ fn differentiated(spec: &Spec<'_>, parameters: &Parameters, x: &[f32], wanted: W
 /// was part of the graph, or nothing before it is differentiated.
 fn before_attention(
     spec: &Spec<'_>,
+    parameters: &Parameters,
     seen: &BTreeMap<Point, Tensor<2>>,
     found: &burn::tensor::Gradients,
 ) -> Option<burn::tensor::Gradients> {
@@ -270,7 +320,7 @@ fn before_attention(
     if !mixed.is_require_grad() || !inputs.iter().any(|input| input.is_tracked()) {
         return None;
     }
-    let slopes = spec.attention().adjoint_of(inputs, mixed.grad(found)?)?;
+    let slopes = spec.attention(parameters).adjoint_of(inputs, mixed.grad(found)?)?;
     let products = inputs.into_iter().zip(slopes).map(|(input, slope)| (input.clone() * slope.autodiff()).sum());
     products.reduce(|total, product| total + product).map(|total| total.backward())
 }
@@ -283,27 +333,36 @@ fn sum<const D: usize>(a: Option<Tensor<D>>, b: Option<Tensor<D>>) -> Option<Ten
 }
 
 /// dW += dYᵀ X.
-fn add_weight(precision: Precision, role: Role, [outputs, inputs]: [usize; 2], record: &Record, d: &[f32], total: &mut [f32]) {
-    let x = record[&Point::Site(role.site())].slice();
+fn add_weight(precision: Precision, [outputs, inputs]: [usize; 2], x: &[f32], d: &[f32], total: &mut [f32]) {
     let sizes = Sizes { m: outputs, n: inputs, k: x.len() / inputs.max(1) };
     product_in(precision, sizes, total, inputs, true, View::transposed(d, outputs), View::rows(x, inputs), true);
 }
 
 /// The slices of a block's parameters.
 struct Operands {
-    weights: [Floats; 7],
+    weights: [Option<Floats>; Role::COUNT],
     /// `[outputs, inputs]` of every role.
-    shapes: [[usize; 2]; 7],
-    norms: [Option<Floats>; 6],
+    shapes: [[usize; 2]; Role::COUNT],
+    norms: [Option<Floats>; Place::COUNT],
+    /// The layers of a mixture's experts.
+    experts: BTreeMap<(Which, Role), Floats>,
+    /// The router of a mixture, and what scales its shared expert.
+    routers: [Option<Floats>; 2],
 }
 
 impl Operands {
     fn of(parameters: &Parameters) -> Self {
         Self {
-            weights: Role::ALL.map(|role| Floats::fetched(parameters.weight(role))),
-            shapes: Role::ALL.map(|role| parameters.weight(role).dims()),
+            weights: Role::ALL.map(|role| parameters.has(role).then(|| Floats::fetched(parameters.weight(role)))),
+            shapes: Role::ALL.map(|role| if parameters.has(role) { parameters.weight(role).dims() } else { [0; 2] }),
             norms: Place::ALL.map(|place| parameters.norm(place).map(Floats::fetched)),
+            experts: parameters.experts().map(mixture::layers).unwrap_or_default(),
+            routers: parameters.experts().map(mixture::routers).unwrap_or_default(),
         }
+    }
+
+    fn weight(&self, role: Role) -> &[f32] {
+        self.weights[role as usize].as_ref().map_or(&[], Floats::slice)
     }
 }
 
@@ -314,8 +373,8 @@ fn recorded(spec: &Spec<'_>, parameters: &Parameters, x: Tensor<2>) -> (Record, 
     let y = forward::block(spec, parameters, x, &mut |point, tensor| {
         let read = match point {
             Point::Input => has(Place::AttentionIn),
-            Point::Query => has(Place::Query),
-            Point::Key => has(Place::Key),
+            Point::Query => has(Place::Query) || has(Place::QueryLatent),
+            Point::Key => has(Place::Key) || has(Place::KeyValueLatent),
             Point::Joined => has(Place::MlpIn),
             Point::Branch(place) => has(place),
             _ => true,
@@ -342,6 +401,7 @@ fn add(to: &mut [f32], from: &[f32]) {
 /// The adjoint of one group.
 struct Adjoint<'a> {
     spec: &'a Spec<'a>,
+    parameters: &'a Parameters,
     operands: &'a Operands,
     record: &'a Record,
     wanted: Wanted,
@@ -350,67 +410,129 @@ struct Adjoint<'a> {
 impl<'a> Adjoint<'a> {
     /// `stream` enters as the gradient of the output and leaves as that of the input, where that is wanted.
     fn run(&self, stream: &mut [f32], group: &mut Group) {
-        let Group { outputs: [q, k, v, output, gate, up, down], norms, branch, mixed } = group;
-        self.branch(Role::Down, Place::MlpOut, stream, down, up, norms);
-        let (passed_gate, passed_up) = (self.passed(Point::Gate), self.passed(Point::Up));
-        gated_adjoint(self.spec.config.activation, passed_gate, passed_up, up, room(gate, passed_gate.len()));
         let parallel = self.spec.config.family.places.parallel;
+        let mixed = !self.operands.experts.is_empty();
+        if mixed {
+            self.mixture(stream, group);
+        } else {
+            self.mlp(stream, group);
+        }
+        let Group { outputs, norms, branch, mixed: attended, read, .. } = group;
         if !parallel {
             let d = room(branch, stream.len());
-            self.input(Role::Gate, gate, d, false);
-            self.input(Role::Up, up, d, true);
+            if mixed {
+                d.copy_from_slice(read);
+            } else {
+                self.inputs(&[Role::Gate, Role::Up], outputs, d, false);
+            }
             self.norm(Place::MlpIn, Point::Joined, d, norms);
             add(stream, d);
         }
-        self.branch(Role::Output, Place::AttentionOut, stream, output, mixed, norms);
-        self.attention(mixed, [&mut *q, &mut *k, &mut *v], norms);
+        let mut output = std::mem::take(&mut outputs[Role::Output as usize]);
+        self.branch(Role::Output, Place::AttentionOut, stream, &mut output, attended, norms);
+        outputs[Role::Output as usize] = output;
+        let mut controls = Vec::new();
+        match (self.parameters.delta(), &self.spec.config.delta, &self.spec.config.latent) {
+            (Some(delta), Some(sizes), _) => self.delta(sizes, delta, attended, outputs, &mut controls),
+            (_, _, Some(latent)) => self.latent(latent, attended, outputs, norms),
+            _ => self.attention(attended, outputs, norms),
+        }
         if self.wanted.input || self.wanted.norms && self.operands.norms[Place::AttentionIn as usize].is_some() {
             let d = room(branch, stream.len());
-            self.input(Role::Query, q, d, false);
-            self.input(Role::Key, k, d, true);
-            self.input(Role::Value, v, d, true);
-            if parallel {
-                self.input(Role::Gate, gate, d, true);
-                self.input(Role::Up, up, d, true);
+            self.inputs(&ATTENTION, outputs, d, false);
+            add(d, &controls);
+            if parallel && mixed {
+                add(d, read);
+            } else if parallel {
+                self.inputs(&[Role::Gate, Role::Up], outputs, d, true);
             }
             self.norm(Place::AttentionIn, Point::Input, d, norms);
             add(stream, d);
         }
     }
 
+    /// From the gradient of the residual stream to those of what gate, up and down give.
+    fn mlp(&self, stream: &[f32], group: &mut Group) {
+        let Group { outputs, norms, .. } = group;
+        let [gate, up, down] = &mut outputs[Role::Gate as usize..] else { return };
+        self.branch(Role::Down, Place::MlpOut, stream, down, up, norms);
+        let (passed_gate, passed_up) = (self.passed(Point::Gate), self.passed(Point::Up));
+        gated_adjoint(self.spec.config.activation, passed_gate, passed_up, up, room(gate, passed_gate.len()));
+    }
+
     /// From the gradient of the residual stream after a branch to that of the branch's last projection (`d`) and of its
     /// input.
-    fn branch(&self, role: Role, place: Place, stream: &[f32], d: &mut Vec<f32>, input: &mut Vec<f32>, norms: &mut [Vec<f32>; 6]) {
+    fn branch(
+        &self,
+        role: Role,
+        place: Place,
+        stream: &[f32],
+        d: &mut Vec<f32>,
+        input: &mut Vec<f32>,
+        norms: &mut [Vec<f32>; Place::COUNT],
+    ) {
+        self.given(place, stream, d, norms);
+        let width = self.passed(Point::Site(role.site())).len();
+        self.input(role, d, room(input, width), false);
+    }
+
+    /// From the gradient of the residual stream after a branch to that of what the branch gave.
+    fn given(&self, place: Place, stream: &[f32], d: &mut Vec<f32>, norms: &mut [Vec<f32>; Place::COUNT]) {
         let d = room(d, stream.len());
         let factor = self.spec.config.residual_factor;
         d.par_chunks_mut(CHUNK).zip(stream.par_chunks(CHUNK)).for_each(|(d, stream)| {
             d.iter_mut().zip(stream).for_each(|(d, stream)| *d = stream * factor);
         });
         self.norm(place, Point::Branch(place), d, norms);
-        let width = self.passed(Point::Site(role.site())).len();
-        self.input(role, d, room(input, width), false);
     }
 
     /// From the gradient of attention's output to those of queries, keys and values as their projections gave them.
-    fn attention(&self, mixed: &[f32], [q, k, v]: [&mut Vec<f32>; 3], norms: &mut [Vec<f32>; 6]) {
+    fn attention(&self, mixed: &mut [f32], outputs: &mut [Vec<f32>; Role::COUNT], norms: &mut [Vec<f32>; Place::COUNT]) {
         let config = self.spec.config;
-        let passed = Passed {
-            q: self.passed(Point::TurnedQuery),
-            k: self.passed(Point::TurnedKey),
-            v: self.passed(Point::Value),
-            out: self.passed(Point::Site(Site::Output)),
-            dout: mixed,
-        };
-        let (q, k, v) = (room(q, passed.q.len()), room(k, passed.k.len()), room(v, passed.v.len()));
-        self.spec.attention().adjoint(&passed, q, k, v);
-        let widths = [config.query_width(), config.kv_width()];
-        for ((place, d), width) in [(Place::Query, &mut *q), (Place::Key, &mut *k)].into_iter().zip(widths) {
+        let opening = config.family.gated.then(|| self.opening(mixed));
+        let out = if opening.is_some() { Point::Attended } else { Point::Site(Site::Output) };
+        let [mut q, mut k, mut v] = [Role::Query, Role::Key, Role::Value].map(|role| std::mem::take(&mut outputs[role as usize]));
+        self.attended(out, mixed, [&mut q, &mut k, &mut v]);
+        for (place, d, width) in [(Place::Query, &mut q, config.query_width()), (Place::Key, &mut k, config.kv_width())] {
             if let Some(table) = self.spec.table_of(place).map(Table::adjoint) {
                 rope_cpu(d, width, config.head_dim, &table);
             }
         }
-        self.norm(Place::Query, Point::Query, q, norms);
-        self.norm(Place::Key, Point::Key, k, norms);
+        self.norm(Place::Query, Point::Query, &mut q, norms);
+        self.norm(Place::Key, Point::Key, &mut k, norms);
+        if let Some(opening) = opening {
+            let d = config.head_dim;
+            q = q.chunks_exact(d).zip(opening.chunks_exact(d)).flat_map(|(q, opening)| [q, opening]).flatten().copied().collect();
+        }
+        for (role, d) in [(Role::Query, q), (Role::Key, k), (Role::Value, v)] {
+            outputs[role as usize] = d;
+        }
+    }
+
+    /// From the gradient of what was let through to that of attention's output, in place, and of what opened it.
+    fn opening(&self, mixed: &mut [f32]) -> Vec<f32> {
+        let (out, opening) = (self.passed(Point::Attended), self.passed(Point::Opening));
+        let pairs = mixed.iter_mut().zip(out.iter().zip(opening));
+        let through = |(d, (out, &opening)): (&mut f32, (&f32, &f32))| {
+            let open = sigmoid(opening);
+            let slope = *d * out * open * (1.0 - open);
+            *d *= open;
+            slope
+        };
+        pairs.map(through).collect()
+    }
+
+    /// From the gradient of attention's output to those of queries, keys and values as attention reads them.
+    fn attended(&self, out: Point, mixed: &[f32], [q, k, v]: [&mut Vec<f32>; 3]) {
+        let passed = Passed {
+            q: self.passed(Point::TurnedQuery),
+            k: self.passed(Point::TurnedKey),
+            v: self.passed(Point::Value),
+            out: self.passed(out),
+            dout: mixed,
+        };
+        let (q, k, v) = (room(q, passed.q.len()), room(k, passed.k.len()), room(v, passed.v.len()));
+        self.spec.attention(self.parameters).adjoint(&passed, q, k, v);
     }
 
     fn passed(&self, point: Point) -> &'a [f32] {
@@ -418,19 +540,27 @@ impl<'a> Adjoint<'a> {
     }
 
     /// From the gradient of a norm's output to that of its input, in place; nothing where there is no norm.
-    fn norm(&self, place: Place, input: Point, d: &mut [f32], norms: &mut [Vec<f32>; 6]) {
+    fn norm(&self, place: Place, input: Point, d: &mut [f32], norms: &mut [Vec<f32>; Place::COUNT]) {
         let Some(weight) = &self.operands.norms[place as usize] else { return };
-        let (epsilon, kind) = (self.spec.config.epsilon as f32, self.spec.config.family.norm);
+        let (epsilon, kind) = self.spec.norm(place);
         let x = self.passed(input);
         let sums = self.wanted.norms.then_some(norms[place as usize].as_mut_slice());
-        rms_norm_adjoint(x, weight.slice(), epsilon, kind, d, sums);
+        rms_norm_adjoint(x, weight.slice(), epsilon as f32, kind, d, sums);
+    }
+
+    /// The sum of [`Self::input`] over those of some roles that are there, or `dx` plus it.
+    fn inputs(&self, roles: &[Role], outputs: &[Vec<f32>; Role::COUNT], dx: &mut [f32], mut more: bool) {
+        for &role in roles.iter().filter(|&&role| self.operands.weights[role as usize].is_some()) {
+            self.input(role, &outputs[role as usize], dx, more);
+            more = true;
+        }
     }
 
     /// dX = dY W, or dX plus it where `add`.
     fn input(&self, role: Role, d: &[f32], dx: &mut [f32], add: bool) {
         let [outputs, inputs] = self.operands.shapes[role as usize];
         let tokens = dx.len() / inputs.max(1);
-        let weight = View::rows(self.operands.weights[role as usize].slice(), inputs);
+        let weight = View::rows(self.operands.weight(role), inputs);
         let sizes = Sizes { m: tokens, n: inputs, k: outputs };
         product_in(self.wanted.precision, sizes, dx, inputs, add, View::rows(d, outputs), weight, true);
     }

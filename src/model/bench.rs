@@ -19,6 +19,7 @@ use crate::model::block::{Block, Linear, Parameters, Place, Role, Site};
 use crate::model::capture::{Capture, Sums};
 use crate::model::forward::{self, Spec};
 use crate::model::hidden::Hidden;
+use crate::model::latent;
 use crate::model::seen::Seen;
 use crate::model::{Model, Module};
 use crate::run::Run;
@@ -49,13 +50,23 @@ pub struct Between {
 }
 
 impl Between {
-    /// Stores as large as `hidden`.
+    /// Stores as large as `hidden`, of `width` columns; [`Self::fit`] makes room for what attention gives.
     ///
     /// # Errors
     /// When a temporary file cannot be made.
-    pub fn new(model: &Model<'_>, hidden: &Hidden, run: &Run<'_>) -> Result<Self> {
-        let store = |width| hidden.like(width, run.scratch);
-        Ok(Self { mixed: store(model.config.query_width())?, joined: store(model.config.hidden)? })
+    pub fn new(width: usize, hidden: &Hidden, run: &Run<'_>) -> Result<Self> {
+        Ok(Self { mixed: hidden.like(0, run.scratch)?, joined: hidden.like(width, run.scratch)? })
+    }
+
+    /// Makes room for attention's outputs of `width` columns.
+    ///
+    /// # Errors
+    /// When a temporary file cannot be made.
+    pub fn fit(&mut self, width: usize, hidden: &Hidden, run: &Run<'_>) -> Result<()> {
+        if self.mixed.width() != width {
+            self.mixed = hidden.like(width, run.scratch)?;
+        }
+        Ok(())
     }
 
     /// Keeps attention's outputs and the residual stream after attention of some windows.
@@ -113,6 +124,11 @@ impl Bench<'_> {
     /// The linear layer of a role as it stands.
     pub fn linear(&mut self, role: Role) -> Option<&mut Linear> {
         self.block.linears.iter_mut().find(|linear| linear.role == role)
+    }
+
+    /// Whether layers of the block read a site; the input of the MLP counts where experts do.
+    pub fn reads(&self, site: Site) -> bool {
+        self.block.linears.iter().any(|linear| linear.role.site() == site) || site == Site::Mlp
     }
 
     /// The original weight of a role.
@@ -228,7 +244,7 @@ impl Bench<'_> {
     /// threads, or on a GPU, where every launch costs, as many as fit.
     fn side_by_side(&self, seq: usize) -> usize {
         let config = &self.model.config;
-        let floats = seq * (9 * config.hidden + 8 * config.query_width() + 6 * config.intermediate);
+        let floats = seq * (9 * config.hidden + 8 * config.widest_mixed() + 6 * config.widest_middle());
         let scores = if self.run.device.gpu.is_some() { 4 * config.heads * seq * seq } else { 0 };
         let most = if self.run.device.gpu.is_some() { usize::MAX } else { rayon::current_num_threads() };
         (SIDE_BY_SIDE_BYTES / (4 * (floats + scores)).max(1)).clamp(1, most)
@@ -278,7 +294,7 @@ impl Bench<'_> {
             let mut parameters = original.clone();
             let mut rest = matrix.data.as_slice();
             for &role in &module.roles {
-                let shape = self.model.shape(role);
+                let shape = self.model.shape(self.block.index, role);
                 let (part, others) = rest.split_at(shape[0] * shape[1]);
                 parameters.set_weight(role, tensor(part.to_vec(), shape, &self.run.device.burn));
                 rest = others;
@@ -326,7 +342,7 @@ impl Bench<'_> {
         let writes = match site {
             Site::Output => original.norm(Place::AttentionOut).is_none(),
             Site::Down => original.norm(Place::MlpOut).is_none(),
-            Site::Attention | Site::Mlp => false,
+            Site::Attention | Site::QueryLatent | Site::KeyValueLatent | Site::Mlp => false,
         };
         let hold = self.hidden.len() >= HELD_OUT;
         let mut sums: [Option<Sums>; 2] = [None, None];
@@ -335,7 +351,7 @@ impl Bench<'_> {
             self.run.check_stop()?;
             let compressed = self.step(site, parameters, self.hidden, own, windows.clone())?;
             let float = self.float_step(site, &original, streams.inputs, other, windows.clone())?;
-            let columns = parameters.weight(Role::ALL.into_iter().find(|role| role.site() == site).unwrap_or(Role::Down)).dims()[1];
+            let columns = compressed[0].len() / self.hidden.tokens(windows.start).max(1) / windows.len();
             let held = usize::from(hold && windows.start % HELD_OUT == HELD_OUT - 1);
             let rows = if writes { self.model.config.hidden } else { 0 };
             let sums = sums[held].get_or_insert_with(|| Sums::new(columns, rows, self.run.device.gpu.as_ref()));
@@ -366,7 +382,7 @@ impl Bench<'_> {
                 let h = self.mlp_source(inputs, between, windows)?;
                 Ok([values(forward::mlp_input(&spec, original, self.tensor(h))), Vec::new()])
             }
-            Site::Attention | Site::Down => self.step(site, original, inputs, between, windows),
+            _ => self.step(site, original, inputs, between, windows),
         }
     }
 
@@ -390,6 +406,12 @@ impl Bench<'_> {
                 let x = inputs.read(windows)?;
                 [values(forward::attention_input(&spec, parameters, self.tensor(x))), Vec::new()]
             }
+            Site::QueryLatent | Site::KeyValueLatent => {
+                let x = inputs.read(windows)?;
+                let x = forward::attention_input(&spec, parameters, self.tensor(x));
+                let latent = spec.config.latent.as_ref().ok_or_else(|| Error::run("attention without narrowed keys"))?;
+                [values(latent::narrowed(&spec, latent, parameters, site, &x)), Vec::new()]
+            }
             Site::Output => {
                 let x = inputs.read(windows.clone())?;
                 let mixed = values(forward::attend(&spec, parameters, self.tensor(x.clone()), &mut |_, _| {}));
@@ -399,7 +421,7 @@ impl Bench<'_> {
             Site::Mlp => {
                 let mixed = between.mixed.read(windows.clone())?;
                 let x = self.tensor(inputs.read(windows.clone())?);
-                let mixed = tensor(mixed, [x.dims()[0], self.model.config.query_width()], &self.run.device.burn);
+                let mixed = tensor(mixed, [x.dims()[0], self.model.config.mixed_width(self.block.index)], &self.run.device.burn);
                 let h = values(forward::join(&spec, parameters, x, mixed));
                 between.joined.write(windows.clone(), &h)?;
                 let h = self.mlp_source(inputs, between, windows)?;

@@ -1,16 +1,31 @@
 //! One decoder block: its linear layers by role, its norms by place, and the tensors that a forward needs of them.
 
+use std::sync::Arc;
+
 use burn::tensor::Tensor;
 
 use crate::device::{Buffer, Device, Gpu};
 use crate::kernels::{Floats, tensor, values};
 use crate::matrix::Matrix;
+use crate::model::delta::Delta;
 use crate::model::mixture::{Experts, Tensors, Which};
 use crate::weight::{Sparse, Weight};
 
 /// What a linear layer does in its block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Role {
+    /// Queries of latent attention, narrowed.
+    QueryDown,
+    /// Queries of latent attention, from what was narrowed.
+    QueryUp,
+    /// Keys and values of latent attention, narrowed, and the columns of keys that turn.
+    KeyValueDown,
+    /// Keys and values of latent attention, from what was narrowed.
+    KeyValueUp,
+    /// Queries, keys and values of a delta rule, and what opens its output where that is in the same layer.
+    DeltaIn,
+    /// What opens the output of a delta rule, where it is a layer of its own.
+    DeltaGate,
     /// Queries.
     Query,
     /// Keys.
@@ -29,11 +44,37 @@ pub enum Role {
 
 impl Role {
     /// All roles in the order of a forward.
-    pub const ALL: [Self; 7] = [Self::Query, Self::Key, Self::Value, Self::Output, Self::Gate, Self::Up, Self::Down];
+    pub const ALL: [Self; Self::COUNT] = [
+        Self::QueryDown,
+        Self::QueryUp,
+        Self::KeyValueDown,
+        Self::KeyValueUp,
+        Self::DeltaIn,
+        Self::DeltaGate,
+        Self::Query,
+        Self::Key,
+        Self::Value,
+        Self::Output,
+        Self::Gate,
+        Self::Up,
+        Self::Down,
+    ];
 
-    /// Name inside a block.
+    /// Those of a block of plain attention and a plain MLP.
+    pub const PLAIN: [Self; 7] = [Self::Query, Self::Key, Self::Value, Self::Output, Self::Gate, Self::Up, Self::Down];
+
+    /// How many there are.
+    pub const COUNT: usize = 13;
+
+    /// Name inside a block, as most families have it.
     pub fn name(self) -> &'static str {
         match self {
+            Self::QueryDown => "self_attn.q_a_proj",
+            Self::QueryUp => "self_attn.q_b_proj",
+            Self::KeyValueDown => "self_attn.kv_a_proj_with_mqa",
+            Self::KeyValueUp => "self_attn.kv_b_proj",
+            Self::DeltaIn => "linear_attn.in_proj_qkv",
+            Self::DeltaGate => "linear_attn.in_proj_z",
             Self::Query => "self_attn.q_proj",
             Self::Key => "self_attn.k_proj",
             Self::Value => "self_attn.v_proj",
@@ -45,18 +86,23 @@ impl Role {
     }
 
     /// Which of the configuration's flags speaks of its bias: 0 queries, keys and values, 1 output, 2 MLP.
-    pub fn bias_class(self) -> usize {
+    pub fn bias_class(self) -> Option<usize> {
         match self {
-            Self::Query | Self::Key | Self::Value => 0,
-            Self::Output => 1,
-            Self::Gate | Self::Up | Self::Down => 2,
+            Self::Query | Self::Key | Self::Value | Self::QueryDown | Self::KeyValueDown => Some(0),
+            Self::Output => Some(1),
+            Self::Gate | Self::Up | Self::Down => Some(2),
+            Self::QueryUp | Self::KeyValueUp | Self::DeltaIn | Self::DeltaGate => None,
         }
     }
 
     /// The input that the layer reads.
     pub fn site(self) -> Site {
         match self {
-            Self::Query | Self::Key | Self::Value => Site::Attention,
+            Self::QueryUp => Site::QueryLatent,
+            Self::KeyValueUp => Site::KeyValueLatent,
+            Self::Query | Self::Key | Self::Value | Self::QueryDown | Self::KeyValueDown | Self::DeltaIn | Self::DeltaGate => {
+                Site::Attention
+            }
             Self::Output => Site::Output,
             Self::Gate | Self::Up => Site::Mlp,
             Self::Down => Site::Down,
@@ -69,6 +115,10 @@ impl Role {
 pub enum Site {
     /// Read by queries, keys and values.
     Attention,
+    /// Read by queries from what was narrowed.
+    QueryLatent,
+    /// Read by keys and values from what was narrowed.
+    KeyValueLatent,
     /// Read by the output projection of attention.
     Output,
     /// Read by gate and up.
@@ -79,7 +129,7 @@ pub enum Site {
 
 impl Site {
     /// All sites in the order of a forward.
-    pub const ALL: [Self; 4] = [Self::Attention, Self::Output, Self::Mlp, Self::Down];
+    pub const ALL: [Self; 6] = [Self::Attention, Self::QueryLatent, Self::KeyValueLatent, Self::Output, Self::Mlp, Self::Down];
 }
 
 /// A place for a norm in a block.
@@ -97,11 +147,19 @@ pub enum Place {
     Query,
     /// Of the keys.
     Key,
+    /// Of narrowed queries.
+    QueryLatent,
+    /// Of narrowed keys and values.
+    KeyValueLatent,
 }
 
 impl Place {
     /// All places, each at the index that is its value.
-    pub const ALL: [Self; 6] = [Self::AttentionIn, Self::AttentionOut, Self::MlpIn, Self::MlpOut, Self::Query, Self::Key];
+    pub const ALL: [Self; Self::COUNT] =
+        [Self::AttentionIn, Self::AttentionOut, Self::MlpIn, Self::MlpOut, Self::Query, Self::Key, Self::QueryLatent, Self::KeyValueLatent];
+
+    /// How many there are.
+    pub const COUNT: usize = 8;
 }
 
 /// A linear layer: y = x Wᵀ + b.
@@ -137,6 +195,10 @@ pub struct Block {
     pub linears: Vec<Linear>,
     /// The experts of a block whose MLP is a mixture.
     pub experts: Option<Experts>,
+    /// What a delta rule has beside its linear layers, in a block that has one.
+    pub delta: Option<Delta>,
+    /// By head, the score of nothing in attention.
+    pub sinks: Option<Vec<f32>>,
     /// Its norms.
     pub norms: Vec<Norm>,
 }
@@ -155,10 +217,12 @@ impl Block {
 /// The tensors that a forward needs.
 #[derive(Debug, Clone, Default)]
 pub struct Parameters {
-    weights: [Option<Tensor<2>>; 7],
-    biases: [Option<Tensor<1>>; 7],
-    norms: [Option<Tensor<1>>; 6],
+    weights: [Option<Tensor<2>>; Role::COUNT],
+    biases: [Option<Tensor<1>>; Role::COUNT],
+    norms: [Option<Tensor<1>>; Place::COUNT],
     experts: Option<Tensors>,
+    delta: Option<Arc<Delta>>,
+    sinks: Option<Arc<[f32]>>,
 }
 
 /// The floats of a weight, without a copy where it holds floats: those are gone from it then.
@@ -178,6 +242,16 @@ impl Parameters {
         self.weights[role as usize].as_ref().unwrap_or_else(|| panic!("a block without {}", role.name()))
     }
 
+    /// The roles that the block has layers of, in the order of a forward.
+    pub fn roles(&self) -> impl Iterator<Item = Role> + '_ {
+        Role::ALL.into_iter().filter(|&role| self.has(role))
+    }
+
+    /// Whether the block has a layer of a role.
+    pub fn has(&self, role: Role) -> bool {
+        self.weights[role as usize].is_some()
+    }
+
     /// The bias of a role, where there is one.
     pub fn bias(&self, role: Role) -> Option<&Tensor<1>> {
         self.biases[role as usize].as_ref()
@@ -191,6 +265,21 @@ impl Parameters {
     /// The experts of a block whose MLP is a mixture.
     pub fn experts(&self) -> Option<&Tensors> {
         self.experts.as_ref()
+    }
+
+    /// What a delta rule has beside its linear layers.
+    pub fn delta(&self) -> Option<&Arc<Delta>> {
+        self.delta.as_ref()
+    }
+
+    /// By head, the score of nothing in attention.
+    pub fn sinks(&self) -> Option<&[f32]> {
+        self.sinks.as_deref()
+    }
+
+    /// As [`Self::experts`], to change them.
+    pub fn experts_mut(&mut self) -> Option<&mut Tensors> {
+        self.experts.as_mut()
     }
 
     /// Sets the weight of a role.
@@ -216,6 +305,8 @@ impl Parameters {
             biases: self.biases.each_ref().map(|bias| vector(bias, false)),
             norms: self.norms.each_ref().map(|norm| vector(norm, norms)),
             experts: self.experts.clone(),
+            delta: self.delta.clone(),
+            sinks: self.sinks.clone(),
         }
     }
 
@@ -259,7 +350,7 @@ impl Parameters {
 
     /// Sets the weight of a norm from floats.
     pub fn set_norm_floats(&mut self, place: Place, weight: &[f32]) {
-        let device = self.norm(place).map_or_else(|| self.weight(Role::Query).device(), Tensor::device);
+        let device = self.norm(place).map_or_else(|| self.weight(Role::Output).device(), Tensor::device);
         self.set_norm(place, tensor(weight.to_vec(), [weight.len()], &device));
     }
 
@@ -284,7 +375,7 @@ impl Parameters {
 
     /// The device on which hidden states are computed: where the norms lie, or else the weights.
     pub fn home(&self) -> burn::tensor::Device {
-        self.norms.iter().flatten().next().map_or_else(|| self.weight(Role::Query).device(), Tensor::device)
+        self.norms.iter().flatten().next().map_or_else(|| self.weight(Role::Output).device(), Tensor::device)
     }
 
     /// Whether every weight lies elsewhere than on the processor.
@@ -293,6 +384,8 @@ impl Parameters {
     }
 
     fn set_vectors(&mut self, block: &Block, device: &burn::tensor::Device) {
+        self.delta = block.delta.clone().map(Arc::new);
+        self.sinks = block.sinks.as_deref().map(Arc::from);
         for linear in &block.linears {
             self.biases[linear.role as usize] = linear.bias.as_ref().map(|bias| tensor(bias.clone(), [bias.len()], device));
         }

@@ -6,8 +6,12 @@ use std::borrow::Cow;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result, shown};
+use crate::kernels::delta_rule::Sizes;
 use crate::kernels::gated::Activation;
-use crate::model::architecture::{Biases, Embed, Family, LogitsFactor, QkNorm, Rotates, Scale, SlidingRule, Windows, family};
+use crate::model::architecture::families::{FAMILIES, family};
+use crate::model::architecture::{Biases, Embed, Family, LogitsFactor, Mixing, QkNorm, Rotates, Scale, SlidingRule, Windows};
+use crate::model::delta;
+use crate::model::latent::Latent;
 use crate::model::mixture::Mixture;
 use crate::model::rotation::{self, Rotation};
 
@@ -26,7 +30,7 @@ pub struct Config {
     pub heads: usize,
     /// `num_key_value_heads`.
     pub kv_heads: usize,
-    /// `head_dim`.
+    /// Columns of a head as attention knows them: `head_dim`.
     pub head_dim: usize,
     /// `rms_norm_eps`.
     pub epsilon: f64,
@@ -54,6 +58,10 @@ pub struct Config {
     pub layers: Vec<Layer>,
     /// The mixture of experts in some of them.
     pub mixture: Option<Mixture>,
+    /// Attention over narrowed keys and values, where that is what mixes tokens.
+    pub latent: Option<Latent>,
+    /// The delta rule of linear layers.
+    pub delta: Option<Sizes>,
     /// The token that begins a text.
     pub bos: Option<u32>,
     /// The tokens that end a text.
@@ -69,6 +77,8 @@ pub struct Layer {
     pub rotation: Option<Rotation>,
     /// Whether its MLP is a mixture of experts.
     pub mixed: bool,
+    /// Whether a delta rule stands where attention stands in others.
+    pub linear: bool,
 }
 
 /// `model_type` of a config.
@@ -82,7 +92,8 @@ pub fn known_family(config: &Value) -> Option<&'static Family> {
 }
 
 /// The decoder of a model that has other parts too, and what its text part is where config.json does not say it.
-const WRAPPERS: [(&str, &str); 2] = [("gemma3", "gemma3_text"), ("mistral3", "mistral")];
+const WRAPPERS: [(&str, &str); 4] =
+    [("gemma3", "gemma3_text"), ("mistral3", "mistral"), ("qwen3_5", "qwen3_5_text"), ("qwen3_5_moe", "qwen3_5_moe_text")];
 
 /// What config.json says of the decoder: all of it, or its `text_config` with what the whole says of tokens and of tying.
 pub fn decoder(config: &Value) -> Cow<'_, Value> {
@@ -113,7 +124,7 @@ impl Config {
         let config = decoder(config);
         let config = config.as_ref();
         let Some(family) = known_family(config) else {
-            let known: Vec<&str> = crate::model::architecture::FAMILIES.iter().map(|family| family.model_type).collect();
+            let known: Vec<&str> = FAMILIES.iter().map(|family| family.model_type).collect();
             let found = shown(model_type(config));
             return Err(Error::input(format!(
                 "config.json: model_type `{found}` cannot be computed; known are {}. Data-free round-to-nearest works without",
@@ -135,9 +146,15 @@ impl Config {
                 "config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
             )));
         }
-        let head_dim = head_dim(&keys, family, hidden, heads)?;
+        let latent = if family.mixing == Mixing::Latent { Some(Latent::read(&keys)?) } else { None };
+        // All heads of a latent attention have keys of their own.
+        let kv_heads = if latent.is_some() { heads } else { kv_heads };
+        let (head_dim, turning, scored) = match &latent {
+            Some(latent) => (latent.head_dim(), latent.turning, latent.key()),
+            None => [head_dim(&keys, family, hidden, heads)?; 3].into(),
+        };
         let activation = activation(&keys, family)?;
-        let [scale, embed_factor] = factors(&keys, family, hidden, head_dim)?;
+        let [scale, embed_factor] = factors(&keys, family, hidden, scored)?;
         let cap = |on: bool, key: &str, default: Option<f64>| match keys.0.contains_key(key) {
             true if on => keys.positive(key),
             false if on => Ok(default),
@@ -148,10 +165,18 @@ impl Config {
         if max_positions < 2 {
             return Err(Error::input(format!("config.json: max_position_embeddings is {max_positions}, a prediction needs 2")));
         }
+        let mixture = Mixture::read(&keys, family)?;
+        let layers = layers(&keys, family, turning, max_positions)?;
+        // Where all layers are mixtures, the width of an MLP may be left out.
+        let silent = mixture.filter(|_| layers.iter().all(|layer| layer.mixed) && !keys.0.contains_key("intermediate_size"));
+        let sharper = layers.iter().find_map(|layer| layer.rotation.as_ref()).map_or(1.0, Rotation::sharper);
         Ok(Self {
             family,
             hidden,
-            intermediate: keys.required("intermediate_size", 1 << 24)?,
+            intermediate: match silent {
+                Some(mixture) => mixture.width,
+                None => keys.required("intermediate_size", 1 << 24)?,
+            },
             vocabulary,
             heads,
             kv_heads,
@@ -160,7 +185,7 @@ impl Config {
             max_positions,
             tied: keys.flag("tie_word_embeddings").unwrap_or(defaults.tied),
             activation,
-            scale: scale as f32,
+            scale: (scale * sharper) as f32,
             attention_cap: cap(family.attention_cap, "attn_logit_softcapping", defaults.caps[0])?.map(|cap| cap as f32),
             logits_cap: cap(family.logits_cap, "final_logit_softcapping", defaults.caps[1])?.map(|cap| cap as f32),
             embed_factor: embed_factor as f32,
@@ -171,16 +196,40 @@ impl Config {
                 LogitsFactor::Times(key) => keys.positive(key)?.unwrap_or(defaults.logits) as f32,
             },
             biases: biases(&keys, family),
-            mixture: Mixture::read(&keys, family)?,
-            layers: layers(&keys, family, head_dim, max_positions)?,
+            mixture,
+            layers,
+            latent,
+            delta: if matches!(family.mixing, Mixing::Hybrid(_)) { Some(delta::sizes(&keys)?) } else { None },
             bos: keys.tokens("bos_token_id", vocabulary)?.first().copied(),
             eos: keys.tokens("eos_token_id", vocabulary)?,
         })
     }
 
-    /// Columns of q before the output projection.
+    /// Columns of queries as attention knows them.
     pub fn query_width(&self) -> usize {
         self.heads * self.head_dim
+    }
+
+    /// Columns that the output projection of a layer reads.
+    pub fn mixed_width(&self, layer: usize) -> usize {
+        match (&self.delta, &self.latent) {
+            (Some(sizes), _) if self.layers[layer].linear => sizes.values(),
+            (_, Some(latent)) => self.heads * latent.value,
+            _ => self.query_width(),
+        }
+    }
+
+    /// The most of [`Self::mixed_width`] and of what attention and delta rules work on, over all layers.
+    pub fn widest_mixed(&self) -> usize {
+        let linear = self.delta.filter(|_| self.layers.iter().any(|layer| layer.linear)).map_or(0, |sizes| sizes.channels());
+        self.query_width().max(linear)
+    }
+
+    /// The widest middle of the MLPs, or of the experts that a token goes to.
+    pub fn widest_middle(&self) -> usize {
+        let dense = if self.layers.iter().all(|layer| layer.mixed) { 0 } else { self.intermediate };
+        let mixed = self.mixture.map_or(0, |mixture| mixture.rule.chosen * mixture.width + mixture.shared.unwrap_or(0));
+        dense.max(mixed)
     }
 
     /// Columns of k and of v.
@@ -205,6 +254,7 @@ fn biases(keys: &Keys<'_>, family: &Family) -> [bool; 3] {
         Biases::Qkv => [keys.flag("qkv_bias").unwrap_or(true), false, false],
         Biases::QkvFlag => [attention, false, false],
         Biases::Flag => [attention, attention, mlp],
+        Biases::Always => [keys.flag("attention_bias").unwrap_or(true); 3],
     }
 }
 
@@ -236,7 +286,7 @@ fn head_dim(keys: &Keys<'_>, family: &Family, hidden: usize, heads: usize) -> Re
 
 fn activation(keys: &Keys<'_>, family: &Family) -> Result<Activation> {
     let (key, default) = family.activation;
-    match keys.text(key) {
+    match keys.text(key).filter(|_| default != Activation::Clamped) {
         None => Ok(default),
         Some("silu" | "swish") => Ok(Activation::Silu),
         Some("gelu_pytorch_tanh" | "gelu_tanh") => Ok(Activation::GeluTanh),
@@ -305,11 +355,36 @@ fn layers(keys: &Keys<'_>, family: &Family, head_dim: usize, max_positions: usiz
     };
     let tables = rotation::tables(keys, family, head_dim, max_positions)?;
     let mixes = Mixture::layers(keys, family, count)?;
-    let layers = slides.iter().zip(&rotates).zip(mixes).map(|((&slides, &rotates), mixed)| {
+    let linear = linear(keys, family, count)?;
+    let layers = slides.iter().zip(&rotates).zip(mixes.iter().zip(&linear)).map(|((&slides, &rotates), (&mixed, &linear))| {
         let table = if slides { &tables.sliding } else { &tables.full };
-        Layer { window: window.filter(|_| slides), rotation: table.clone().filter(|_| rotates), mixed }
+        Layer { window: window.filter(|_| slides), rotation: table.clone().filter(|_| rotates && !linear), mixed, linear }
     });
     Ok(layers.collect())
+}
+
+/// In which layers a delta rule stands.
+fn linear(keys: &Keys<'_>, family: &Family, count: usize) -> Result<Vec<bool>> {
+    if !matches!(family.mixing, Mixing::Hybrid(_)) {
+        return Ok(vec![false; count]);
+    }
+    let every = keys.count("full_attention_interval", 1 << 20)?.unwrap_or(4);
+    let listed = kinds(keys, count, ["linear_attention", "full_attention"])?;
+    Ok(listed.unwrap_or_else(|| (0..count).map(|layer| !(layer + 1).is_multiple_of(every)).collect()))
+}
+
+/// Which layers `layer_types` says to be of the first of two kinds.
+fn kinds(keys: &Keys<'_>, count: usize, [first, second]: [&str; 2]) -> Result<Option<Vec<bool>>> {
+    let Some(list) = keys.0.get("layer_types").and_then(Value::as_array) else { return Ok(None) };
+    if list.len() != count {
+        return Err(Error::input(format!("config.json: layer_types lists {} layers, num_hidden_layers is {count}", list.len())));
+    }
+    let kinds = list.iter().map(|kind| match kind.as_str() {
+        Some(kind) if kind == first => Ok(true),
+        Some(kind) if kind == second => Ok(false),
+        other => Err(Error::input(format!("config.json: layer type `{}` is not supported", shown(other.unwrap_or("?"))))),
+    });
+    kinds.collect::<Result<_>>().map(Some)
 }
 
 fn rotating(keys: &Keys<'_>, family: &Family, count: usize) -> Result<Vec<bool>> {
@@ -336,16 +411,8 @@ fn sliding(keys: &Keys<'_>, family: &Family, count: usize, rotates: &[bool]) -> 
     if switched && !used {
         return Ok(vec![false; count]);
     }
-    if let Some(list) = keys.0.get("layer_types").and_then(Value::as_array) {
-        if list.len() != count {
-            return Err(Error::input(format!("config.json: layer_types lists {} layers, num_hidden_layers is {count}", list.len())));
-        }
-        let kinds = list.iter().map(|kind| match kind.as_str() {
-            Some("sliding_attention") => Ok(true),
-            Some("full_attention") => Ok(false),
-            other => Err(Error::input(format!("config.json: layer type `{}` is not supported", shown(other.unwrap_or("?"))))),
-        });
-        return kinds.collect();
+    if let Some(slides) = kinds(keys, count, ["sliding_attention", "full_attention"])? {
+        return Ok(slides);
     }
     let first = keys.count("max_window_layers", 1 << 20)?.unwrap_or(if keys.0.contains_key("max_window_layers") { 0 } else { 28 });
     let pattern = keys.count("sliding_window_pattern", 1 << 20)?;
@@ -392,6 +459,14 @@ impl Keys<'_> {
                 ))),
             },
         }
+    }
+
+    /// As [`Self::count`], where it may be 0.
+    ///
+    /// # Errors
+    /// When it is anything else.
+    pub fn whole(&self, key: &str, limit: u64) -> Result<Option<usize>> {
+        if self.0.get(key).is_some_and(|value| *value == 0) { Ok(Some(0)) } else { self.count(key, limit) }
     }
 
     /// A count that must be there.

@@ -6,19 +6,20 @@
 use std::sync::{Mutex, PoisonError};
 
 use burn::tensor::Tensor;
+use burn::tensor::activation::sigmoid;
 
 use crate::kernels::attention::Attention;
 use crate::kernels::decode_attention::{self, Cache};
-use crate::kernels::gated::{Activation, gated};
+use crate::kernels::delta_rule::State;
+use crate::kernels::gated::gated;
 use crate::kernels::linear;
-use crate::kernels::rms_norm::rms_norm;
+use crate::kernels::rms_norm::{NormKind, rms_norm};
 use crate::kernels::rope::{Table, rope};
-use crate::kernels::routing::{Rule, route};
-use crate::kernels::{tensor, values};
 use crate::model::architecture::QkNorm;
 use crate::model::block::{Parameters, Place, Role, Site};
 use crate::model::config::{Config, Layer};
-use crate::model::mixture::{Tensors, Which};
+use crate::model::mixture::{self, Step, Which};
+use crate::model::{delta, latent};
 
 /// What a forward of one layer needs besides its tensors.
 #[derive(Debug)]
@@ -33,9 +34,49 @@ pub struct Spec<'a> {
     pub query_table: Option<Table>,
     /// Tokens per window.
     pub seq: usize,
-    /// Keys and values of the positions before, when a forward goes one position at a time; it takes in the new ones.
+    /// What is kept of the positions before, when a forward goes one position at a time; it takes in the new ones.
     /// Behind a lock, because the layer's surroundings are otherwise only read, by all threads.
-    pub cache: Option<&'a Mutex<Cache>>,
+    pub past: Option<&'a Mutex<Past>>,
+}
+
+/// What a layer keeps of the positions before.
+#[derive(Debug)]
+pub enum Past {
+    /// Keys and values.
+    Attention(Cache),
+    /// What a delta rule has learned, of so many windows.
+    Delta(State, usize),
+}
+
+impl Past {
+    /// Nothing yet, of `windows` windows that will hold `length` tokens, for a layer.
+    pub fn new(config: &Config, layer: &Layer, windows: usize, length: usize) -> Self {
+        match &config.delta {
+            Some(sizes) if layer.linear => Self::Delta(State::new(sizes, windows), windows),
+            _ => Self::Attention(Cache::new(windows, length, config.kv_heads, config.head_dim)),
+        }
+    }
+
+    /// Bytes of that.
+    pub fn bytes(config: &Config, layer: &Layer, windows: usize, length: usize) -> u64 {
+        match &config.delta {
+            Some(sizes) if layer.linear => State::bytes(sizes, windows),
+            _ => Cache::bytes(windows, length, config.kv_heads, config.head_dim),
+        }
+    }
+
+    /// Positions kept.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Attention(cache) => cache.len(),
+            Self::Delta(state, _) => state.len(),
+        }
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
 }
 
 impl<'a> Spec<'a> {
@@ -43,17 +84,25 @@ impl<'a> Spec<'a> {
     pub fn new(config: &'a Config, index: usize, seq: usize) -> Self {
         let layer = &config.layers[index];
         let query_table = layer.rotation.as_ref().and_then(|rotation| rotation.query_table_at(0..seq, seq));
-        Self { config, layer, table: layer.rotation.as_ref().map(|rotation| rotation.table(seq)), query_table, seq, cache: None }
+        Self { config, layer, table: layer.rotation.as_ref().map(|rotation| rotation.table(seq)), query_table, seq, past: None }
     }
 
     /// The surroundings of layer `index` for the next position of windows that will hold `length` tokens in the end;
     /// rotations whose frequencies depend on the length then turn as in a forward of whole windows.
-    pub fn next(config: &'a Config, index: usize, length: usize, cache: &'a Mutex<Cache>) -> Self {
+    pub fn next(config: &'a Config, index: usize, length: usize, past: &'a Mutex<Past>) -> Self {
         let layer = &config.layers[index];
-        let position = cache.lock().unwrap_or_else(PoisonError::into_inner).len();
+        let position = past.lock().unwrap_or_else(PoisonError::into_inner).len();
         let table = layer.rotation.as_ref().map(|rotation| rotation.table_at(position..position + 1, length));
         let query_table = layer.rotation.as_ref().and_then(|rotation| rotation.query_table_at(position..position + 1, length));
-        Self { config, layer, table, query_table, seq: 1, cache: Some(cache) }
+        Self { config, layer, table, query_table, seq: 1, past: Some(past) }
+    }
+
+    /// The ε and the kind of a norm.
+    pub fn norm(&self, place: Place) -> (f64, NormKind) {
+        match place {
+            Place::QueryLatent | Place::KeyValueLatent => (latent::EPSILON, NormKind::Plain),
+            _ => (self.config.epsilon, self.config.family.norm),
+        }
     }
 
     /// The rotation of queries or of keys.
@@ -64,8 +113,8 @@ impl<'a> Spec<'a> {
         }
     }
 
-    /// The attention of the layer.
-    pub fn attention(&self) -> Attention {
+    /// The attention of the layer with these parameters.
+    pub fn attention<'p>(&self, parameters: &'p Parameters) -> Attention<'p> {
         let config = self.config;
         Attention {
             seq: self.seq,
@@ -75,12 +124,10 @@ impl<'a> Spec<'a> {
             scale: config.scale,
             softcap: config.attention_cap,
             window: self.layer.window,
+            sinks: parameters.sinks(),
         }
     }
 }
-
-/// Rows of an expert's products are a multiple of this.
-const ROWS: usize = 16;
 
 /// A tensor that the forward passes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -89,11 +136,13 @@ pub enum Point {
     Input,
     /// The input of linear layers.
     Site(Site),
-    /// The input of the layers of an expert at a site, of so many tokens; rows after them are empty.
-    Expert(Which, Site, usize),
-    /// Queries before their norm and rotation.
+    /// What a router gives, tokens × experts.
+    Logits,
+    /// A step of an expert, of so many tokens; rows after them are empty.
+    Expert(Which, Step, usize),
+    /// Queries before their norm and rotation, or narrowed.
     Query,
-    /// Keys before their norm and rotation.
+    /// Keys before their norm and rotation, or narrowed.
     Key,
     /// Queries as attention reads them.
     TurnedQuery,
@@ -101,6 +150,16 @@ pub enum Point {
     TurnedKey,
     /// Values.
     Value,
+    /// What attention gave, where what its projection reads is made of it.
+    Attended,
+    /// What opens attention's output.
+    Opening,
+    /// What the first layer of a delta rule gave.
+    DeltaIn,
+    /// What its second layer gave, where it has one.
+    DeltaGate,
+    /// What controls its rates and what it keeps.
+    Controls,
     /// The residual stream after attention.
     Joined,
     /// The gate of the MLP before its activation.
@@ -115,16 +174,22 @@ pub enum Point {
 /// step from working in its memory.
 pub type Tap<'a> = &'a mut dyn FnMut(Point, &Tensor<2>);
 
-/// The output of a block for the hidden states `x`: [`attend`], [`join`], [`middle`] and [`finish`], one after the other.
-/// [`middle`] reads the residual stream after attention or, in a parallel block, `x` as attention does.
+/// The output of a block for the hidden states `x`: [`attend`], [`join`] and [`second_half`], one after the other.
 pub fn block(spec: &Spec<'_>, parameters: &Parameters, x: Tensor<2>, tap: Tap<'_>) -> Tensor<2> {
     let mixed = attend(spec, parameters, x.clone(), tap);
     let parallel = spec.config.family.places.parallel.then(|| x.clone());
     let h = add_branch(spec, parameters, Branch::ATTENTION, x, mixed, tap);
     tap(Point::Joined, &h);
     let source = parallel.unwrap_or_else(|| h.clone());
+    second_half(spec, parameters, source, h, tap)
+}
+
+/// The output of a block for the residual stream `h` after attention; the MLP reads `source`, which is `h` unless the block is
+/// parallel.
+pub fn second_half(spec: &Spec<'_>, parameters: &Parameters, source: Tensor<2>, h: Tensor<2>, tap: Tap<'_>) -> Tensor<2> {
     if let (Some(experts), Some(described)) = (parameters.experts(), &spec.config.mixture) {
-        let given = mixture(experts, described.rule, spec.config.activation, &mlp_input(spec, parameters, source), tap);
+        let x = mlp_input(spec, parameters, source);
+        let given = mixture::forward(experts, described.rule, spec.config.activation, &x, tap);
         return add_given(spec, parameters, Place::MlpOut, h, given, tap);
     }
     let gated = middle(spec, parameters, source, tap);
@@ -136,22 +201,53 @@ pub fn attend(spec: &Spec<'_>, parameters: &Parameters, x: Tensor<2>, tap: Tap<'
     tap(Point::Input, &x);
     let x = attention_input(spec, parameters, x);
     tap(Point::Site(Site::Attention), &x);
-    let q = linear(parameters, Role::Query, &x);
-    tap(Point::Query, &q);
-    let q = rotated(spec, parameters, Place::Query, q);
-    tap(Point::TurnedQuery, &q);
-    let k = linear(parameters, Role::Key, &x);
-    tap(Point::Key, &k);
-    let k = rotated(spec, parameters, Place::Key, k);
-    tap(Point::TurnedKey, &k);
-    let v = linear(parameters, Role::Value, &x);
-    tap(Point::Value, &v);
-    let mixed = match spec.cache {
-        Some(cache) => decode_attention::attend(&spec.attention(), &mut cache.lock().unwrap_or_else(PoisonError::into_inner), q, k, v),
-        None => spec.attention().run(q, k, v),
+    let mixed = match (parameters.delta(), &spec.config.delta, &spec.config.latent) {
+        (Some(delta), Some(sizes), _) => delta::mix(spec, sizes, delta, parameters, &x, tap),
+        (_, _, Some(latent)) => latent::attend(spec, latent, parameters, &x, tap),
+        _ => attention(spec, parameters, &x, tap),
     };
     tap(Point::Site(Site::Output), &mixed);
     mixed
+}
+
+/// Queries, keys and values of their own, and what attention makes of them.
+fn attention(spec: &Spec<'_>, parameters: &Parameters, x: &Tensor<2>, tap: Tap<'_>) -> Tensor<2> {
+    let mut q = linear(parameters, Role::Query, x);
+    let mut opening = None;
+    if spec.config.family.gated {
+        // Every head has its query and then what opens its output.
+        let ([tokens, width], d) = (q.dims(), spec.config.head_dim);
+        let heads: Tensor<3> = q.reshape([tokens, width / (2 * d), 2 * d]);
+        let part =
+            |columns: std::ops::Range<usize>| heads.clone().slice([0..tokens, 0..width / (2 * d), columns]).reshape([tokens, width / 2]);
+        opening = Some(part(d..2 * d));
+        q = part(0..d);
+    }
+    tap(Point::Query, &q);
+    let q = rotated(spec, parameters, Place::Query, q);
+    tap(Point::TurnedQuery, &q);
+    let k = linear(parameters, Role::Key, x);
+    tap(Point::Key, &k);
+    let k = rotated(spec, parameters, Place::Key, k);
+    tap(Point::TurnedKey, &k);
+    let v = linear(parameters, Role::Value, x);
+    tap(Point::Value, &v);
+    let out = attended(spec, parameters, [q, k, v]);
+    let Some(opening) = opening else { return out };
+    tap(Point::Attended, &out);
+    tap(Point::Opening, &opening);
+    out * sigmoid(opening)
+}
+
+/// Attention over whole windows, or over what is kept of the positions before.
+pub(super) fn attended(spec: &Spec<'_>, parameters: &Parameters, [q, k, v]: [Tensor<2>; 3]) -> Tensor<2> {
+    let attention = spec.attention(parameters);
+    if let Some(past) = spec.past
+        && let Past::Attention(cache) = &mut *past.lock().unwrap_or_else(PoisonError::into_inner)
+    {
+        return decode_attention::attend(&attention, cache, q, k, v);
+    }
+    attention.run(q, k, v)
 }
 
 /// What queries, keys and values read.
@@ -182,11 +278,6 @@ pub fn middle(spec: &Spec<'_>, parameters: &Parameters, h: Tensor<2>, tap: Tap<'
     middle
 }
 
-/// The output of the block: `h` plus the projection of what [`middle`] gave.
-pub fn finish(spec: &Spec<'_>, parameters: &Parameters, h: Tensor<2>, middle: Tensor<2>) -> Tensor<2> {
-    add_branch(spec, parameters, Branch::MLP, h, middle, &mut |_, _| {})
-}
-
 /// Final norm of the hidden states, before the head.
 pub fn final_norm(config: &Config, x: &Tensor<2>, weight: &Tensor<1>) -> Tensor<2> {
     rms_norm(x, weight, config.epsilon, config.family.norm)
@@ -202,46 +293,6 @@ pub fn logits(config: &Config, normed: Tensor<2>, head: Tensor<2>) -> Tensor<2> 
         Some(cap) => (logits / cap).tanh() * cap,
         None => logits,
     }
-}
-
-/// What a mixture gives for its input `x`, tokens × hidden. The tap sees `x` and what the layers of every expert read. Tokens go
-/// to the processor between experts, so that nothing here is differentiated.
-fn mixture(experts: &Tensors, rule: Rule, activation: Activation, x: &Tensor<2>, tap: Tap<'_>) -> Tensor<2> {
-    tap(Point::Site(Site::Mlp), x);
-    let ([tokens, hidden], device) = (x.dims(), x.device());
-    let rows = values(x.clone());
-    let logits = values(linear::linear(x, &experts.router));
-    let mut out = vec![0.0f32; tokens * hidden];
-    let routed = route(&logits, experts.routed.len(), rule);
-    for ((expert, layers), tokens) in experts.routed.iter().enumerate().zip(routed).filter(|(_, tokens)| !tokens.is_empty()) {
-        let mut own = Vec::with_capacity(tokens.len() * hidden);
-        tokens.iter().for_each(|&(token, _)| own.extend_from_slice(&rows[token * hidden..][..hidden]));
-        // Products of few rows round otherwise; what a token gets must not depend on who goes with it.
-        let filled = tokens.len().next_multiple_of(ROWS);
-        own.resize(filled * hidden, 0.0);
-        let mut see = |site: Site, x: &Tensor<2>| tap(Point::Expert(Which::Routed(expert), site, tokens.len()), x);
-        let given = values(mlp(layers, activation, &tensor(own, [filled, hidden], &device), &mut see));
-        for (&(token, share), given) in tokens.iter().zip(given.chunks_exact(hidden.max(1))) {
-            out[token * hidden..][..hidden].iter_mut().zip(given).for_each(|(out, given)| *out += share * given);
-        }
-    }
-    if let Some((layers, gate)) = &experts.shared {
-        let mut see = |site: Site, x: &Tensor<2>| tap(Point::Expert(Which::Shared, site, tokens), x);
-        let (given, gates) = (values(mlp(layers, activation, x, &mut see)), values(linear::linear(x, gate)));
-        for ((out, given), gate) in out.chunks_exact_mut(hidden.max(1)).zip(given.chunks_exact(hidden.max(1))).zip(gates) {
-            let open = 1.0 / (1.0 + (-gate).exp());
-            out.iter_mut().zip(given).for_each(|(out, given)| *out += open * given);
-        }
-    }
-    tensor(out, [tokens, hidden], &device)
-}
-
-/// A gated MLP; `see` is shown what its layers read.
-fn mlp([gate, up, down]: &[Tensor<2>; 3], activation: Activation, x: &Tensor<2>, see: &mut dyn FnMut(Site, &Tensor<2>)) -> Tensor<2> {
-    see(Site::Mlp, x);
-    let middle = gated(activation, linear::linear(x, gate), linear::linear(x, up));
-    see(Site::Down, &middle);
-    linear::linear(&middle, down)
 }
 
 /// How a branch returns to the residual stream.
@@ -268,14 +319,15 @@ fn add_given(spec: &Spec<'_>, parameters: &Parameters, place: Place, x: Tensor<2
     if factor == 1.0 { normed + x } else { normed * factor + x }
 }
 
-fn norm(spec: &Spec<'_>, parameters: &Parameters, place: Place, x: Tensor<2>) -> Tensor<2> {
+pub(super) fn norm(spec: &Spec<'_>, parameters: &Parameters, place: Place, x: Tensor<2>) -> Tensor<2> {
+    let (epsilon, kind) = spec.norm(place);
     match parameters.norm(place) {
-        Some(weight) => rms_norm(&x, weight, spec.config.epsilon, spec.config.family.norm),
+        Some(weight) => rms_norm(&x, weight, epsilon, kind),
         None => x,
     }
 }
 
-fn linear(parameters: &Parameters, role: Role, x: &Tensor<2>) -> Tensor<2> {
+pub(super) fn linear(parameters: &Parameters, role: Role, x: &Tensor<2>) -> Tensor<2> {
     let product = linear::linear(x, parameters.weight(role));
     match parameters.bias(role) {
         Some(bias) => product + bias.clone().unsqueeze(),

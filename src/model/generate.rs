@@ -20,12 +20,11 @@ use rayon::prelude::*;
 
 use crate::checkpoint::decode::nonfinite;
 use crate::error::{Error, Result};
-use crate::kernels::decode_attention::Cache;
 use crate::kernels::sampling::{Choice, Stream};
 use crate::kernels::{tensor, values};
 use crate::model::Model;
 use crate::model::block::Parameters;
-use crate::model::forward::{self, Spec};
+use crate::model::forward::{self, Past, Spec};
 use crate::run::Run;
 
 /// Length, with the token that begins a text, up to which a window grows by the most likely token.
@@ -86,7 +85,7 @@ impl Budget {
 /// Bytes of keys and values of some windows.
 fn cache_bytes(model: &Model<'_>, windows: usize, seq: usize) -> u64 {
     let config = &model.config;
-    (config.layers.len() as u64).saturating_mul(Cache::bytes(windows, seq, config.kv_heads, config.head_dim))
+    config.layers.iter().map(|layer| Past::bytes(config, layer, windows, seq)).fold(0, u64::saturating_add)
 }
 
 /// Bytes of all blocks and of the head, in f32.
@@ -230,16 +229,15 @@ fn take_room(room: &mut u64, bytes: u64) -> bool {
 pub struct Decoder<'w, 'a> {
     weights: &'w mut Weights<'a>,
     length: usize,
-    caches: Vec<Mutex<Cache>>,
+    past: Vec<Mutex<Past>>,
 }
 
 impl<'w, 'a> Decoder<'w, 'a> {
     /// `windows` windows that will hold `length` tokens in the end.
     pub fn new(weights: &'w mut Weights<'a>, windows: usize, length: usize) -> Self {
         let config = &weights.model.config;
-        let cache = || Mutex::new(Cache::new(windows, length, config.kv_heads, config.head_dim));
-        let caches = config.layers.iter().map(|_| cache()).collect();
-        Self { weights, length, caches }
+        let past = config.layers.iter().map(|layer| Mutex::new(Past::new(config, layer, windows, length))).collect();
+        Self { weights, length, past }
     }
 
     /// Takes in the next token of every window and gives the normed last states, one row per window and then empty
@@ -254,10 +252,10 @@ impl<'w, 'a> Decoder<'w, 'a> {
         let mut x = model.embed(tokens)?;
         x.resize(rows * width, 0.0);
         let mut x: Tensor<2> = tensor(x, [rows, width], &run.device.burn);
-        for (index, cache) in self.caches.iter().enumerate() {
+        for (index, past) in self.past.iter().enumerate() {
             run.check_stop()?;
             let parameters = self.weights.block(index)?;
-            x = forward::block(&Spec::next(&model.config, index, self.length, cache), &parameters, x, &mut |_, _| {});
+            x = forward::block(&Spec::next(&model.config, index, self.length, past), &parameters, x, &mut |_, _| {});
         }
         let states = values(x);
         if nonfinite(&states).is_some() {

@@ -112,6 +112,11 @@ impl Hidden {
         Self::new(&lengths, width, self.keeping, scratch)
     }
 
+    /// Columns of a state.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
     /// A store with the same states.
     ///
     /// # Errors

@@ -6,12 +6,15 @@ use burn::tensor::Tensor;
 use serde_json::Value;
 
 use crate::error::{Error, Result, shown};
-use crate::kernels::routing::Rule;
+use crate::kernels::gated::{Activation, gated};
+use crate::kernels::linear::linear as product;
+use crate::kernels::routing::{Rule, Scores, route};
 use crate::kernels::{tensor, values};
 use crate::matrix::Matrix;
-use crate::model::architecture::Family;
-use crate::model::block::{Linear, Role, floats};
+use crate::model::architecture::{Family, Mixed, MixedLayers, Renormalized, Routing};
+use crate::model::block::{Linear, Role, Site, floats};
 use crate::model::config::Keys;
+use crate::model::forward::{Point, Tap};
 use crate::weight::{Sparse, Weight};
 
 /// What the layers of an expert do, in order.
@@ -20,8 +23,11 @@ const LAYERS: [Role; 3] = [Role::Gate, Role::Up, Role::Down];
 /// Most experts of a layer.
 const MOST: usize = 1 << 14;
 
+/// Rows of an expert's products are a multiple of this.
+const ROWS: usize = 16;
+
 /// What config.json says of the mixtures of a model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Mixture {
     /// Experts of a layer.
     pub experts: usize,
@@ -41,21 +47,28 @@ impl Mixture {
     pub fn read(keys: &Keys<'_>, family: &Family) -> Result<Option<Self>> {
         let Some(mixed) = family.mixed else { return Ok(None) };
         let [experts, chosen, width, shared] = mixed.defaults;
-        let experts = match keys.count("num_experts", MOST as u64)? {
-            Some(experts) => experts,
-            None => keys.count("num_local_experts", MOST as u64)?.unwrap_or(experts),
+        let first = |names: &[&str], limit: usize, default: usize| {
+            let found = names.iter().map(|key| keys.count(key, limit as u64)).find(|found| !matches!(found, Ok(None)));
+            found.unwrap_or(Ok(None)).map(|found| found.unwrap_or(default))
         };
-        let chosen = keys.count("num_experts_per_tok", MOST as u64)?.unwrap_or(chosen);
+        let experts = first(&["num_experts", "num_local_experts", "n_routed_experts"], MOST, experts)?;
+        let chosen = first(&["num_experts_per_tok", "experts_per_token"], MOST, chosen)?;
         if chosen > experts {
             return Err(Error::input(format!("config.json: num_experts_per_tok is {chosen}, there are {experts} experts")));
         }
-        let renormalized = mixed.renormalized || keys.flag("norm_topk_prob").unwrap_or(false);
-        let shared = match mixed.shared {
-            Some(_) => Some(keys.count("shared_expert_intermediate_size", 1 << 24)?.unwrap_or(shared)),
-            None => None,
+        let renormalized = match mixed.renormalized {
+            Renormalized::Always => true,
+            Renormalized::Key(absent) => keys.flag("norm_topk_prob").unwrap_or(absent),
         };
-        let width = keys.count(mixed.width, 1 << 24)?.unwrap_or(width);
-        Ok(Some(Self { experts, rule: Rule { chosen, renormalized }, width, shared }))
+        let width = first(&[mixed.width], 1 << 24, width)?;
+        let shared = match mixed.shared {
+            None => None,
+            // Shared experts are counted where they are as wide as the others.
+            Some((_, None)) => Some(width * first(&["n_shared_experts"], MOST, shared)?),
+            Some(_) => Some(first(&["shared_expert_intermediate_size"], 1 << 24, shared)?),
+        };
+        let scores = scores(keys, mixed, experts, chosen)?;
+        Ok(Some(Self { experts, rule: Rule { chosen, renormalized, scores }, width, shared }))
     }
 
     /// Which layers are mixtures.
@@ -64,8 +77,14 @@ impl Mixture {
     /// One line naming the key.
     pub fn layers(keys: &Keys<'_>, family: &Family, count: usize) -> Result<Vec<bool>> {
         let Some(mixed) = family.mixed else { return Ok(vec![false; count]) };
-        if mixed.every {
-            return Ok(vec![true; count]);
+        match mixed.which {
+            MixedLayers::Every => return Ok(vec![true; count]),
+            MixedLayers::AfterFirst => {
+                let silent = if keys.0.contains_key("first_k_dense_replace") { 0 } else { 3 };
+                let dense = keys.whole("first_k_dense_replace", 1 << 20)?.unwrap_or(silent);
+                return Ok((0..count).map(|layer| layer >= dense).collect());
+            }
+            MixedLayers::Sparse => {}
         }
         let step = keys.count("decoder_sparse_step", 1 << 20)?.unwrap_or(1);
         let dense: Vec<u64> = match keys.0.get("mlp_only_layers") {
@@ -85,6 +104,22 @@ impl Mixture {
     }
 }
 
+/// What shares come from.
+fn scores(keys: &Keys<'_>, mixed: Mixed, experts: usize, chosen: usize) -> Result<Scores> {
+    if mixed.routing == Routing::Softmax {
+        return Ok(Scores::Softmax);
+    }
+    let count = |key: &str, default: usize| Ok(keys.count(key, MOST as u64)?.unwrap_or(default));
+    let (groups, kept) = (count("n_group", 8)?, count("topk_group", 4)?);
+    if experts % groups != 0 || kept > groups || chosen > experts / groups * kept {
+        return Err(Error::input(format!(
+            "config.json: {experts} experts in n_group {groups} groups, of which topk_group {kept} are kept, do not give {chosen} per token"
+        )));
+    }
+    let factor = keys.positive("routed_scaling_factor")?.unwrap_or(2.5) as f32;
+    Ok(Scores::Grouped { groups, kept, factor })
+}
+
 /// Which expert.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Which {
@@ -94,15 +129,52 @@ pub enum Which {
     Shared,
 }
 
+/// A step through an expert.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Step {
+    /// What gate and up read.
+    Input,
+    /// The gate before its activation.
+    Gate,
+    /// What the activated gate multiplies.
+    Up,
+    /// What down reads.
+    Middle,
+    /// What it gives.
+    Output,
+}
+
+impl Step {
+    /// The site whose layers read it.
+    pub fn site(self) -> Option<Site> {
+        match self {
+            Self::Input => Some(Site::Mlp),
+            Self::Middle => Some(Site::Down),
+            Self::Gate | Self::Up | Self::Output => None,
+        }
+    }
+}
+
+/// What chooses experts.
+#[derive(Debug)]
+pub struct Router {
+    /// Experts × hidden.
+    pub weight: Matrix,
+    /// One number per expert, or nothing.
+    pub bias: Vec<f32>,
+    /// What counts for the choice alone, one number per expert or nothing.
+    pub correction: Vec<f32>,
+}
+
 /// The layers of a mixture: gate, up and down of every expert.
 #[derive(Debug)]
 pub struct Experts {
-    /// Experts × hidden.
-    pub router: Matrix,
+    /// What chooses them.
+    pub router: Router,
     /// Those that the router chooses from.
     pub routed: Vec<[Linear; 3]>,
-    /// That of all tokens, with what scales its output, 1 × hidden.
-    pub shared: Option<([Linear; 3], Matrix)>,
+    /// That of all tokens, with what scales its output, 1 × hidden, where something does.
+    pub shared: Option<([Linear; 3], Option<Matrix>)>,
 }
 
 impl Experts {
@@ -113,15 +185,28 @@ impl Experts {
     }
 
     /// As [`Self::linears`], to change them.
-    pub fn linears_mut(&mut self) -> impl Iterator<Item = &mut [Linear; 3]> {
-        self.routed.iter_mut().chain(self.shared.as_mut().map(|(linears, _)| linears))
+    pub fn linears_mut(&mut self) -> impl Iterator<Item = (Which, &mut [Linear; 3])> {
+        let routed = self.routed.iter_mut().enumerate().map(|(expert, linears)| (Which::Routed(expert), linears));
+        routed.chain(self.shared.as_mut().map(|(linears, _)| (Which::Shared, linears)))
     }
 
     /// Bytes of all its weights in f32.
     pub fn bytes(&self) -> u64 {
-        let all = self.routed.iter().chain(self.shared.as_ref().map(|(linears, _)| linears)).flatten();
-        all.map(|linear| linear.weight.shape()).map(|[rows, columns]| 4 * (rows * columns) as u64).sum()
+        self.linears()
+            .flat_map(|(_, linears)| linears)
+            .map(|linear| linear.weight.shape())
+            .map(|[rows, columns]| 4 * (rows * columns) as u64)
+            .sum()
     }
+}
+
+/// The tensors of an expert: gate, up and down.
+#[derive(Debug, Clone)]
+pub struct Layers {
+    /// Their weights, `[outputs, inputs]`.
+    pub weights: [Tensor<2>; 3],
+    /// Their biases, where there are such.
+    pub biases: [Option<Tensor<1>>; 3],
 }
 
 /// The tensors that the forward of a mixture needs.
@@ -129,43 +214,73 @@ impl Experts {
 pub struct Tensors {
     /// Experts × hidden.
     pub router: Tensor<2>,
-    /// Gate, up and down of those that the router chooses from.
-    pub routed: Vec<[Tensor<2>; 3]>,
-    /// Those of the expert of all tokens, with what scales its output, 1 × hidden.
-    pub shared: Option<([Tensor<2>; 3], Tensor<2>)>,
+    /// One number per expert, or nothing.
+    pub bias: Option<Tensor<1>>,
+    /// What counts for the choice alone, one number per expert or nothing.
+    pub correction: Vec<f32>,
+    /// Those that the router chooses from.
+    pub routed: Vec<Layers>,
+    /// That of all tokens, with what scales its output, 1 × hidden, where something does.
+    pub shared: Option<(Layers, Option<Tensor<2>>)>,
 }
 
 impl Tensors {
     /// Takes the floats out of a mixture, which must not be used any more.
     pub fn take(experts: &mut Experts, device: &burn::tensor::Device) -> Self {
         let whole = |matrix: &Matrix| tensor(matrix.data.clone(), [matrix.rows, matrix.columns], device);
+        let vector = |values: &[f32]| tensor::<1>(values.to_vec(), [values.len()], device);
         let take = |linears: &mut [Linear; 3]| {
-            linears.each_mut().map(|linear| {
+            let biases = linears.each_ref().map(|linear| linear.bias.as_deref().map(vector));
+            let weights = linears.each_mut().map(|linear| {
                 let shape = linear.weight.shape();
                 tensor(floats(&mut linear.weight), shape, device)
-            })
+            });
+            Layers { weights, biases }
         };
         Self {
-            router: whole(&experts.router),
+            router: whole(&experts.router.weight),
+            bias: (!experts.router.bias.is_empty()).then(|| vector(&experts.router.bias)),
+            correction: experts.router.correction.clone(),
             routed: experts.routed.iter_mut().map(take).collect(),
-            shared: experts.shared.as_mut().map(|(linears, gate)| (take(linears), whole(gate))),
+            shared: experts.shared.as_mut().map(|(linears, gate)| (take(linears), gate.as_ref().map(whole))),
+        }
+    }
+
+    /// The layers of an expert.
+    pub fn layers(&self, which: Which) -> Option<&Layers> {
+        match which {
+            Which::Routed(expert) => self.routed.get(expert),
+            Which::Shared => self.shared.as_ref().map(|(layers, _)| layers),
+        }
+    }
+
+    /// As [`Self::layers`], to change them.
+    pub fn layers_mut(&mut self, which: Which) -> Option<&mut Layers> {
+        match which {
+            Which::Routed(expert) => self.routed.get_mut(expert),
+            Which::Shared => self.shared.as_mut().map(|(layers, _)| layers),
         }
     }
 
     /// The weight of a layer of an expert.
     pub fn weight(&self, which: Which, role: Role) -> Option<&Tensor<2>> {
-        let layers = match which {
-            Which::Routed(expert) => self.routed.get(expert)?,
-            Which::Shared => &self.shared.as_ref()?.0,
-        };
-        layers.get(LAYERS.iter().position(|layer| *layer == role)?)
+        self.layers(which)?.weights.get(place(role)?)
+    }
+
+    /// The logits of all experts, tokens × experts.
+    pub fn logits(&self, x: &Tensor<2>) -> Tensor<2> {
+        let logits = product(x, &self.router);
+        match &self.bias {
+            Some(bias) => logits + bias.clone().unsqueeze(),
+            None => logits,
+        }
     }
 
     /// Puts the floats back where [`Self::take`] took them from.
     pub fn give_back(self, experts: &mut Experts) {
         let shared = self.shared.map(|(layers, _)| layers);
-        for (layers, linears) in self.routed.into_iter().chain(shared).zip(experts.linears_mut()) {
-            for (layer, linear) in layers.into_iter().zip(linears) {
+        for (layers, (_, linears)) in self.routed.into_iter().chain(shared).zip(experts.linears_mut()) {
+            for (layer, linear) in layers.weights.into_iter().zip(linears) {
                 if let Weight::Dense(matrix) | Weight::Sparse(Sparse { matrix, .. }) = &mut linear.weight
                     && matrix.data.is_empty()
                 {
@@ -174,4 +289,71 @@ impl Tensors {
             }
         }
     }
+}
+
+/// Where the layer of a role stands in an expert.
+pub fn place(role: Role) -> Option<usize> {
+    LAYERS.iter().position(|layer| *layer == role)
+}
+
+/// What a mixture gives for its input `x`, tokens × hidden. The tap sees `x` and the steps of every expert. Tokens go to the
+/// processor between experts.
+pub fn forward(experts: &Tensors, rule: Rule, activation: Activation, x: &Tensor<2>, tap: Tap<'_>) -> Tensor<2> {
+    tap(Point::Site(Site::Mlp), x);
+    let ([tokens, hidden], device) = (x.dims(), x.device());
+    let rows = values(x.clone());
+    let logits = experts.logits(x);
+    tap(Point::Logits, &logits);
+    let logits = values(logits);
+    let mut out = vec![0.0f32; tokens * hidden];
+    let routed = route(&logits, &experts.correction, experts.routed.len(), rule);
+    for ((expert, layers), tokens) in experts.routed.iter().enumerate().zip(routed).filter(|(_, tokens)| !tokens.is_empty()) {
+        let own = picked(&rows, hidden, tokens.iter().map(|&(token, _)| token));
+        let own = tensor(own, [tokens.len().next_multiple_of(ROWS), hidden], &device);
+        let mut see = |step: Step, x: &Tensor<2>| tap(Point::Expert(Which::Routed(expert), step, tokens.len()), x);
+        let given = values(mlp(layers, activation, &own, &mut see));
+        for (&(token, share), given) in tokens.iter().zip(given.chunks_exact(hidden.max(1))) {
+            out[token * hidden..][..hidden].iter_mut().zip(given).for_each(|(out, given)| *out += share * given);
+        }
+    }
+    if let Some((layers, gate)) = &experts.shared {
+        let mut see = |step: Step, x: &Tensor<2>| tap(Point::Expert(Which::Shared, step, tokens), x);
+        let given = values(mlp(layers, activation, x, &mut see));
+        let openings = gate.as_ref().map(|gate| values(product(x, gate)));
+        for (token, (out, given)) in out.chunks_exact_mut(hidden.max(1)).zip(given.chunks_exact(hidden.max(1))).enumerate() {
+            let open = openings.as_ref().map_or(1.0, |openings| 1.0 / (1.0 + (-openings[token]).exp()));
+            out.iter_mut().zip(given).for_each(|(out, given)| *out += open * given);
+        }
+    }
+    tensor(out, [tokens, hidden], &device)
+}
+
+/// Some rows, filled up with empty ones: products of few rows round otherwise, and what a token gets must not depend on who goes
+/// with it.
+pub fn picked(rows: &[f32], width: usize, tokens: impl ExactSizeIterator<Item = usize>) -> Vec<f32> {
+    let filled = tokens.len().next_multiple_of(ROWS) * width;
+    let mut own = Vec::with_capacity(filled);
+    tokens.for_each(|token| own.extend_from_slice(&rows[token * width..][..width]));
+    own.resize(filled, 0.0);
+    own
+}
+
+/// A gated MLP; `see` is shown its steps.
+pub fn mlp(layers: &Layers, activation: Activation, x: &Tensor<2>, see: &mut dyn FnMut(Step, &Tensor<2>)) -> Tensor<2> {
+    let layer = |number: usize, x: &Tensor<2>| {
+        let product = product(x, &layers.weights[number]);
+        match &layers.biases[number] {
+            Some(bias) => product + bias.clone().unsqueeze(),
+            None => product,
+        }
+    };
+    see(Step::Input, x);
+    let (gate, up) = (layer(0, x), layer(1, x));
+    see(Step::Gate, &gate);
+    see(Step::Up, &up);
+    let middle = gated(activation, gate, up);
+    see(Step::Middle, &middle);
+    let given = layer(2, &middle);
+    see(Step::Output, &given);
+    given
 }

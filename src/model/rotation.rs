@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result, shown};
 use crate::kernels::rope::Table;
-use crate::model::architecture::{Family, Pairing};
+use crate::model::architecture::{Family, Mixing, Pairing};
 use crate::model::config::Keys;
 
 /// How the angles of a layer grow.
@@ -19,6 +19,8 @@ pub struct Rotation {
     kind: Kind,
     /// Whether neighbouring columns turn together, rather than those of two halves.
     interleaved: bool,
+    /// What scores are multiplied by beside, in latent attention.
+    sharper: f64,
     /// How queries grow with the position p, by 1 + β ln(1 + ⌊p / original⌋): β and the original context length.
     growth: Option<[f64; 2]>,
 }
@@ -77,7 +79,8 @@ pub fn tables(keys: &Keys<'_>, family: &Family, head_dim: usize, max_positions: 
         }
     }
     let object = |key: &str| keys.0.get(key).and_then(Value::as_object).filter(|map| !map.is_empty());
-    let parameters = object("rope_scaling").or_else(|| object("rope_parameters")).unwrap_or(&empty);
+    let silent = family.defaults.rope.and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default();
+    let parameters = object("rope_scaling").or_else(|| object("rope_parameters")).unwrap_or(&silent);
     let one = |parameters: &Map<String, Value>, theta: f64| read(keys, &Keys(parameters), family, theta, [head_dim, max_positions]);
     let theta = keys.positive("rope_theta")?.unwrap_or(family.defaults.theta);
     let local = match family.defaults.local_theta {
@@ -166,7 +169,13 @@ fn read(top: &Keys<'_>, keys: &Keys<'_>, family: &Family, theta: f64, [head_dim,
         Some(beta) if family.position_scale => Some([beta, original()?]),
         _ => None,
     };
-    Ok(Rotation { width, theta, kind, interleaved: family.pairing == Pairing::Interleaved, growth })
+    // What config.json calls mscale_all_dim makes scores of stretched latent attention larger, rather than queries and keys.
+    let gain = match (keys.positive("mscale_all_dim").ok().flatten(), keys.positive("factor")?) {
+        (Some(all), Some(factor)) if family.mixing == Mixing::Latent && name != "default" && factor > 1.0 => 0.1 * all * factor.ln() + 1.0,
+        _ => 1.0,
+    };
+    let interleaved = family.pairing == Pairing::Interleaved && top.flag("rope_interleave") != Some(false);
+    Ok(Rotation { width, theta, kind, interleaved, sharper: gain * gain, growth })
 }
 
 /// Long-context rotation of so many pairs.
@@ -209,6 +218,11 @@ impl Rotation {
         let first = positions.start;
         let growth = |row: usize| (1.0 + beta * (1.0 + ((first + row) as f64 / original).floor()).ln()) as f32;
         Some(self.table_at(positions, seq).scaled(growth))
+    }
+
+    /// What scores are multiplied by beside.
+    pub fn sharper(&self) -> f64 {
+        self.sharper
     }
 
     /// Columns of a head that rotate.

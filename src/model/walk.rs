@@ -122,6 +122,7 @@ pub fn walk_part(
                 (seen, wanted) = observe(model, index, &parameters, hidden, visitor.observes(), run, &note)?;
             }
             if let Some(float) = &mut float {
+                float.fit(model, index, hidden, run)?;
                 wanted = float.advance(model, index, &parameters, run)?;
             }
             if visitor.observes() < Needs::Gram {
@@ -205,7 +206,8 @@ fn opened<'a>(model: &'a Model<'a>, index: usize, hidden: &'a Hidden, needs: Nee
 /// of all sites and, for both streams, the stores of the float stream and of the states between sites (what is over their
 /// budget lies on disk), and the sums of the widest site for most windows, those held out, and all.
 pub fn memory_bytes(model: &Model<'_>, tokens: u64, needs: Needs) -> u64 {
-    let (hidden, query, middle) = (model.config.hidden as u64, model.config.query_width() as u64, model.config.intermediate as u64);
+    let config = &model.config;
+    let (hidden, query, middle) = (config.hidden as u64, config.widest_mixed() as u64, config.widest_middle() as u64);
     let square = |columns: u64| 8 * columns * columns;
     let gram = if needs >= Needs::Gram { 2 * square(hidden) + square(query) + square(middle) } else { 0 };
     if needs < Needs::Streams {
@@ -224,9 +226,15 @@ struct FloatStream {
 
 impl FloatStream {
     fn new(model: &Model<'_>, hidden: &Hidden, inputs: Option<Hidden>, run: &Run<'_>) -> Result<Self> {
-        let between = || Between::new(model, hidden, run);
+        let between = || Between::new(model.config.hidden, hidden, run);
         let inputs = inputs.map_or_else(|| hidden.copy(run.scratch), Ok)?;
         Ok(Self { inputs, targets: hidden.copy(run.scratch)?, between: [between()?, between()?] })
+    }
+
+    /// Makes room for states between the sites of a block, where they are of another width than those of the block before.
+    fn fit(&mut self, model: &Model<'_>, index: usize, hidden: &Hidden, run: &Run<'_>) -> Result<()> {
+        let width = model.config.mixed_width(index);
+        self.between.iter_mut().try_for_each(|between| between.fit(width, hidden, run))
     }
 
     /// Computes the outputs of the original block; gives those of the first windows.
@@ -287,7 +295,9 @@ fn observe(
             let (mut sites, mut experts) = (BTreeMap::new(), BTreeMap::new());
             let y = forward_run(model, index, parameters, hidden.tokens(windows.start), x, run, &mut |point, input| match point {
                 Point::Site(site) => drop(sites.insert(site, statistics(site, input, needs, run.device.gpu.as_ref(), &grams))),
-                Point::Expert(which, site, tokens) => drop(experts.insert((which, site), squares(input, tokens))),
+                Point::Expert(which, step, tokens) => {
+                    experts.extend(step.site().map(|site| ((which, site), squares(input, tokens))));
+                }
                 _ => {}
             });
             let sites = sites.into_iter().map(|(site, statistics)| Ok((site, statistics?))).collect::<Result<BTreeMap<_, _>>>()?;
@@ -382,8 +392,7 @@ fn second_half(model: &Model<'_>, index: usize, parameters: &Parameters, seq: us
     let spec = Spec::new(&model.config, index, seq);
     let tokens = h.len() / model.config.hidden;
     let h: Tensor<2> = tensor(h, [tokens, model.config.hidden], &run.device.burn);
-    let middle = forward::middle(&spec, parameters, h.clone(), &mut |_, _| {});
-    values(forward::finish(&spec, parameters, h, middle))
+    values(forward::second_half(&spec, parameters, h.clone(), h, &mut |_, _| {}))
 }
 
 /// Keeps outputs until those of the windows that are compared are there.
@@ -402,7 +411,7 @@ pub fn windows_at_once(model: &Model<'_>, length: usize) -> usize {
 
 fn activation_bytes_of(model: &Model<'_>, tokens: u64) -> u64 {
     let config = &model.config;
-    4 * 3 * (config.hidden + config.query_width() + config.intermediate) as u64 * tokens
+    4 * 3 * (config.hidden + config.widest_mixed() + config.widest_middle()) as u64 * tokens
 }
 
 /// Memory for the activations of so many tokens, in bytes: of one run of windows per thread.
@@ -413,7 +422,7 @@ pub fn activation_bytes(model: &Model<'_>, tokens: u64) -> u64 {
 /// Runs of windows that share matrix products, cut by their size alone.
 pub(crate) fn runs(model: &Model<'_>, hidden: &Hidden) -> Vec<Range<usize>> {
     let config = &model.config;
-    let floats_per_token = 3 * (config.hidden + config.query_width() + config.intermediate);
+    let floats_per_token = 3 * (config.hidden + config.widest_mixed() + config.widest_middle());
     hidden.runs(RUN_BYTES / (4 * floats_per_token))
 }
 

@@ -1,7 +1,7 @@
 """Tiny checkpoints with reference logits: the golden data of this folder.
 
-The files beside this script were written with transformers 5.23.0 (phi3, phi3_short, glm4, cohere2 and ministral3 with 5.17.0),
-torch 2.15.0 (CPU) and safetensors 0.8.0.
+The files beside this script were written with transformers 5.23.0 (phi3, glm4, cohere2, ministral3, mixtures of experts,
+deepseek_v3, qwen3_next, qwen3_5 and gpt_oss with 5.17.0), torch 2.15.0 (CPU) and safetensors 0.8.0.
 Another version of torch may draw other random numbers, so nothing is ever regenerated silently: a folder that exists
 is left alone and ends the run, unless `--replace` is given.
 
@@ -151,6 +151,54 @@ CASES = {
         rope_parameters=dict(rope_type="yarn", rope_theta=50.0, factor=8.0, original_max_position_embeddings=8,
                              beta_fast=1.0, beta_slow=0.1, mscale=1.0, mscale_all_dim=1.0,
                              llama_4_scaling_beta=0.1))),
+    # Experts of all layers of a kind in one tensor.
+    "qwen3_moe_stacked": ("qwen3_moe", torch.bfloat16, dict(
+        hidden_size=24, intermediate_size=20, num_hidden_layers=1, head_dim=10, max_position_embeddings=64,
+        moe_intermediate_size=12, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True, rope_parameters=DEFAULT_ROPE)),
+    # Narrowed queries, keys and values, grouped experts with a correction, and a dense layer first.
+    "deepseek_v3": ("deepseek_v3", torch.bfloat16, dict(
+        hidden_size=24, intermediate_size=20, moe_intermediate_size=12, num_hidden_layers=2, num_key_value_heads=4,
+        n_shared_experts=1, n_routed_experts=8, kv_lora_rank=8, q_lora_rank=10, qk_rope_head_dim=6, v_head_dim=10,
+        qk_nope_head_dim=8, n_group=4, topk_group=2, num_experts_per_tok=2, first_k_dense_replace=1,
+        max_position_embeddings=64, num_mtp_layers=0,
+        rope_parameters=dict(rope_type="yarn", rope_theta=50.0, factor=4.0, original_max_position_embeddings=16,
+                             beta_fast=2, beta_slow=0.5, mscale=1.0, mscale_all_dim=0.7))),
+    # Queries as wide as they are, values wider than keys, halves that turn, two shared experts.
+    "deepseek_v3_wide": ("deepseek_v3", torch.bfloat16, dict(
+        hidden_size=24, intermediate_size=20, moe_intermediate_size=12, num_hidden_layers=1, num_key_value_heads=4,
+        n_shared_experts=2, n_routed_experts=4, kv_lora_rank=8, q_lora_rank=None, qk_rope_head_dim=4, v_head_dim=12,
+        qk_nope_head_dim=4, n_group=1, topk_group=1, num_experts_per_tok=3, norm_topk_prob=False,
+        routed_scaling_factor=1.5, first_k_dense_replace=0, rope_interleave=False, max_position_embeddings=64,
+        num_mtp_layers=0, rope_parameters=DEFAULT_ROPE)),
+    # Three layers of a delta rule and one of attention whose output is gated.
+    "qwen3_next": ("qwen3_next", torch.bfloat16, dict(
+        hidden_size=24, num_hidden_layers=4, head_dim=12, max_position_embeddings=64, linear_conv_kernel_dim=4,
+        linear_key_head_dim=6, linear_value_head_dim=10, linear_num_key_heads=2, linear_num_value_heads=4,
+        moe_intermediate_size=12, shared_expert_intermediate_size=16, num_experts=6, num_experts_per_tok=2,
+        rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5))),
+    "qwen3_5_text": ("qwen3_5_text", torch.bfloat16, dict(
+        hidden_size=24, num_hidden_layers=3, head_dim=16, max_position_embeddings=64, linear_conv_kernel_dim=3,
+        linear_key_head_dim=6, linear_value_head_dim=10, linear_num_key_heads=2, linear_num_value_heads=4,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5,
+                             mrope_section=[2, 1, 1]))),
+    "qwen3_5_moe_text": ("qwen3_5_moe_text", torch.bfloat16, dict(
+        hidden_size=24, num_hidden_layers=2, head_dim=16, max_position_embeddings=64, linear_key_head_dim=6,
+        linear_value_head_dim=10, linear_num_key_heads=2, linear_num_value_heads=4, moe_intermediate_size=12,
+        shared_expert_intermediate_size=16, num_experts=4, num_experts_per_tok=2,
+        layer_types=["linear_attention", "full_attention"],
+        rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.25,
+                             mrope_section=[2, 0, 0]))),
+    # Scores of nothing, biases everywhere, gate and up in turn.
+    "gpt_oss": ("gpt_oss", torch.bfloat16, dict(
+        hidden_size=24, intermediate_size=16, num_hidden_layers=2, head_dim=18, max_position_embeddings=256,
+        sliding_window=7, num_local_experts=4, num_experts_per_tok=2,
+        rope_parameters=dict(rope_type="yarn", rope_theta=50.0, factor=4.0, beta_fast=2.0, beta_slow=0.5,
+                             truncate=False, original_max_position_embeddings=32))),
+    # Experts of 4-bit floats.
+    "gpt_oss_mxfp4": ("gpt_oss", torch.bfloat16, dict(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, head_dim=8, max_position_embeddings=64,
+        sliding_window=7, num_local_experts=3, num_experts_per_tok=2, rope_parameters=DEFAULT_ROPE)),
     # Tied, and the file names the shared matrix lm_head.weight instead of model.embed_tokens.weight.
     "one_lm_head": ("llama", torch.float32, dict(
         hidden_size=20, intermediate_size=36, num_hidden_layers=2, head_dim=6, max_position_embeddings=64,
@@ -200,7 +248,28 @@ def build(case, **changes):
         for name, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=random)
             parameter.copy_(initial(name, parameter, noise).to(stored).float())
+            if case == "gpt_oss_mxfp4" and name.endswith("_proj") and parameter.ndim == 3:
+                parameter.copy_(from_mxfp4(*to_mxfp4(parameter)))
+        for name, buffer in model.named_buffers():
+            if "e_score" in name:
+                buffer.copy_((0.1 * torch.randn(buffer.shape, generator=random)).to(stored).float())
     return model
+
+
+MXFP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+
+
+def to_mxfp4(weight):
+    """Codes, two in a byte, and powers of two of every 32 inputs; `weight` is experts x inputs x outputs."""
+    blocks = weight.transpose(1, 2).unflatten(2, (-1, 32))
+    scales = (blocks.abs().amax(-1) / 6.0).log2().ceil() + 127
+    codes = (blocks / 2.0 ** (scales[..., None] - 127))[..., None].sub(MXFP4).abs().argmin(-1)
+    return (codes[..., 0::2] + 16 * codes[..., 1::2]).to(torch.uint8), scales.to(torch.uint8)
+
+
+def from_mxfp4(codes, scales):
+    pairs = torch.stack([MXFP4[(codes % 16).long()], MXFP4[(codes // 16).long()]], -1).flatten(-2)
+    return (pairs * 2.0 ** (scales[..., None].float() - 127)).flatten(2).transpose(1, 2)
 
 
 def initial(name, parameter, noise):
@@ -221,7 +290,7 @@ def logits_of(model):
 
 def load(folder):
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
-    return model.eval()
+    return model.float().eval()  # experts of 4-bit floats come as bfloat16
 
 
 def write(case, folder):
@@ -233,6 +302,10 @@ def write(case, folder):
     (folder / "generation_config.json").unlink(missing_ok=True)
     if case == "one_lm_head":
         rename_embedding(folder / "model.safetensors")
+    if case == "gpt_oss_mxfp4":
+        pack_experts(folder)
+    if case == "qwen3_moe_stacked":
+        stack_experts(folder / "model.safetensors")
     if case in VERSION_4:
         write_version_4(case, folder)
     tensors = dict(input_ids=INPUT_IDS, logits=logits)
@@ -244,6 +317,28 @@ def rename_embedding(path):
     tensors = safetensors.torch.load_file(path)
     assert "lm_head.weight" not in tensors
     tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    safetensors.torch.save_file(tensors, path, metadata=dict(format="pt"))
+
+
+def pack_experts(folder):
+    path = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    for name in [name for name in tensors if name.endswith("_proj")]:
+        blocks, scales = to_mxfp4(tensors.pop(name).float())
+        tensors |= {f"{name}_blocks": blocks.contiguous(), f"{name}_scales": scales.contiguous()}
+    safetensors.torch.save_file(tensors, path, metadata=dict(format="pt"))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = dict(quant_method="mxfp4", modules_to_not_convert=["model.layers.*.self_attn"])
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def stack_experts(path):
+    tensors = safetensors.torch.load_file(path)
+    start = "model.layers.0.mlp.experts"
+    if f"{start}.gate_up_proj" not in tensors:
+        taken = lambda part: [tensors.pop(f"{start}.{expert}.{part}.weight") for expert in range(4)]
+        both = [torch.cat(pair) for pair in zip(taken("gate_proj"), taken("up_proj"))]
+        tensors |= {f"{start}.gate_up_proj": torch.stack(both), f"{start}.down_proj": torch.stack(taken("down_proj"))}
     safetensors.torch.save_file(tensors, path, metadata=dict(format="pt"))
 
 
@@ -271,7 +366,7 @@ def check(case, folder, logits):
     weights = {}
     for path in folder.glob("model*.safetensors"):
         weights |= safetensors.torch.load_file(path)
-    assert all(tensor.dtype == stored for tensor in weights.values())
+    assert all(tensor.dtype in (stored, torch.uint8) or "e_score" in name for name, tensor in weights.items())
 
     if case == "one_lm_head":
         assert "lm_head.weight" in weights and "model.embed_tokens.weight" not in weights

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use burn::tensor::{Device, Tensor};
-use drawknife::checkpoint::{Checkpoint, source::Plain};
+use drawknife::checkpoint::Checkpoint;
 use drawknife::kernels::attention::Attention;
 use drawknife::kernels::attention_adjoint::Passed;
 use drawknife::kernels::gated::{Activation, gated_adjoint, gated_reference};
@@ -13,12 +13,14 @@ use drawknife::kernels::gemm::{Sizes, View, product};
 use drawknife::kernels::rms_norm::{NormKind, rms_norm_adjoint, rms_norm_reference};
 use drawknife::kernels::rope::{Table, rope_cpu, rope_reference};
 use drawknife::kernels::rough_product::Precision;
+use drawknife::kernels::routing::route;
 use drawknife::kernels::{tensor, values};
 use drawknife::model::Model;
 use drawknife::model::backward::{self, Gradients, Wanted, squared_error, trimmed_squared_error, upstream};
 use drawknife::model::block::{Parameters, Place, Role};
 use drawknife::model::config::Config;
-use drawknife::model::forward::{self, Spec};
+use drawknife::model::forward::{self, Point, Spec};
+use drawknife::model::mixture::Which;
 
 use crate::kernels::random;
 
@@ -42,8 +44,8 @@ fn lively(model: &Model<'_>, index: usize) -> Parameters {
         }
     }
     let mut parameters = Parameters::take(&mut block, &drawknife::device::Device::cpu());
-    for role in Role::ALL {
-        let [outputs, inputs] = model.shape(role);
+    for role in parameters.roles().collect::<Vec<_>>() {
+        let [outputs, inputs] = model.shape(index, role);
         parameters.set_weight(role, random([outputs, inputs]) * (1.2 / (inputs as f32).sqrt()));
     }
     for norm in &block.norms {
@@ -55,7 +57,7 @@ fn lively(model: &Model<'_>, index: usize) -> Parameters {
 /// The same parameters on a device that differentiates.
 fn tracked(parameters: &Parameters, device: &Device) -> Parameters {
     let mut tracked = Parameters::default();
-    for role in Role::ALL {
+    for role in parameters.roles() {
         let weight = parameters.weight(role);
         tracked.set_weight(role, tensor(values(weight.clone()), weight.dims(), device).require_grad());
         if let Some(bias) = parameters.bias(role) {
@@ -89,7 +91,7 @@ fn compare(what: &str, spec: &Spec<'_>, parameters: &Parameters, x: &Tensor<2>, 
         let found = difference(found, &exact, floor);
         assert!(found < 1e-4, "{what}, {name}: {found}");
     };
-    for role in Role::ALL {
+    for role in parameters.roles() {
         check(role.name(), gradients.weight(role), values(tracked.weight(role).grad(&exact).unwrap()));
     }
     for place in Place::ALL {
@@ -115,10 +117,12 @@ fn gradients_of_every_family_agree_with_automatic_differentiation() {
     let mut families = std::collections::BTreeSet::new();
     for case in golden() {
         let checkpoint = Checkpoint::open(&case).unwrap();
-        let model = Model::open(&checkpoint, &Plain).unwrap();
+        let source = drawknife::formats::open(&checkpoint).unwrap();
+        let model = Model::open(&checkpoint, source.as_ref()).unwrap();
         families.insert(model.config.family.model_type);
-        // Mixtures of experts have no adjoint, and nothing asks for one.
-        for index in (0..model.config.layers.len()).filter(|&index| !model.config.layers[index].mixed) {
+        // Mixtures and delta rules leave the graph: finite differences say what their gradients are.
+        let whole = |index: &usize| !model.config.layers[*index].mixed && !model.config.layers[*index].linear;
+        for index in (0..model.config.layers.len()).filter(whole) {
             let parameters = lively(&model, index);
             for (windows, seq) in [(1, 1), (3, 5), (9, 70)] {
                 let spec = Spec::new(&model.config, index, seq);
@@ -127,7 +131,7 @@ fn gradients_of_every_family_agree_with_automatic_differentiation() {
             }
         }
     }
-    assert_eq!(families.len(), drawknife::model::architecture::FAMILIES.len(), "{families:?}");
+    assert_eq!(families.len(), drawknife::model::architecture::families::FAMILIES.len(), "{families:?}");
 }
 
 /// Parameters and description of a one-layer llama of some size, with grouped kv heads.
@@ -137,7 +141,7 @@ fn llama(hidden: usize, middle: usize, heads: usize, kv_heads: usize) -> (Config
     let kv = kv_heads * hidden / heads;
     let mut parameters = Parameters::default();
     let shapes = [[hidden, hidden], [kv, hidden], [kv, hidden], [hidden, hidden], [middle, hidden], [middle, hidden], [hidden, middle]];
-    for (role, [outputs, inputs]) in Role::ALL.into_iter().zip(shapes) {
+    for (role, [outputs, inputs]) in Role::PLAIN.into_iter().zip(shapes) {
         parameters.set_weight(role, random([outputs, inputs]) * (1.2 / (inputs as f32).sqrt()));
     }
     for place in [Place::AttentionIn, Place::MlpIn] {
@@ -146,47 +150,98 @@ fn llama(hidden: usize, middle: usize, heads: usize, kv_heads: usize) -> (Config
     (Config::read(&config).unwrap(), parameters)
 }
 
+/// Compares every gradient of Σ (y − target)² with differences of the loss along random directions.
+fn differences(what: &str, spec: &Spec<'_>, parameters: &Parameters, x: &Tensor<2>) {
+    let target = values(random(x.dims()));
+    let mut gradients = Gradients::default();
+    backward::block(spec, parameters, &values(x.clone()), ALL, &mut gradients, &mut squared_error(&target, 1.0));
+    // The loss, and which experts tokens go to: where that changes, a difference says nothing of a gradient.
+    let loss = |parameters: &Parameters, x: &Tensor<2>| -> (f64, Vec<Vec<usize>>) {
+        let mut chosen = Vec::new();
+        let y = forward::block(spec, parameters, x.clone(), &mut |point, logits| {
+            if let (Point::Logits, Some(mixture)) = (point, &spec.config.mixture) {
+                let correction = &parameters.experts().unwrap().correction;
+                let routed = route(&values(logits.clone()), correction, mixture.experts, mixture.rule);
+                chosen = routed.into_iter().map(|tokens| tokens.into_iter().map(|(token, _)| token).collect()).collect();
+            }
+        });
+        (values(y).iter().zip(&target).map(|(y, target)| (f64::from(*y) - f64::from(*target)).powi(2)).sum(), chosen)
+    };
+    let norm = |x: &[f32]| x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+    let least = 1e-2 * norm(gradients.input()) / (gradients.input().len() as f64).sqrt();
+    let step = 2e-3;
+    let check = |name: &str, gradient: &[f32], direction: Vec<f32>, moved: &dyn Fn(f32) -> (f64, Vec<Vec<usize>>)| {
+        assert_eq!(gradient.len(), direction.len(), "{what}, {name}");
+        let [(below, chosen), (less, _), (more, _), (above, chosen_above)] = [-step, -0.5 * step, 0.5 * step, step].map(moved);
+        if chosen != chosen_above {
+            return;
+        }
+        let slope: f64 = gradient.iter().zip(&direction).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+        // Differences over two steps, so that what grows with the square of the step goes away.
+        let measured = (8.0 * (more - less) - (above - below)) / (6.0 * f64::from(step));
+        let scale = (norm(gradient) / (gradient.len() as f64).sqrt()).max(least) * norm(&direction);
+        assert!((slope - measured).abs() < 2e-2 * scale, "{what}, {name}: {slope}, measured {measured}, scale {scale}");
+    };
+    for role in parameters.roles() {
+        let weight = parameters.weight(role);
+        let direction = random(weight.dims()) * 0.3;
+        check(role.name(), gradients.weight(role), values(direction.clone()), &|step| {
+            let mut moved = parameters.clone();
+            moved.set_weight(role, weight.clone() + direction.clone() * step);
+            loss(&moved, x)
+        });
+    }
+    for place in Place::ALL {
+        let Some(weight) = parameters.norm(place) else { continue };
+        let direction = random(weight.dims()) * 0.3;
+        check(&format!("{place:?}"), gradients.norm(place), values(direction.clone()), &|step| {
+            let mut moved = parameters.clone();
+            moved.set_norm(place, weight.clone() + direction.clone() * step);
+            loss(&moved, x)
+        });
+    }
+    let experts = parameters.experts().map_or(0, |experts| experts.routed.len());
+    for which in (0..experts).map(Which::Routed).chain(Some(Which::Shared)) {
+        for (place, role) in [Role::Gate, Role::Up, Role::Down].into_iter().enumerate() {
+            let Some(weight) = parameters.experts().and_then(|experts| experts.weight(which, role)) else { continue };
+            let direction = random(weight.dims()) * 0.3;
+            check(&format!("{which:?} {role:?}"), gradients.of_expert(which, role), values(direction.clone()), &|step| {
+                let mut moved = parameters.clone();
+                let layers = moved.experts_mut().and_then(|experts| experts.layers_mut(which)).unwrap();
+                layers.weights[place] = weight.clone() + direction.clone() * step;
+                loss(&moved, x)
+            });
+        }
+    }
+    // A few directions, because tokens near an edge change their experts along some.
+    for _ in 0..4 {
+        let direction = random(x.dims());
+        check("input", gradients.input(), values(direction.clone()), &|step| loss(parameters, &(x.clone() + direction.clone() * step)));
+    }
+}
+
 #[test]
 fn gradients_of_a_llama_agree_with_finite_differences() {
     let (config, parameters) = llama(24, 40, 4, 2);
-    let spec = Spec::new(&config, 0, 12);
-    let (x, target) = (random([24, 24]), values(random([24, 24])));
-    let mut gradients = Gradients::default();
-    backward::block(&spec, &parameters, &values(x.clone()), ALL, &mut gradients, &mut squared_error(&target, 1.0));
-    let loss = |parameters: &Parameters, x: &Tensor<2>| -> f64 {
-        let y = values(forward::block(&spec, parameters, x.clone(), &mut |_, _| {}));
-        y.iter().zip(&target).map(|(y, target)| (f64::from(*y) - f64::from(*target)).powi(2)).sum()
-    };
-    let check = |what: &str, gradient: &[f32], direction: Vec<f32>, step: f32, losses: [f64; 2]| {
-        let slope: f64 = gradient.iter().zip(&direction).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
-        let norm = |x: &[f32]| x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
-        let measured = (losses[1] - losses[0]) / (2.0 * f64::from(step));
-        let scale = norm(gradient) * norm(&direction) / (gradient.len() as f64).sqrt();
-        assert!((slope - measured).abs() < 3e-3 * scale, "{what}: {slope}, measured {measured}, scale {scale}");
-    };
-    let step = 2e-3;
-    for role in Role::ALL {
-        let weight = parameters.weight(role);
-        let direction = random(weight.dims()) * 0.3;
-        let losses = [-step, step].map(|step| {
-            let mut moved = parameters.clone();
-            moved.set_weight(role, weight.clone() + direction.clone() * step);
-            loss(&moved, &x)
-        });
-        check(role.name(), gradients.weight(role), values(direction), step, losses);
+    differences("llama", &Spec::new(&config, 0, 12), &parameters, &random([24, 24]));
+}
+
+#[test]
+fn gradients_of_every_kind_of_block_agree_with_finite_differences() {
+    for case in golden() {
+        let checkpoint = Checkpoint::open(&case).unwrap();
+        let source = drawknife::formats::open(&checkpoint).unwrap();
+        let model = Model::open(&checkpoint, source.as_ref()).unwrap();
+        for index in 0..model.config.layers.len() {
+            let parameters = lively(&model, index);
+            differences(
+                &format!("{} {index}", case.display()),
+                &Spec::new(&model.config, index, 7),
+                &parameters,
+                &random([14, model.config.hidden]),
+            );
+        }
     }
-    for place in [Place::AttentionIn, Place::MlpIn] {
-        let direction = random([24]) * 0.3;
-        let losses = [-step, step].map(|step| {
-            let mut moved = parameters.clone();
-            moved.set_norm(place, parameters.norm(place).unwrap().clone() + direction.clone() * step);
-            loss(&moved, &x)
-        });
-        check(&format!("{place:?}"), gradients.norm(place), values(direction), step, losses);
-    }
-    let direction = random([24, 24]);
-    let losses = [-step, step].map(|step| loss(&parameters, &(x.clone() + direction.clone() * step)));
-    check("input", gradients.input(), values(direction), step, losses);
 }
 
 #[test]
@@ -282,7 +337,7 @@ fn the_adjoint_of_the_norm_follows_its_definition() {
 
 #[test]
 fn the_adjoint_of_the_gate_follows_its_definition_and_stays_finite() {
-    for activation in [Activation::Silu, Activation::GeluTanh] {
+    for activation in [Activation::Silu, Activation::GeluTanh, Activation::Clamped] {
         for (rows, width, spread) in [(1, 1, 1.0), (5, 33, 12.0), (70, 300, 2.0)] {
             let (gate, up, upstream) = (random([rows, width]) * spread, random([rows, width]), random([rows, width]));
             let (lg, lu) = (leaf(&gate), leaf(&up));
@@ -296,7 +351,9 @@ fn the_adjoint_of_the_gate_follows_its_definition_and_stays_finite() {
         let (mut d, mut dgate) = ([1.0; 7], [0.0; 7]);
         gated_adjoint(activation, &gate, &[1.0; 7], &mut d, &mut dgate);
         assert!(d.iter().all(|value| value.is_finite()));
-        assert!(difference(&dgate, &[1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.5], 1.0) < 1e-6, "{dgate:?}");
+        let slopes =
+            if activation == Activation::Clamped { [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0] } else { [1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.5] };
+        assert!(difference(&dgate, &slopes, 1.0) < 1e-6, "{dgate:?}");
     }
 }
 
@@ -319,9 +376,12 @@ fn the_adjoint_of_attention_follows_its_definition_with_groups_windows_and_caps(
     for (windows, seq, heads, kv_heads, head_dim) in
         [(1, 1, 1, 1, 2), (2, 24, 4, 2, 10), (1, 130, 6, 3, 14), (2, 65, 4, 1, 8), (1, 64, 2, 2, 18)]
     {
+        // Windows come with a share of nothing beside them.
+        let sinks: Vec<f32> = (0..heads).map(|head| head as f32 * 0.7 - 1.0).collect();
         for window in [None, Some(1), Some(7), Some(64), Some(1000)] {
             for softcap in [None, Some(2.0)] {
-                let attention = Attention { seq, heads, kv_heads, head_dim, scale: 0.3, softcap, window };
+                let attention =
+                    Attention { seq, heads, kv_heads, head_dim, scale: 0.3, softcap, window, sinks: window.map(|_| sinks.as_slice()) };
                 let q = random([windows * seq, heads * head_dim]);
                 let (k, v) = (random([windows * seq, kv_heads * head_dim]), random([windows * seq, kv_heads * head_dim]));
                 let upstream = random(q.dims());

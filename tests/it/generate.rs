@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use drawknife::checkpoint::{Checkpoint, source::Plain};
+use drawknife::checkpoint::Checkpoint;
 use drawknife::device::Device;
 use drawknife::model::Model;
 use drawknife::model::generate::{BUDGET, Budget, Decoder, GREEDY, Options, Weights, generate};
@@ -14,7 +14,8 @@ use crate::golden::{expected, golden, logits};
 /// Logits of one window, position after position, beside a window that holds other tokens.
 fn decoded(folder: &Path, window: &[u32], room: u64) -> Vec<f32> {
     let checkpoint = Checkpoint::open(folder).unwrap();
-    let model = Model::open(&checkpoint, &Plain).unwrap();
+    let source = drawknife::formats::open(&checkpoint).unwrap();
+    let model = Model::open(&checkpoint, source.as_ref()).unwrap();
     let device = Device::cpu();
     let run = Run { device: &device, seed: 0, observer: &Silent, scratch: Path::new(".") };
     let mut weights = Weights::new(&model, room, &run).unwrap();
@@ -62,7 +63,8 @@ fn options(samples: usize, seed: u64) -> Options {
 /// Windows that the embedded model writes on some threads.
 fn written(folder: &str, options: &Options, budget: Budget, threads: usize) -> Vec<Vec<u32>> {
     let checkpoint = Checkpoint::open(Path::new(folder)).unwrap();
-    let model = Model::open(&checkpoint, &Plain).unwrap();
+    let source = drawknife::formats::open(&checkpoint).unwrap();
+    let model = Model::open(&checkpoint, source.as_ref()).unwrap();
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
     pool.install(|| {
         let device = Device::cpu();

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use drawknife::checkpoint::{Checkpoint, Shard, source::Plain};
+use drawknife::checkpoint::{Checkpoint, Shard};
 use drawknife::device::Device;
 use drawknife::kernels::{tensor, values};
 use drawknife::model::hidden::Keeping;
@@ -35,7 +35,8 @@ pub fn logits(folder: &Path, tokens: &[u32]) -> Vec<f32> {
 /// As [`logits`], on any device.
 pub fn logits_on(device: &Device, folder: &Path, tokens: &[u32]) -> Vec<f32> {
     let checkpoint = Checkpoint::open(folder).unwrap();
-    let model = Model::open(&checkpoint, &Plain).unwrap();
+    let source = drawknife::formats::open(&checkpoint).unwrap();
+    let model = Model::open(&checkpoint, source.as_ref()).unwrap();
     let run = Run { device, seed: 0, observer: &Silent, scratch: Path::new(".") };
     let mut hidden = embed(&model, &[tokens.to_vec()], Keeping::EXACT, &run).unwrap();
     walk(&model, &mut hidden, "golden", &run, &mut Pass).unwrap();

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::Path;
 
-use drawknife::checkpoint::{Checkpoint, source::Plain};
+use drawknife::checkpoint::Checkpoint;
 use drawknife::device::{Choice, Device, adapters};
 use drawknife::kernels::linear::linear_reference;
 use drawknife::kernels::linear::units::LEARNED;
@@ -151,7 +151,8 @@ fn gradients_on_a_gpu_are_those_of_the_processor_wherever_weights_lie() {
     let narrow = Device { gpu_memory: Some(4 * 4000), ..device.clone() };
     for case in golden() {
         let checkpoint = Checkpoint::open(&case).unwrap();
-        let model = Model::open(&checkpoint, &Plain).unwrap();
+        let source = drawknife::formats::open(&checkpoint).unwrap();
+        let model = Model::open(&checkpoint, source.as_ref()).unwrap();
         // Mixtures of experts have no adjoint, and nothing asks for one.
         let Some(last) = model.config.layers.iter().rposition(|layer| !layer.mixed) else { continue };
         let block = model.load_block(last).unwrap();

@@ -45,7 +45,7 @@ fn rms_norm_follows_its_definition() {
 
 #[test]
 fn gated_follows_its_definition_also_where_it_saturates() {
-    for activation in [Activation::Silu, Activation::GeluTanh] {
+    for activation in [Activation::Silu, Activation::GeluTanh, Activation::Clamped] {
         for (rows, width) in [(1, 1), (5, 33), (70, 300)] {
             let (gate, up) = (random([rows, width]) * 12.0, random([rows, width]));
             let found = difference(gated(activation, gate.clone(), up.clone()), gated_reference(activation, gate, up));
@@ -72,9 +72,12 @@ fn attention_follows_its_definition_with_groups_windows_and_caps() {
     for (windows, seq, heads, kv_heads, head_dim) in
         [(1, 1, 1, 1, 2), (2, 24, 4, 2, 10), (1, 130, 6, 3, 14), (2, 65, 4, 1, 8), (1, 64, 2, 2, 6)]
     {
+        // Windows come with a share of nothing beside them.
+        let sinks: Vec<f32> = (0..heads).map(|head| head as f32 * 0.7 - 1.0).collect();
         for window in [None, Some(1), Some(7), Some(64), Some(1000)] {
             for softcap in [None, Some(2.0)] {
-                let attention = Attention { seq, heads, kv_heads, head_dim, scale: 0.3, softcap, window };
+                let attention =
+                    Attention { seq, heads, kv_heads, head_dim, scale: 0.3, softcap, window, sinks: window.map(|_| sinks.as_slice()) };
                 let q = random([windows * seq, heads * head_dim]);
                 let (k, v) = (random([windows * seq, kv_heads * head_dim]), random([windows * seq, kv_heads * head_dim]));
                 let found = difference(attention.run(q.clone(), k.clone(), v.clone()), attention.run_reference(q, k, v));
@@ -90,7 +93,7 @@ fn gradients_flow_through_the_definitions() {
     let x = Tensor::<2>::random([6, 8], Distribution::Normal(0.0, 1.0), &device).require_grad();
     let weight = Tensor::<1>::ones([8], &device);
     let table = Table::new(&[1.0, 0.1], 1.0, 6);
-    let attention = Attention { seq: 6, heads: 2, kv_heads: 2, head_dim: 4, scale: 0.5, softcap: None, window: None };
+    let attention = Attention { seq: 6, heads: 2, kv_heads: 2, head_dim: 4, scale: 0.5, softcap: None, window: None, sinks: None };
     let normed = rope(rms_norm(&x, &weight, 1e-5, NormKind::Plain), 4, &table);
     let mixed = gated(Activation::Silu, attention.run(normed.clone(), normed.clone(), normed.clone()), normed);
     let gradients = mixed.sum().backward();

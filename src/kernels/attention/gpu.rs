@@ -14,13 +14,17 @@ pub static ATTENTION_QUERY_ADJOINT: Shader =
 pub static ATTENTION_KEY_ADJOINT: Shader =
     Shader { name: "attention_key_adjoint", source: include_str!("../../../shaders/attention_key_adjoint.wgsl") };
 
-impl Attention {
+impl Attention<'_> {
     /// Whether the kernels of a GPU can do this attention over so many tokens.
     pub fn fits(&self, gpu: &Gpu, tokens: usize) -> bool {
         let bytes = 4 * tokens * self.heads * self.head_dim.max(2);
         // A key's adjoint goes over all queries of all heads that read it, with two loops over vectors of four.
         let iterations = self.heads / self.kv_heads * self.seq * (1 + self.head_dim / 2);
-        gpu.adapter().iterates(iterations) && self.head_dim <= 256 && self.head_dim.is_multiple_of(4) && gpu.rows_per_binding(1) >= bytes
+        self.sinks.is_none()
+            && gpu.adapter().iterates(iterations)
+            && self.head_dim <= 256
+            && self.head_dim.is_multiple_of(4)
+            && gpu.rows_per_binding(1) >= bytes
     }
 
     fn parameters(&self, tokens: usize) -> [u32; 8] {

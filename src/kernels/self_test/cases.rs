@@ -305,11 +305,11 @@ pub fn sign_descent(gpu: &Gpu) -> Result<Vec<Found>> {
 pub fn attention(gpu: &Gpu) -> Result<Vec<Found>> {
     let mut all = Vec::new();
     for (windows, attention) in [
-        (1, Attention { seq: 1, heads: 1, kv_heads: 1, head_dim: 4, scale: 1.0, softcap: None, window: None }),
-        (2, Attention { seq: 37, heads: 6, kv_heads: 2, head_dim: 12, scale: 0.3, softcap: None, window: None }),
-        (3, Attention { seq: 70, heads: 2, kv_heads: 1, head_dim: 64, scale: 0.2, softcap: Some(2.0), window: Some(9) }),
-        (1, Attention { seq: 500, heads: 2, kv_heads: 1, head_dim: 64, scale: 0.1, softcap: None, window: None }),
-        (1, Attention { seq: 50, heads: 2, kv_heads: 2, head_dim: 256, scale: 0.06, softcap: None, window: Some(33) }),
+        (1, Attention { seq: 1, heads: 1, kv_heads: 1, head_dim: 4, scale: 1.0, softcap: None, window: None, sinks: None }),
+        (2, Attention { seq: 37, heads: 6, kv_heads: 2, head_dim: 12, scale: 0.3, softcap: None, window: None, sinks: None }),
+        (3, Attention { seq: 70, heads: 2, kv_heads: 1, head_dim: 64, scale: 0.2, softcap: Some(2.0), window: Some(9), sinks: None }),
+        (1, Attention { seq: 500, heads: 2, kv_heads: 1, head_dim: 64, scale: 0.1, softcap: None, window: None, sinks: None }),
+        (1, Attention { seq: 50, heads: 2, kv_heads: 2, head_dim: 256, scale: 0.06, softcap: None, window: Some(33), sinks: None }),
     ] {
         let tokens = windows * attention.seq;
         if !attention.fits(gpu, tokens) {
