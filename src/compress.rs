@@ -165,9 +165,6 @@ impl Prepared {
         if model.is_none() && needs > Needs::Nothing {
             return Err(Error::input(format!("model_type `{model_type}` cannot be computed by this version, and the recipe needs calibration; use a data-free preset such as w4-fast or w8")).file(&job.model));
         }
-        if model.as_ref().is_some_and(|model| model.config.mixture.is_some()) && needs > Needs::SquaredNorms {
-            return Err(Error::input(format!("model_type `{model_type}` is a mixture of experts, for whose experts this version gathers no more than the sizes of their inputs; use a preset that needs no more, such as prune50, w4-fast, w8 or trit")).file(&job.model));
-        }
         if model.is_none() {
             notes.push(format!(
                 "model_type `{model_type}` is unknown, or described or stored in a way that is: layers were chosen by name and shape, and quality cannot be measured"

@@ -24,7 +24,7 @@ use crate::kernels::quantize::{Bounds, Grid};
 use crate::matrix::Matrix;
 use crate::methods::round_to_nearest::Group;
 use crate::model::bench::Bench;
-use crate::model::block::Role;
+use crate::model::block::Slot;
 use crate::model::seen::{Needs, Statistics};
 use crate::weight::{Float, Pattern, Storage, Weight};
 
@@ -175,8 +175,8 @@ pub trait Method: Debug + Send + Sync {
 /// A linear layer of a block that a stage works on.
 #[derive(Debug, Clone)]
 pub struct BlockLayer {
-    /// What it does in the block.
-    pub role: Role,
+    /// Which layer of the block.
+    pub slot: Slot,
     /// Full name without `.weight`.
     pub name: String,
     /// Number format of the model, in which scales are stored.
@@ -195,7 +195,7 @@ pub struct BlockApplied {
     /// Loss by iteration.
     pub curve: Vec<f64>,
     /// What the user should know, by layer.
-    pub notes: Vec<(Role, String)>,
+    pub notes: Vec<(Slot, String)>,
     /// What the user should know of the block as a whole.
     pub block_notes: Vec<String>,
 }

@@ -1,6 +1,7 @@
 //! A model: a description and a checkpoint that lends its tensors block by block.
 
 pub mod architecture;
+pub mod arrivals;
 pub mod backward;
 pub mod bench;
 pub mod block;

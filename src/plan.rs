@@ -3,6 +3,9 @@
 pub mod allocate;
 pub mod recipe;
 
+use std::collections::HashMap;
+use std::sync::OnceLock;
+
 use globset::Glob;
 use regex::bytes::Regex;
 
@@ -54,7 +57,13 @@ pub struct Plan {
     pub layers: Vec<Planned>,
     /// Deviations from what was asked for, each a sentence.
     pub notes: Vec<String>,
+    /// Where layers stand.
+    pub(crate) places: Places,
 }
+
+/// Where the layers of a plan stand, by name: found once, because a mixture of experts has ten thousands of them.
+#[derive(Debug, Default)]
+pub(crate) struct Places(OnceLock<HashMap<String, usize>>);
 
 impl Plan {
     /// Resolves a recipe for the linear layers of a model whose other tensors are `carried` over: what is never compressed may be
@@ -102,7 +111,7 @@ impl Plan {
             return Err(Error::input("nothing is left to compress: every linear layer is skipped"));
         }
         summarize(&mut notes);
-        Ok(Self { stages, layers, notes })
+        Ok(Self { stages, layers, notes, places: Places::default() })
     }
 
     /// The recipe without patterns: layers by their names, so that it says the same of this model whatever else changes.
@@ -149,7 +158,8 @@ impl Plan {
 
     /// The plan of a layer.
     pub fn layer(&self, name: &str) -> Option<&Planned> {
-        self.layers.iter().find(|layer| layer.outlined.name == name)
+        let names = || self.layers.iter().enumerate().map(|(at, layer)| (layer.outlined.name.clone(), at)).collect();
+        self.layers.get(*self.places.0.get_or_init(names).get(name)?)
     }
 
     /// Stored bits per weight over the compressed layers, scales included.

@@ -13,13 +13,14 @@ use crate::compress::work::Work;
 use crate::compress::writer::Commit;
 use crate::device::Gpu;
 use crate::error::{Error, Result};
+use crate::kernels::quadratic::layer_error;
 use crate::kernels::quantize::Bounds;
 use crate::matrix::Matrix;
 use crate::methods::{self, BlockLayer, Layer, Method, Target, float_output};
+use crate::model::arrivals::{Aim, Caught, Craft};
 use crate::model::bench::Bench;
-use crate::model::block::Role;
+use crate::model::block::{Linear, Slot};
 use crate::model::hidden::Hidden;
-use crate::model::mixture::Which;
 use crate::model::seen::{Needs, Statistics};
 use crate::model::walk::Visitor;
 use crate::plan::{Plan, Planned, Stage};
@@ -61,10 +62,12 @@ pub struct Finished {
 struct Handed {
     bounds: Option<Bounds>,
     notes: Vec<String>,
+    /// Of an expert's layer, whose statistics nobody keeps: its error on what was seen of its inputs.
+    layer_error: Option<f64>,
 }
 
-/// What stages hand on about the layers of a block, by expert, where a layer is of one, and role.
-type HandedOn = BTreeMap<(Option<Which>, Role), Handed>;
+/// What stages hand on about the layers of a block.
+type HandedOn = BTreeMap<Slot, Handed>;
 
 impl<'a> Compressor<'a> {
     /// A compressor that follows a plan and writes into an output.
@@ -146,73 +149,54 @@ impl<'a> Compressor<'a> {
     fn stage(&self, number: usize, bench: &mut Bench<'_>, handed: &mut HandedOn) -> Result<(Vec<f64>, Vec<String>)> {
         let stage = &self.plan.stages[number];
         let mut layers = Vec::new();
-        for linear in &bench.block.linears {
-            let planned = self.plan.layer(&linear.name).filter(|planned| planned.stages.contains(&number));
+        for slot in bench.block.slots() {
+            let Some(name) = bench.block.linear(slot).map(|linear| linear.name.clone()) else { continue };
+            let planned = self.plan.layer(&name).filter(|planned| planned.stages.contains(&number));
             if let Some(planned) = planned {
-                let bounds = handed.get(&(None, linear.role)).and_then(|handed| handed.bounds.clone());
-                layers.push(BlockLayer {
-                    role: linear.role,
-                    name: linear.name.clone(),
-                    float: planned.outlined.float,
-                    bits: planned.bits,
-                    sparsity: planned.sparsity,
-                    bounds,
-                });
+                let bounds = handed.get(&slot).and_then(|handed| handed.bounds.clone());
+                let (float, bits, sparsity) = (planned.outlined.float, planned.bits, planned.sparsity);
+                layers.push(BlockLayer { slot, name, float, bits, sparsity, bounds });
             }
         }
+        layers.sort_by_key(|layer| layer.slot);
         if let Some(method) = stage.method.block() {
             let applied = method.apply_block(bench, &layers)?;
-            for (role, note) in applied.notes {
-                handed.entry((None, role)).or_default().notes.push(note);
+            for (slot, note) in applied.notes {
+                handed.entry(slot).or_default().notes.push(note);
             }
             return Ok((applied.curve, applied.block_notes));
         }
         if stage.method.target() == Target::FloatOutput && !layers.is_empty() {
-            for (role, note) in float_output::by_site(bench, &layers, stage.method.as_ref())? {
-                handed.entry((None, role)).or_default().notes.push(note);
+            for (slot, note) in float_output::by_site(bench, &layers, stage.method.as_ref())? {
+                handed.entry(slot).or_default().notes.push(note);
             }
             return Ok(Default::default());
         }
-        for layer in &layers {
+        for layer in layers.iter().filter(|layer| layer.slot.expert.is_none()) {
             let planned = self.plan.layer(&layer.name).ok_or_else(|| Error::run("not part of the plan").tensor(&layer.name))?;
             // A method that needs nothing may run where nothing was observed.
-            let statistics = match bench.seen.at(layer.role.site()) {
+            let statistics = match bench.seen.at(layer.slot.role.site()) {
                 Ok(statistics) => Some(statistics),
                 Err(_) if stage.method.needs() == Needs::Nothing => None,
                 Err(error) => return Err(error.tensor(&layer.name)),
             };
-            let linear = bench.block.linears.iter_mut().find(|linear| linear.role == layer.role);
+            let linear = bench.block.linear_mut(layer.slot);
             let linear = linear.ok_or_else(|| Error::run("not part of the block").tensor(&layer.name))?;
             let weight = std::mem::replace(&mut linear.weight, Weight::Dense(Matrix::new(0, 0, Vec::new())));
             let gpu = bench.run.device.gpu.as_ref();
-            (linear.weight, _) = apply(stage, planned, weight, statistics, handed.entry((None, layer.role)).or_default(), gpu)?;
+            (linear.weight, _) = apply(stage, planned, weight, statistics, handed.entry(layer.slot).or_default(), gpu)?;
         }
-        self.on_experts(number, bench, handed)?;
-        Ok(Default::default())
-    }
-
-    /// One stage on the experts of a block that it works on.
-    fn on_experts(&self, number: usize, bench: &mut Bench<'_>, handed: &mut HandedOn) -> Result<()> {
-        let stage = &self.plan.stages[number];
-        let Some(mut experts) = bench.block.experts.take() else { return Ok(()) };
-        for (which, linears) in experts.linears_mut() {
-            for linear in linears {
-                bench.run.check_stop()?;
-                let planned = self.plan.layer(&linear.name).filter(|planned| planned.stages.contains(&number));
-                let Some(planned) = planned else { continue };
-                let [_, columns] = linear.weight.shape();
-                let statistics = match bench.seen.at_expert(which, linear.role.site(), columns) {
-                    Ok(statistics) => Some(statistics),
-                    Err(_) if stage.method.needs() == Needs::Nothing => None,
-                    Err(error) => return Err(error.tensor(&linear.name)),
-                };
-                let weight = std::mem::replace(&mut linear.weight, Weight::Dense(Matrix::new(0, 0, Vec::new())));
-                let handed = handed.entry((Some(which), linear.role)).or_default();
-                (linear.weight, _) = apply(stage, planned, weight, statistics.as_deref(), handed, bench.run.device.gpu.as_ref())?;
+        if layers.iter().any(|layer| layer.slot.expert.is_some()) {
+            let gpu = bench.run.device.gpu.clone();
+            let told = bench.on_experts(&OnExperts { plan: self.plan, stage, layers: &layers, gpu: gpu.as_ref() })?;
+            for (slot, more) in told {
+                let handed = handed.entry(slot).or_default();
+                handed.bounds = more.bounds;
+                handed.layer_error = more.layer_error;
+                handed.notes.extend(more.notes);
             }
         }
-        bench.block.experts = Some(experts);
-        Ok(())
+        Ok(Default::default())
     }
 
     /// Writes the layers of a block with their reports.
@@ -222,10 +206,12 @@ impl<'a> Compressor<'a> {
         for module in bench.model.modules(bench.index()) {
             let Some(planned) = plan.layer(&module.name).filter(|planned| planned.outlined.storage.is_some()) else { continue };
             let (mut change, mut layer_error, mut notes) = ([0.0; 2], None, Vec::new());
-            let of_roles = module.roles.iter().filter_map(|&role| handed.remove(&(module.expert, role)));
-            for note in of_roles.flat_map(|handed| handed.notes) {
-                if !notes.contains(&note) {
-                    notes.push(note);
+            for handed in module.roles.iter().filter_map(|&role| handed.remove(&Slot { expert: module.expert, role })) {
+                layer_error = layer_error.or(handed.layer_error);
+                for note in handed.notes {
+                    if !notes.contains(&note) {
+                        notes.push(note);
+                    }
                 }
             }
             let weight = bench.joined(&module)?;
@@ -234,7 +220,7 @@ impl<'a> Compressor<'a> {
                 change = methods::change(&original.data, &compressed.data);
                 notes.extend(remarks::of_floats(&original.data, original.columns));
                 match module.expert {
-                    Some(which) => notes.extend(remarks::of_expert(&bench.seen, which)),
+                    Some(which) => notes.extend(bench.arrivals.as_ref().and_then(|arrivals| remarks::of_expert(arrivals, which))),
                     None => {
                         layer_error = bench.seen.layer_error(site, &original, &compressed).map(ratio);
                         notes.extend(remarks::of_inputs(&bench.seen, site, original.columns, tokens));
@@ -308,8 +294,8 @@ impl Visitor for Compressor<'_> {
             self.stages.push(StageReport { method: self.plan.stages[number].name.clone(), before, after, notes, curve });
             before = after;
         }
-        if let Some(experts) = bench.block.experts.as_ref().filter(|_| bench.calibrated()) {
-            self.experts = (0..experts.routed.len()).map(|expert| bench.seen.tokens_of(Which::Routed(expert))).collect();
+        if let Some(arrivals) = &bench.arrivals {
+            self.experts = arrivals.routed.iter().map(|tokens| tokens.len() as u64).collect();
         }
         self.write_block(bench, handed)
     }
@@ -319,6 +305,54 @@ impl Visitor for Compressor<'_> {
         let report = BlockReport { block: index, output_error, stages, experts };
         self.blocks.push(report.clone());
         self.commit(report, [("compressed", Some(hidden)), ("float", float)])
+    }
+}
+
+/// One stage on the layers of experts.
+struct OnExperts<'a> {
+    plan: &'a Plan,
+    stage: &'a Stage,
+    layers: &'a [BlockLayer],
+    gpu: Option<&'a Gpu>,
+}
+
+impl Craft for OnExperts<'_> {
+    type Prepared = Option<Statistics>;
+    type Told = Handed;
+
+    fn aim(&self) -> Aim {
+        Aim::Weight(self.stage.method.needs())
+    }
+
+    fn wants(&self, slot: Slot) -> bool {
+        self.layers.binary_search_by_key(&slot, |layer| layer.slot).is_ok()
+    }
+
+    fn prepare(&self, caught: Caught) -> Option<Statistics> {
+        match caught {
+            Caught::Statistics(statistics) => statistics,
+            Caught::Streams(_) => None,
+        }
+    }
+
+    fn work(&self, statistics: &Option<Statistics>, linear: &mut Linear, slot: Slot, original: Option<Matrix>) -> Result<Handed> {
+        let missing = || Error::run("not part of the plan");
+        let layer = self.layers.binary_search_by_key(&slot, |layer| layer.slot).ok().and_then(|at| self.layers.get(at));
+        let layer = layer.ok_or_else(missing)?;
+        let planned = self.plan.layer(&layer.name).ok_or_else(missing)?;
+        if statistics.is_none() && self.stage.method.needs() > Needs::Nothing {
+            return Err(Error::run("no calibration was seen"));
+        }
+        let mut handed = Handed { bounds: layer.bounds.clone(), ..Handed::default() };
+        let weight = std::mem::replace(&mut linear.weight, Weight::Dense(Matrix::new(0, 0, Vec::new())));
+        (linear.weight, _) = apply(self.stage, planned, weight, statistics.as_ref(), &mut handed, self.gpu)?;
+        let gram = statistics.as_ref().and_then(|statistics| statistics.gram.as_ref());
+        handed.layer_error = gram.zip(original).map(|(gram, original)| {
+            let nothing = vec![0.0; original.data.len()];
+            let error = |compressed: &[f32]| layer_error(gram, &original.data, compressed, original.columns);
+            ratio([error(&linear.weight.to_matrix().data), error(&nothing)])
+        });
+        Ok(handed)
     }
 }
 

@@ -62,7 +62,7 @@ fn fill(model: &Path, format: &str, destination: &mut Destination, run: &Run<'_>
     run.observer.end();
     let outlines: Vec<Outlined> = layers.iter().map(|layer| layer.outlined.clone()).collect();
     let format = formats::fitting(format, &outlines)?;
-    let plan = Plan { stages: Vec::new(), layers, notes: Vec::new() };
+    let plan = Plan { stages: Vec::new(), layers, notes: Vec::new(), places: Default::default() };
     let export = Export::new(&checkpoint, source.as_ref(), &plan, format, &HashSet::new(), (&recipe::Export::default(), false))?;
     let dependencies = manifest::of_export(model, &checkpoint, format.name)?;
     let packed = export.layers.iter().filter(|layer| layer.storage.is_some()).count();

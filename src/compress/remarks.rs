@@ -1,9 +1,10 @@
 //! What a report says about layers that give methods little to work with, whatever the method.
 
 use crate::kernels::gram::add_column_squares;
+use crate::model::arrivals::{Arrivals, FEW_TOKENS};
 use crate::model::block::Site;
 use crate::model::mixture::Which;
-use crate::model::seen::{FEW_TOKENS, Seen};
+use crate::model::seen::Seen;
 use crate::report::BlockReport;
 use crate::weight::{Storage, Weight};
 
@@ -60,7 +61,7 @@ pub fn of_experts(blocks: &[BlockReport]) -> Option<String> {
         blocks.iter().flat_map(|block| block.experts.iter().enumerate().map(|(expert, &tokens)| (block.block, expert, tokens))).collect();
     let (least, most) = (all.iter().map(|one| one.2).min()?, all.iter().map(|one| one.2).max()?);
     let cold: Vec<String> =
-        all.iter().filter(|one| one.2 < FEW_TOKENS).map(|(block, expert, _)| format!("{expert} of block {block}")).collect();
+        all.iter().filter(|one| one.2 < FEW_TOKENS as u64).map(|(block, expert, _)| format!("{expert} of block {block}")).collect();
     let spread = format!("calibration gave {least} to {most} tokens to each of {} experts", all.len());
     Some(match cold.len() {
         0 => spread,
@@ -73,11 +74,13 @@ pub fn of_experts(blocks: &[BlockReport]) -> Option<String> {
 }
 
 /// What is unusual about what came to an expert.
-pub fn of_expert(seen: &Seen, which: Which) -> Option<String> {
-    let tokens = seen.tokens_of(which);
-    let calibrated = !seen.sites.is_empty();
-    (calibrated && tokens < FEW_TOKENS).then(|| {
-        format!("{tokens} calibration tokens came to this expert, fewer than {FEW_TOKENS}: all tokens of the block stand in, and in its middle all columns count alike")
+pub fn of_expert(arrivals: &Arrivals, which: Which) -> Option<String> {
+    let tokens = arrivals.count(which);
+    arrivals.cold(which).then(|| {
+        let standing_in = arrivals.picked(which).len();
+        format!(
+            "{tokens} calibration tokens came to this expert, fewer than {FEW_TOKENS}: {standing_in} tokens of the whole block stand in"
+        )
     })
 }
 

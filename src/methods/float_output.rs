@@ -10,13 +10,15 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
+use crate::device::Gpu;
 use crate::error::{Error, Result};
 use crate::kernels::factor::Factor;
 use crate::kernels::gemm::{Sizes, View, product};
 use crate::matrix::Matrix;
 use crate::methods::{Applied, BlockLayer, Layer, Method, Strength};
+use crate::model::arrivals::{Aim, Caught, Craft};
 use crate::model::bench::Bench;
-use crate::model::block::{self, Role};
+use crate::model::block::{self, Linear, Slot};
 use crate::model::capture::Capture;
 use crate::weight::{Sparse, Weight};
 
@@ -146,46 +148,99 @@ impl Site {
     }
 }
 
-/// Applies a method to layers of a block, site after site, each seeing what the layers before it now give. Gives notes by
+impl Site {
+    /// Applies a method to a layer; gives what the user should know.
+    fn on_layer(
+        &self,
+        method: &dyn Method,
+        linear: &mut Linear,
+        original: &Matrix,
+        one: &BlockLayer,
+        gpu: Option<&Gpu>,
+    ) -> Result<Vec<String>> {
+        let weight = std::mem::replace(&mut linear.weight, Weight::Dense(Matrix::new(0, 0, Vec::new())));
+        let layer = Layer {
+            name: &one.name,
+            statistics: None,
+            float: one.float,
+            bits: one.bits,
+            sparsity: one.sparsity,
+            bounds: one.bounds.as_ref(),
+            goal: None,
+            gpu,
+        };
+        let (applied, Strength { alpha, beta }) = self.apply(method, weight, original, &layer)?;
+        linear.weight = applied.weight;
+        let mut notes = applied.notes;
+        notes.push(format!("target corrected by {alpha} for inputs and {beta} for the residual stream"));
+        Ok(notes)
+    }
+}
+
+/// A method on the layers of experts.
+struct OnExperts<'a> {
+    method: &'a dyn Method,
+    layers: &'a [BlockLayer],
+}
+
+impl Craft for OnExperts<'_> {
+    type Prepared = Option<Site>;
+    type Told = Vec<String>;
+
+    fn aim(&self) -> Aim {
+        Aim::FloatOutput
+    }
+
+    fn wants(&self, slot: Slot) -> bool {
+        self.layers.binary_search_by_key(&slot, |layer| layer.slot).is_ok()
+    }
+
+    fn prepare(&self, caught: Caught) -> Option<Site> {
+        match caught {
+            Caught::Streams(captures) => Some(Site::new(*captures)),
+            Caught::Statistics(_) => None,
+        }
+    }
+
+    fn work(&self, prepared: &Option<Site>, linear: &mut Linear, slot: Slot, original: Option<Matrix>) -> Result<Vec<String>> {
+        let layer = self.layers.binary_search_by_key(&slot, |layer| layer.slot).ok().and_then(|at| self.layers.get(at));
+        let missing = || Error::run("the original block was not kept");
+        let (prepared, original, layer) =
+            (prepared.as_ref().ok_or_else(missing)?, original.ok_or_else(missing)?, layer.ok_or_else(missing)?);
+        prepared.on_layer(self.method, linear, &original, layer, None)
+    }
+}
+
+/// Applies a method to layers of a block, in the order of their slots, site after site, each seeing what the layers before it now give. Gives notes by
 /// layer.
 ///
 /// # Errors
 /// As the method, or when hidden states cannot be read.
-pub fn by_site(bench: &mut Bench<'_>, layers: &[BlockLayer], method: &dyn Method) -> Result<Vec<(Role, String)>> {
+pub fn by_site(bench: &mut Bench<'_>, layers: &[BlockLayer], method: &dyn Method) -> Result<Vec<(Slot, String)>> {
     let mut notes = Vec::new();
     let gpu = bench.run.device.gpu.as_ref();
     for site in block::Site::ALL {
+        if bench.block.experts.is_some() && site == block::Site::Mlp {
+            bench.arrive()?;
+            let told = bench.on_experts(&OnExperts { method, layers })?;
+            notes.extend(told.into_iter().flat_map(|(slot, notes)| notes.into_iter().map(move |note| (slot, note))));
+            break;
+        }
         if !bench.reads(site) {
             continue;
         }
         let capture = bench.capture(site)?;
-        let reads: Vec<&BlockLayer> = layers.iter().filter(|layer| layer.role.site() == site).collect();
+        let reads: Vec<&BlockLayer> = layers.iter().filter(|layer| layer.slot.expert.is_none() && layer.slot.role.site() == site).collect();
         if reads.is_empty() {
             continue;
         }
         let prepared = Site::new(capture);
         for one in reads {
             bench.run.check_stop()?;
-            let original = bench.original(one.role).ok_or_else(|| Error::run("the original block was not kept").tensor(&one.name))?;
-            let linear = bench.linear(one.role).ok_or_else(|| Error::run("not part of the block").tensor(&one.name))?;
-            let weight = std::mem::replace(&mut linear.weight, Weight::Dense(Matrix::new(0, 0, Vec::new())));
-            let layer = Layer {
-                name: &one.name,
-                statistics: None,
-                float: one.float,
-                bits: one.bits,
-                sparsity: one.sparsity,
-                bounds: one.bounds.as_ref(),
-                goal: None,
-                gpu,
-            };
-            let (applied, strength) = prepared.apply(method, weight, &original, &layer).map_err(|error| error.tensor(&one.name))?;
-            linear.weight = applied.weight;
-            notes.extend(applied.notes.into_iter().map(|note| (one.role, note)));
-            notes.push((
-                one.role,
-                format!("target corrected by {} for inputs and {} for the residual stream", strength.alpha, strength.beta),
-            ));
+            let original = bench.original(one.slot).ok_or_else(|| Error::run("the original block was not kept").tensor(&one.name))?;
+            let linear = bench.linear(one.slot).ok_or_else(|| Error::run("not part of the block").tensor(&one.name))?;
+            let told = prepared.on_layer(method, linear, &original, one, gpu).map_err(|error| error.tensor(&one.name))?;
+            notes.extend(told.into_iter().map(|note| (one.slot, note)));
         }
     }
     bench.settled = true;

@@ -30,7 +30,7 @@ use crate::methods::round_to_nearest::Group;
 use crate::methods::{Applied, BlockApplied, BlockLayer, BlockMethod, Layer, Method, float_output, quantizable};
 use crate::model::backward::{Gradients, Wanted};
 use crate::model::bench::Bench;
-use crate::model::block::{Parameters, Role};
+use crate::model::block::{Parameters, Slot};
 use crate::model::seen::Needs;
 use crate::weight::{Ints, Storage, Weight};
 
@@ -191,7 +191,7 @@ impl Method for SignRound {
 
 /// A layer that is being learned.
 struct Learned {
-    role: Role,
+    slot: Slot,
     rounding: Rounding,
     first: Ints,
     best: Ints,
@@ -212,7 +212,7 @@ impl BlockMethod for SignRound {
         let chosen = self.judge(bench, &learned)?;
         for one in learned {
             let last = one.rounding.ints();
-            let linear = bench.linear(one.role).ok_or_else(|| Error::run("not part of the block"))?;
+            let linear = bench.linear(one.slot).ok_or_else(|| Error::run("not part of the block"))?;
             linear.weight = Weight::Ints(match chosen {
                 0 => one.first,
                 1 => one.best,
@@ -226,21 +226,18 @@ impl BlockMethod for SignRound {
 impl SignRound {
     /// Every layer at its start; the block holds the integers that learning starts from.
     fn begin(&self, bench: &mut Bench<'_>, layers: &[BlockLayer], applied: &mut BlockApplied) -> Result<Vec<Learned>> {
-        let masks: Vec<Option<Matrix>> = layers
-            .iter()
-            .map(|layer| {
-                bench.block.linears.iter().find(|linear| linear.role == layer.role).and_then(|linear| mask(&linear.weight).cloned())
-            })
-            .collect();
+        let masks: Vec<Option<Matrix>> =
+            layers.iter().map(|layer| bench.block.linear(layer.slot).and_then(|linear| mask(&linear.weight).cloned())).collect();
         if self.start() == Init::ClosedForm {
             let closed = ClosedForm { bits: self.bits, group: self.group, symmetric: self.symmetric, ..ClosedForm::default() };
             applied.notes = float_output::by_site(bench, layers, &closed)?;
         }
         let mut learned = Vec::new();
         for (layer, mask) in layers.iter().zip(masks) {
-            let goal = bench.original(layer.role).ok_or_else(|| Error::run("the original block was not kept").tensor(&layer.name))?;
-            let squares = bench.seen.at(layer.role.site()).map(|seen| seen.squares.clone()).unwrap_or_else(|_| vec![1.0; goal.columns]);
-            let linear = bench.linear(layer.role).ok_or_else(|| Error::run("not part of the block").tensor(&layer.name))?;
+            let goal = bench.original(layer.slot).ok_or_else(|| Error::run("the original block was not kept").tensor(&layer.name))?;
+            let seen = if layer.slot.expert.is_some() { None } else { bench.seen.at(layer.slot.role.site()).ok() };
+            let squares = seen.map_or_else(|| vec![1.0; goal.columns], |seen| seen.squares.clone());
+            let linear = bench.linear(layer.slot).ok_or_else(|| Error::run("not part of the block").tensor(&layer.name))?;
             let view = Layer {
                 name: &layer.name,
                 statistics: None,
@@ -267,7 +264,7 @@ impl SignRound {
             let rounding = Rounding::new(start, &goal, mask.as_ref(), &ints);
             let first = rounding.ints();
             linear.weight = Weight::Ints(first.clone());
-            learned.push(Learned { role: layer.role, rounding, best: first.clone(), first, there: None, snapshot: None });
+            learned.push(Learned { slot: layer.slot, rounding, best: first.clone(), first, there: None, snapshot: None });
         }
         Ok(learned)
     }
@@ -318,7 +315,7 @@ impl SignRound {
                     1 => one.best.to_matrix(),
                     _ => one.rounding.ints().to_matrix(),
                 };
-                parameters.refill(one.role, |weight| weight.copy_from_slice(&floats.data));
+                parameters.refill(one.slot, |weight| weight.copy_from_slice(&floats.data));
             }
             let loss = bench.loss(&parameters, &windows)?;
             if loss < best.0 {
@@ -333,8 +330,8 @@ impl SignRound {
 fn fill(parameters: &mut Parameters, learned: &[Learned]) {
     for one in learned {
         match &one.there {
-            Some(there) => parameters.set_weight_buffer(one.role, there.gpu(), there.quantized().clone()),
-            None => parameters.refill(one.role, |floats| one.rounding.quantize(floats)),
+            Some(there) => parameters.set_weight_buffer(one.slot.role, there.gpu(), there.quantized().clone()),
+            None => parameters.refill(one.slot, |floats| one.rounding.quantize(floats)),
         }
     }
 }
@@ -352,10 +349,10 @@ impl Learned {
     fn step(&mut self, gradients: &Gradients, [rate, grid_rate]: [f32; 2]) -> Result<()> {
         match &self.there {
             Some(there) => {
-                let gradient = gradients.weight_buffer(self.role, there.gpu());
+                let gradient = gradients.weight_buffer(self.slot.role, there.gpu());
                 there.step(&gradient.ok_or_else(|| Error::run("a gradient is not on the GPU"))?, rate, grid_rate);
             }
-            None => self.rounding.step(&gradients.fetched_weight(self.role), rate, grid_rate),
+            None => self.rounding.step(&gradients.fetched_weight(self.slot), rate, grid_rate),
         }
         Ok(())
     }

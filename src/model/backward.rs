@@ -24,7 +24,7 @@ use crate::kernels::rms_norm::rms_norm_adjoint;
 use crate::kernels::rope::{Table, rope_cpu};
 use crate::kernels::rough_product::{Precision, product_in};
 use crate::kernels::{Floats, dot_lanes, tensor, values, vectorized};
-use crate::model::block::{Parameters, Place, Role, Site};
+use crate::model::block::{Parameters, Place, Role, Site, Slot};
 use crate::model::forward::{self, Point, Spec};
 use crate::model::mixture::Which;
 
@@ -112,11 +112,13 @@ impl Gradients {
         gpu.buffer(self.elsewhere[role as usize].as_ref()?)
     }
 
-    /// dL/dW of a role, wherever it lies.
-    pub fn fetched_weight(&self, role: Role) -> Cow<'_, [f32]> {
-        match &self.elsewhere[role as usize] {
-            Some(there) => Cow::Owned(values(there.clone())),
-            None => Cow::Borrowed(self.weight(role)),
+    /// dL/dW of a layer, wherever it lies.
+    pub fn fetched_weight(&self, slot: impl Into<Slot>) -> Cow<'_, [f32]> {
+        let Slot { expert, role } = slot.into();
+        match (expert, &self.elsewhere[role as usize]) {
+            (Some(which), _) => Cow::Borrowed(self.of_expert(which, role)),
+            (None, Some(there)) => Cow::Owned(values(there.clone())),
+            (None, None) => Cow::Borrowed(self.weight(role)),
         }
     }
 

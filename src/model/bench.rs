@@ -14,8 +14,9 @@ use crate::error::{Error, Result};
 use crate::kernels::rough_product::Precision;
 use crate::kernels::{tensor, values};
 use crate::matrix::Matrix;
+use crate::model::arrivals::Arrivals;
 use crate::model::backward::{self, Gradients, Wanted, trimmed_squared_error};
-use crate::model::block::{Block, Linear, Parameters, Place, Role, Site};
+use crate::model::block::{Block, Linear, Parameters, Place, Site, Slot};
 use crate::model::capture::{Capture, Sums};
 use crate::model::forward::{self, Spec};
 use crate::model::hidden::Hidden;
@@ -26,7 +27,7 @@ use crate::run::Run;
 use crate::weight::Weight;
 
 /// Of this many windows one is held out of the statistics of a capture.
-const HELD_OUT: usize = 10;
+pub(super) const HELD_OUT: usize = 10;
 
 /// Memory that windows which are differentiated side by side may take, in bytes.
 const SIDE_BY_SIDE_BYTES: usize = 256 << 20;
@@ -93,6 +94,10 @@ pub struct Bench<'a> {
     pub block: Block,
     /// What the original block saw on the compressed stream.
     pub seen: Seen,
+    /// Where tokens went in a mixture, on the compressed stream.
+    pub arrivals: Option<Arrivals>,
+    /// Whether every token counts for every expert.
+    pub everywhere: bool,
     /// The surroundings.
     pub run: &'a Run<'a>,
     /// Input of the block on the compressed stream.
@@ -121,9 +126,9 @@ impl Bench<'_> {
         !self.hidden.is_empty()
     }
 
-    /// The linear layer of a role as it stands.
-    pub fn linear(&mut self, role: Role) -> Option<&mut Linear> {
-        self.block.linears.iter_mut().find(|linear| linear.role == role)
+    /// A linear layer as it stands.
+    pub fn linear(&mut self, slot: impl Into<Slot>) -> Option<&mut Linear> {
+        self.block.linear_mut(slot.into())
     }
 
     /// Whether layers of the block read a site; the input of the MLP counts where experts do.
@@ -131,9 +136,9 @@ impl Bench<'_> {
         self.block.linears.iter().any(|linear| linear.role.site() == site) || site == Site::Mlp
     }
 
-    /// The original weight of a role.
-    pub fn original(&self, role: Role) -> Option<Matrix> {
-        let weight = self.original.as_ref()?.weight(role);
+    /// The original weight of a layer.
+    pub fn original(&self, slot: impl Into<Slot>) -> Option<Matrix> {
+        let weight = self.original.as_ref()?.at(slot.into())?;
         let [rows, columns] = weight.dims();
         Some(Matrix::new(rows, columns, values(weight.clone())))
     }
@@ -143,10 +148,7 @@ impl Bench<'_> {
         let original = self.original.as_ref()?;
         let mut whole: Option<Matrix> = None;
         for &role in &module.roles {
-            let weight = match module.expert {
-                None => original.weight(role),
-                Some(which) => original.experts()?.weight(which, role)?,
-            };
+            let weight = original.at(Slot { expert: module.expert, role })?;
             let ([rows, columns], mut floats) = (weight.dims(), values(weight.clone()));
             match &mut whole {
                 None => whole = Some(Matrix::new(rows, columns, floats)),
@@ -164,7 +166,8 @@ impl Bench<'_> {
     /// # Errors
     /// When the block does not have it.
     pub fn joined(&self, module: &Module) -> Result<Cow<'_, Weight>> {
-        let weights = module.roles.iter().map(|&role| self.block.linear(module.expert, role).map(|linear| &linear.weight));
+        let slots = module.roles.iter().map(|&role| Slot { expert: module.expert, role });
+        let weights = slots.map(|slot| self.block.linear(slot).map(|linear| &linear.weight));
         match weights.collect::<Option<Vec<&Weight>>>().as_deref() {
             None | Some([]) => Err(Error::run("not part of the block").tensor(&module.name)),
             Some([one]) => Ok(Cow::Borrowed(one)),
@@ -314,7 +317,9 @@ impl Bench<'_> {
 
     fn forward(&self, parameters: &Parameters, seq: usize, x: Vec<f32>) -> Vec<f32> {
         let spec = Spec::new(&self.model.config, self.block.index, seq);
-        values(forward::block(&spec, parameters, self.tensor(x), &mut |_, _| {}))
+        let (width, tokens) = (self.model.config.hidden, x.len() / self.model.config.hidden.max(1));
+        let x = tensor(x, [tokens, width], &parameters.home());
+        values(forward::block(&spec, parameters, x, &mut |_, _| {}))
     }
 
     fn tensor(&self, x: Vec<f32>) -> Tensor<2> {
@@ -364,6 +369,27 @@ impl Bench<'_> {
         // Where the original block was not observed, this is what is known of its inputs.
         self.seen.sites.entry(site).or_insert_with(|| held.as_ref().map_or_else(|| most.clone(), |held| most.merged(held)).statistics);
         Ok((most, held))
+    }
+
+    /// Moves the compressed stream behind attention, as [`Self::capture`] of what the MLP reads does.
+    ///
+    /// # Errors
+    /// As [`Self::capture`].
+    pub(super) fn pass_attention(&mut self) -> Result<()> {
+        let parameters = Parameters::take(&mut self.block, self.run.device);
+        let mut passed = Ok(());
+        if let Some(streams) = self.streams.take() {
+            for windows in runs(self.model, self.hidden, false) {
+                let step = self
+                    .run
+                    .check_stop()
+                    .and_then(|()| self.step(Site::Mlp, &parameters, self.hidden, &mut streams.between[0], windows).map(drop));
+                passed = passed.and(step);
+            }
+            self.streams = Some(streams);
+        }
+        parameters.give_back(&mut self.block);
+        passed
     }
 
     /// As [`Self::step`] for the float stream, whose states the walk has kept.

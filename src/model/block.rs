@@ -8,7 +8,7 @@ use crate::device::{Buffer, Device, Gpu};
 use crate::kernels::{Floats, tensor, values};
 use crate::matrix::Matrix;
 use crate::model::delta::Delta;
-use crate::model::mixture::{Experts, Tensors, Which};
+use crate::model::mixture::{self, Experts, Tensors, Which};
 use crate::weight::{Sparse, Weight};
 
 /// What a linear layer does in its block.
@@ -162,6 +162,28 @@ impl Place {
     pub const COUNT: usize = 8;
 }
 
+/// Which linear layer of a block: one of its own, or of one of its experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Slot {
+    /// The expert.
+    pub expert: Option<Which>,
+    /// What it does.
+    pub role: Role,
+}
+
+impl Slot {
+    /// A layer of an expert.
+    pub fn of(which: Which, role: Role) -> Self {
+        Self { expert: Some(which), role }
+    }
+}
+
+impl From<Role> for Slot {
+    fn from(role: Role) -> Self {
+        Self { expert: None, role }
+    }
+}
+
 /// A linear layer: y = x Wᵀ + b.
 #[derive(Debug)]
 pub struct Linear {
@@ -204,13 +226,34 @@ pub struct Block {
 }
 
 impl Block {
-    /// The layer of a role, of an expert or of the block itself.
-    pub fn linear(&self, expert: Option<Which>, role: Role) -> Option<&Linear> {
-        let own = match expert {
+    /// A layer.
+    pub fn linear(&self, slot: Slot) -> Option<&Linear> {
+        let own = match slot.expert {
             None => self.linears.as_slice(),
-            Some(expert) => self.experts.as_ref()?.linears().find(|(which, _)| *which == expert)?.1,
+            Some(which) => self.experts.as_ref()?.layers(which)?,
         };
-        own.iter().find(|linear| linear.role == role)
+        own.iter().find(|linear| linear.role == slot.role)
+    }
+
+    /// As [`Self::linear`], to change it.
+    pub fn linear_mut(&mut self, slot: Slot) -> Option<&mut Linear> {
+        let own = match slot.expert {
+            None => self.linears.as_mut_slice(),
+            Some(which) => self.experts.as_mut()?.layers_mut(which)?,
+        };
+        own.iter_mut().find(|linear| linear.role == slot.role)
+    }
+
+    /// The slots of all layers, those of experts last.
+    pub fn slots(&self) -> Vec<Slot> {
+        let own = self.linears.iter().map(|linear| Slot::from(linear.role));
+        let of_experts = self.experts.iter().flat_map(Experts::linears);
+        own.chain(of_experts.flat_map(|(which, linears)| linears.iter().map(move |linear| Slot::of(which, linear.role)))).collect()
+    }
+
+    /// Whether its gradients are computed on the processor alone.
+    pub fn stays(&self) -> bool {
+        self.experts.is_some() || self.delta.is_some()
     }
 }
 
@@ -250,6 +293,21 @@ impl Parameters {
     /// Whether the block has a layer of a role.
     pub fn has(&self, role: Role) -> bool {
         self.weights[role as usize].is_some()
+    }
+
+    /// The weight of a layer, where the block has it.
+    pub fn at(&self, slot: Slot) -> Option<&Tensor<2>> {
+        match slot.expert {
+            None => self.weights[slot.role as usize].as_ref(),
+            Some(which) => self.experts.as_ref()?.weight(which, slot.role),
+        }
+    }
+
+    fn at_mut(&mut self, slot: Slot) -> Option<&mut Tensor<2>> {
+        match slot.expert {
+            None => self.weights[slot.role as usize].as_mut(),
+            Some(which) => self.experts.as_mut()?.layers_mut(which)?.weights.get_mut(mixture::place(slot.role)?),
+        }
     }
 
     /// The bias of a role, where there is one.
@@ -314,7 +372,7 @@ impl Parameters {
     /// GPU the block keeps them.
     pub fn take(block: &mut Block, device: &Device) -> Self {
         if device.gpu.is_some() {
-            let mut parameters = Self::copy(block, device);
+            let mut parameters = Self::copy_own(block, device);
             let bytes = block.experts.as_ref().map_or(0, Experts::bytes);
             let place = if bytes <= device.room_for_weights() { device.burn.clone() } else { burn::tensor::Device::flex() };
             parameters.experts = block.experts.as_mut().map(|experts| Tensors::take(experts, &place));
@@ -330,16 +388,16 @@ impl Parameters {
         parameters
     }
 
-    /// Writes a new weight of a role, `[outputs, inputs]` as before, into the memory of the old one.
+    /// Writes a new weight of a layer, `[outputs, inputs]` as before, into the memory of the old one.
     ///
     /// # Panics
     /// When the block has no such layer.
-    pub fn refill(&mut self, role: Role, fill: impl FnOnce(&mut [f32])) {
-        let old = self.weights[role as usize].take().unwrap_or_else(|| panic!("a block without {}", role.name()));
-        let (shape, device) = (old.dims(), old.device());
-        let mut memory = values(old);
+    pub fn refill(&mut self, slot: Slot, fill: impl FnOnce(&mut [f32])) {
+        let place = self.at_mut(slot).unwrap_or_else(|| panic!("a block without {slot:?}"));
+        let (shape, device) = (place.dims(), place.device());
+        let mut memory = values(std::mem::replace(place, Tensor::zeros([1, 1], &device)));
         fill(&mut memory);
-        self.weights[role as usize] = Some(tensor(memory, shape, &device));
+        *place = tensor(memory, shape, &device);
     }
 
     /// Sets the weight of a role to floats that lie on a GPU, `[outputs, inputs]` as before.
@@ -354,8 +412,26 @@ impl Parameters {
         self.set_norm(place, tensor(weight.to_vec(), [weight.len()], &device));
     }
 
-    /// A copy of the floats of a block. Weights for which the GPU has no room, or no binding, lie on the processor.
+    /// A copy of the floats of a block. Weights for which the GPU has no room, or no binding, lie on the processor, and blocks of
+    /// which no gradients are computed elsewhere lie there as a whole.
     pub fn copy(block: &Block, device: &Device) -> Self {
+        let processor = Device::cpu();
+        let device = if block.stays() { &processor } else { device };
+        let mut parameters = Self::copy_own(block, device);
+        parameters.experts = block.experts.as_ref().map(|experts| Tensors::copy(experts, &device.burn));
+        parameters
+    }
+
+    /// A copy of all but the linear layers: norms, biases, and the router of a mixture.
+    pub fn frame(block: &Block, device: &burn::tensor::Device) -> Self {
+        let mut parameters = Self::default();
+        parameters.set_vectors(block, device);
+        parameters.experts = block.experts.as_ref().map(|experts| Tensors::around(experts, Vec::new(), device));
+        parameters
+    }
+
+    /// As [`Self::copy`], without experts.
+    fn copy_own(block: &Block, device: &Device) -> Self {
         let mut parameters = Self::default();
         let mut room = device.room_for_weights();
         for linear in &block.linears {

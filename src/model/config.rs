@@ -1,15 +1,18 @@
 //! config.json, in the spellings of transformers 4 and 5, to one typed description. Every number is bounded before
 //! it is used; nothing is allocated in proportion to a number that no tensor has confirmed.
 
+mod keys;
+
 use std::borrow::Cow;
 
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use crate::error::{Error, Result, shown};
 use crate::kernels::delta_rule::Sizes;
 use crate::kernels::gated::Activation;
 use crate::model::architecture::families::{FAMILIES, family};
 use crate::model::architecture::{Biases, Embed, Family, LogitsFactor, Mixing, QkNorm, Rotates, Scale, SlidingRule, Windows};
+pub use crate::model::config::keys::{Keys, tokens};
 use crate::model::delta;
 use crate::model::latent::Latent;
 use crate::model::mixture::Mixture;
@@ -136,24 +139,13 @@ impl Config {
         let defaults = family.defaults;
         let hidden = keys.required("hidden_size", 1 << 20)?;
         let [heads, vocabulary] = heads_and_vocabulary(&keys, defaults.heads_and_vocabulary)?;
-        let kv_heads = match keys.count("num_key_value_heads", 1 << 16)? {
-            Some(found) => found,
-            None if keys.0.contains_key("num_key_value_heads") => heads,
-            None => defaults.kv_heads.unwrap_or(heads),
-        };
-        if heads % kv_heads != 0 {
-            return Err(Error::input(format!(
-                "config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
-            )));
-        }
         let latent = if family.mixing == Mixing::Latent { Some(Latent::read(&keys)?) } else { None };
         // All heads of a latent attention have keys of their own.
-        let kv_heads = if latent.is_some() { heads } else { kv_heads };
+        let kv_heads = if latent.is_some() { heads } else { kv_heads(&keys, family, heads)? };
         let (head_dim, turning, scored) = match &latent {
             Some(latent) => (latent.head_dim(), latent.turning, latent.key()),
             None => [head_dim(&keys, family, hidden, heads)?; 3].into(),
         };
-        let activation = activation(&keys, family)?;
         let [scale, embed_factor] = factors(&keys, family, hidden, scored)?;
         let cap = |on: bool, key: &str, default: Option<f64>| match keys.0.contains_key(key) {
             true if on => keys.positive(key),
@@ -167,16 +159,11 @@ impl Config {
         }
         let mixture = Mixture::read(&keys, family)?;
         let layers = layers(&keys, family, turning, max_positions)?;
-        // Where all layers are mixtures, the width of an MLP may be left out.
-        let silent = mixture.filter(|_| layers.iter().all(|layer| layer.mixed) && !keys.0.contains_key("intermediate_size"));
         let sharper = layers.iter().find_map(|layer| layer.rotation.as_ref()).map_or(1.0, Rotation::sharper);
         Ok(Self {
             family,
             hidden,
-            intermediate: match silent {
-                Some(mixture) => mixture.width,
-                None => keys.required("intermediate_size", 1 << 24)?,
-            },
+            intermediate: intermediate(&keys, mixture.as_ref(), &layers)?,
             vocabulary,
             heads,
             kv_heads,
@@ -184,7 +171,7 @@ impl Config {
             epsilon: keys.positive(family.epsilon)?.unwrap_or(defaults.epsilon),
             max_positions,
             tied: keys.flag("tie_word_embeddings").unwrap_or(defaults.tied),
-            activation,
+            activation: activation(&keys, family)?,
             scale: (scale * sharper) as f32,
             attention_cap: cap(family.attention_cap, "attn_logit_softcapping", defaults.caps[0])?.map(|cap| cap as f32),
             logits_cap: cap(family.logits_cap, "final_logit_softcapping", defaults.caps[1])?.map(|cap| cap as f32),
@@ -244,6 +231,27 @@ impl Config {
             QkNorm::Head => Some([self.head_dim; 2]),
             QkNorm::Projection => Some([self.query_width(), self.kv_width()]),
         }
+    }
+}
+
+/// `num_key_value_heads`, of which queries have a multiple.
+fn kv_heads(keys: &Keys<'_>, family: &Family, heads: usize) -> Result<usize> {
+    let kv_heads = match keys.count("num_key_value_heads", 1 << 16)? {
+        Some(found) => found,
+        None if keys.0.contains_key("num_key_value_heads") => heads,
+        None => family.defaults.kv_heads.unwrap_or(heads),
+    };
+    if heads % kv_heads != 0 {
+        return Err(Error::input(format!("config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")));
+    }
+    Ok(kv_heads)
+}
+
+/// `intermediate_size`, which may be left out where all layers are mixtures.
+fn intermediate(keys: &Keys<'_>, mixture: Option<&Mixture>, layers: &[Layer]) -> Result<usize> {
+    match mixture.filter(|_| layers.iter().all(|layer| layer.mixed) && !keys.0.contains_key("intermediate_size")) {
+        Some(mixture) => Ok(mixture.width),
+        None => keys.required("intermediate_size", 1 << 24),
     }
 }
 
@@ -425,108 +433,6 @@ fn sliding(keys: &Keys<'_>, family: &Family, count: usize, rotates: &[bool]) -> 
         SlidingRule::EvenBelowMaxWindowLayers => layer.is_multiple_of(2) && layer < first,
     };
     Ok((0..count).map(slides).collect())
-}
-
-/// Token numbers as a configuration gives them: one, a list or none.
-pub fn tokens(value: Option<&Value>) -> Vec<u32> {
-    let one = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
-    match value {
-        Some(Value::Array(list)) => list.iter().filter_map(one).collect(),
-        Some(value) => one(value).into_iter().collect(),
-        None => Vec::new(),
-    }
-}
-
-/// Typed access to the keys of a JSON object, with errors that name key and value.
-#[derive(Debug, Clone, Copy)]
-pub struct Keys<'a>(pub &'a Map<String, Value>);
-
-impl Keys<'_> {
-    /// A count in 1..=limit; `None` when absent or null.
-    ///
-    /// # Errors
-    /// When it is anything else.
-    pub fn count(&self, key: &str, limit: u64) -> Result<Option<usize>> {
-        match self.0.get(key) {
-            None | Some(Value::Null) => Ok(None),
-            Some(value) => match value.as_u64() {
-                Some(number) if (1..=limit).contains(&number) => Ok(Some(number as usize)),
-                // A window of all layers may be given as 0 layers.
-                Some(0) if key == "max_window_layers" => Ok(None),
-                _ => Err(Error::input(format!(
-                    "config.json: {key} is {}, it must be a whole number from 1 to {limit}",
-                    shown(&value.to_string())
-                ))),
-            },
-        }
-    }
-
-    /// As [`Self::count`], where it may be 0.
-    ///
-    /// # Errors
-    /// When it is anything else.
-    pub fn whole(&self, key: &str, limit: u64) -> Result<Option<usize>> {
-        if self.0.get(key).is_some_and(|value| *value == 0) { Ok(Some(0)) } else { self.count(key, limit) }
-    }
-
-    /// A count that must be there.
-    ///
-    /// # Errors
-    /// When it is absent or not a count.
-    pub fn required(&self, key: &str, limit: u64) -> Result<usize> {
-        self.count(key, limit)?.ok_or_else(|| Error::input(format!("config.json: {key} is missing")))
-    }
-
-    /// A finite number above zero; `None` when absent or null.
-    ///
-    /// # Errors
-    /// When it is anything else.
-    pub fn positive(&self, key: &str) -> Result<Option<f64>> {
-        match self.0.get(key) {
-            None | Some(Value::Null) => Ok(None),
-            Some(value) => match value.as_f64() {
-                Some(number) if number > 0.0 && number < 1e30 => Ok(Some(number)),
-                _ => Err(Error::input(format!("config.json: {key} is {}, it must be a number above 0", shown(&value.to_string())))),
-            },
-        }
-    }
-
-    /// Token numbers below `vocabulary`: one, a list or none; −1 means none.
-    ///
-    /// # Errors
-    /// When they are anything else.
-    pub fn tokens(&self, key: &str, vocabulary: usize) -> Result<Vec<u32>> {
-        let number = |value: &Value| value.as_i64().is_some_and(|number| number >= -1);
-        match self.0.get(key) {
-            Some(Value::Array(list)) if list.iter().all(number) => {}
-            None | Some(Value::Null) => {}
-            Some(value) if number(value) => {}
-            Some(value) => {
-                return Err(Error::input(format!(
-                    "config.json: {key} is {}, it must be a token number or a list",
-                    shown(&value.to_string())
-                )));
-            }
-        }
-        let value = self.0.get(key);
-        let highest = value.into_iter().flat_map(|value| value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice));
-        match highest.filter_map(Value::as_u64).max() {
-            Some(highest) if highest >= vocabulary as u64 => {
-                Err(Error::input(format!("config.json: {key} is {highest}, vocab_size is {vocabulary}")))
-            }
-            _ => Ok(tokens(value)),
-        }
-    }
-
-    /// A flag; `None` when absent, null or not a flag.
-    pub fn flag(&self, key: &str) -> Option<bool> {
-        self.0.get(key).and_then(Value::as_bool)
-    }
-
-    /// A string; `None` when absent, null or not a string.
-    pub fn text(&self, key: &str) -> Option<&str> {
-        self.0.get(key).and_then(Value::as_str)
-    }
 }
 
 #[cfg(test)]

@@ -174,14 +174,19 @@ pub enum Point {
 /// step from working in its memory.
 pub type Tap<'a> = &'a mut dyn FnMut(Point, &Tensor<2>);
 
-/// The output of a block for the hidden states `x`: [`attend`], [`join`] and [`second_half`], one after the other.
+/// The output of a block for the hidden states `x`: [`first_half`] and [`second_half`].
 pub fn block(spec: &Spec<'_>, parameters: &Parameters, x: Tensor<2>, tap: Tap<'_>) -> Tensor<2> {
+    let [source, h] = first_half(spec, parameters, x, tap);
+    second_half(spec, parameters, source, h, tap)
+}
+
+/// What the MLP reads before its norm, and the residual stream after attention.
+pub fn first_half(spec: &Spec<'_>, parameters: &Parameters, x: Tensor<2>, tap: Tap<'_>) -> [Tensor<2>; 2] {
     let mixed = attend(spec, parameters, x.clone(), tap);
     let parallel = spec.config.family.places.parallel.then(|| x.clone());
     let h = add_branch(spec, parameters, Branch::ATTENTION, x, mixed, tap);
     tap(Point::Joined, &h);
-    let source = parallel.unwrap_or_else(|| h.clone());
-    second_half(spec, parameters, source, h, tap)
+    [parallel.unwrap_or_else(|| h.clone()), h]
 }
 
 /// The output of a block for the residual stream `h` after attention; the MLP reads `source`, which is `h` unless the block is

@@ -181,6 +181,35 @@ impl Hidden {
         Ok(values)
     }
 
+    /// The window of a token, counted over all windows.
+    pub fn window_of(&self, token: usize) -> usize {
+        self.starts.partition_point(|&start| start <= token).saturating_sub(1)
+    }
+
+    /// The states of some tokens, counted over all windows.
+    ///
+    /// # Errors
+    /// When the temporary file cannot be read.
+    pub fn rows(&self, tokens: &[usize]) -> Result<Vec<f32>> {
+        let mut values = vec![0.0; tokens.len() * self.width];
+        let row = match self.place {
+            Store::Halved(_) | Store::Disk { halved: true, .. } => halved_bytes(self.width),
+            _ => 4 * self.width,
+        };
+        let mut bytes = vec![0; if self.spilled() { row } else { 0 }];
+        for (&token, out) in tokens.iter().zip(values.chunks_exact_mut(self.width.max(1))) {
+            match &self.place {
+                Store::Memory(all) => out.copy_from_slice(&all[token * self.width..][..self.width]),
+                Store::Halved(all) => restore(&all[token * row..][..row], self.width, out),
+                Store::Disk { file, halved } => {
+                    file.read_exact_at(&mut bytes, (token * row) as u64).map_err(|error| spill_error(&error))?;
+                    if *halved { restore(&bytes, self.width, out) } else { decode_chunk(Float::F32, &bytes, out) }
+                }
+            }
+        }
+        Ok(values)
+    }
+
     /// Replaces the states of consecutive windows.
     ///
     /// # Errors

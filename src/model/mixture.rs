@@ -24,7 +24,7 @@ const LAYERS: [Role; 3] = [Role::Gate, Role::Up, Role::Down];
 const MOST: usize = 1 << 14;
 
 /// Rows of an expert's products are a multiple of this.
-const ROWS: usize = 16;
+pub const ROWS: usize = 16;
 
 /// What config.json says of the mixtures of a model.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -190,6 +190,22 @@ impl Experts {
         routed.chain(self.shared.as_mut().map(|(linears, _)| (Which::Shared, linears)))
     }
 
+    /// The layers of an expert.
+    pub fn layers(&self, which: Which) -> Option<&[Linear; 3]> {
+        match which {
+            Which::Routed(expert) => self.routed.get(expert),
+            Which::Shared => self.shared.as_ref().map(|(linears, _)| linears),
+        }
+    }
+
+    /// As [`Self::layers`], to change them.
+    pub fn layers_mut(&mut self, which: Which) -> Option<&mut [Linear; 3]> {
+        match which {
+            Which::Routed(expert) => self.routed.get_mut(expert),
+            Which::Shared => self.shared.as_mut().map(|(linears, _)| linears),
+        }
+    }
+
     /// Bytes of all its weights in f32.
     pub fn bytes(&self) -> u64 {
         self.linears()
@@ -207,6 +223,25 @@ pub struct Layers {
     pub weights: [Tensor<2>; 3],
     /// Their biases, where there are such.
     pub biases: [Option<Tensor<1>>; 3],
+}
+
+impl Layers {
+    /// What one of the layers gives.
+    fn apply(&self, number: usize, x: &Tensor<2>) -> Tensor<2> {
+        let product = product(x, &self.weights[number]);
+        match &self.biases[number] {
+            Some(bias) => product + bias.clone().unsqueeze(),
+            None => product,
+        }
+    }
+
+    /// A copy of the floats of an expert's layers.
+    pub fn copy(linears: &[Linear; 3], device: &burn::tensor::Device) -> Self {
+        Self {
+            weights: linears.each_ref().map(|linear| tensor(linear.weight.to_matrix().into_owned().data, linear.weight.shape(), device)),
+            biases: linears.each_ref().map(|linear| linear.bias.as_ref().map(|bias| tensor(bias.clone(), [bias.len()], device))),
+        }
+    }
 }
 
 /// The tensors that the forward of a mixture needs.
@@ -227,22 +262,35 @@ pub struct Tensors {
 impl Tensors {
     /// Takes the floats out of a mixture, which must not be used any more.
     pub fn take(experts: &mut Experts, device: &burn::tensor::Device) -> Self {
-        let whole = |matrix: &Matrix| tensor(matrix.data.clone(), [matrix.rows, matrix.columns], device);
-        let vector = |values: &[f32]| tensor::<1>(values.to_vec(), [values.len()], device);
-        let take = |linears: &mut [Linear; 3]| {
-            let biases = linears.each_ref().map(|linear| linear.bias.as_deref().map(vector));
+        let take = |(_, linears): (Which, &mut [Linear; 3])| {
+            let biases = linears.each_ref().map(|linear| linear.bias.as_ref().map(|bias| tensor(bias.clone(), [bias.len()], device)));
             let weights = linears.each_mut().map(|linear| {
                 let shape = linear.weight.shape();
                 tensor(floats(&mut linear.weight), shape, device)
             });
             Layers { weights, biases }
         };
+        let layers = experts.linears_mut().map(take).collect();
+        Self::around(experts, layers, device)
+    }
+
+    /// A copy of the floats of a mixture.
+    pub fn copy(experts: &Experts, device: &burn::tensor::Device) -> Self {
+        let layers = experts.linears().map(|(_, linears)| Layers::copy(linears, device)).collect();
+        Self::around(experts, layers, device)
+    }
+
+    /// What else a mixture has, around the layers of its experts, the shared one last.
+    pub(super) fn around(experts: &Experts, mut routed: Vec<Layers>, device: &burn::tensor::Device) -> Self {
+        let whole = |matrix: &Matrix| tensor(matrix.data.clone(), [matrix.rows, matrix.columns], device);
+        let shared = experts.shared.as_ref().and_then(|(_, gate)| Some((routed.pop()?, gate.as_ref().map(whole))));
+        let bias = &experts.router.bias;
         Self {
             router: whole(&experts.router.weight),
-            bias: (!experts.router.bias.is_empty()).then(|| vector(&experts.router.bias)),
+            bias: (!bias.is_empty()).then(|| tensor(bias.clone(), [bias.len()], device)),
             correction: experts.router.correction.clone(),
-            routed: experts.routed.iter_mut().map(take).collect(),
-            shared: experts.shared.as_mut().map(|(linears, gate)| (take(linears), gate.as_ref().map(whole))),
+            routed,
+            shared,
         }
     }
 
@@ -340,20 +388,19 @@ pub fn picked(rows: &[f32], width: usize, tokens: impl ExactSizeIterator<Item = 
 
 /// A gated MLP; `see` is shown its steps.
 pub fn mlp(layers: &Layers, activation: Activation, x: &Tensor<2>, see: &mut dyn FnMut(Step, &Tensor<2>)) -> Tensor<2> {
-    let layer = |number: usize, x: &Tensor<2>| {
-        let product = product(x, &layers.weights[number]);
-        match &layers.biases[number] {
-            Some(bias) => product + bias.clone().unsqueeze(),
-            None => product,
-        }
-    };
+    let middle = middle(layers, activation, x, see);
+    let given = layers.apply(2, &middle);
+    see(Step::Output, &given);
+    given
+}
+
+/// What down reads in a gated MLP.
+pub fn middle(layers: &Layers, activation: Activation, x: &Tensor<2>, see: &mut dyn FnMut(Step, &Tensor<2>)) -> Tensor<2> {
     see(Step::Input, x);
-    let (gate, up) = (layer(0, x), layer(1, x));
+    let (gate, up) = (layers.apply(0, x), layers.apply(1, x));
     see(Step::Gate, &gate);
     see(Step::Up, &up);
     let middle = gated(activation, gate, up);
     see(Step::Middle, &middle);
-    let given = layer(2, &middle);
-    see(Step::Output, &given);
-    given
+    middle
 }

@@ -169,13 +169,18 @@ fn read(top: &Keys<'_>, keys: &Keys<'_>, family: &Family, theta: f64, [head_dim,
         Some(beta) if family.position_scale => Some([beta, original()?]),
         _ => None,
     };
-    // What config.json calls mscale_all_dim makes scores of stretched latent attention larger, rather than queries and keys.
-    let gain = match (keys.positive("mscale_all_dim").ok().flatten(), keys.positive("factor")?) {
-        (Some(all), Some(factor)) if family.mixing == Mixing::Latent && name != "default" && factor > 1.0 => 0.1 * all * factor.ln() + 1.0,
-        _ => 1.0,
-    };
     let interleaved = family.pairing == Pairing::Interleaved && top.flag("rope_interleave") != Some(false);
-    Ok(Rotation { width, theta, kind, interleaved, sharper: gain * gain, growth })
+    Ok(Rotation { width, theta, kind, interleaved, sharper: sharper(keys, family, name)?, growth })
+}
+
+/// What config.json calls mscale_all_dim makes scores of stretched latent attention larger, rather than queries and keys.
+fn sharper(keys: &Keys<'_>, family: &Family, name: &str) -> Result<f64> {
+    Ok(match (keys.positive("mscale_all_dim").ok().flatten(), keys.positive("factor")?) {
+        (Some(all), Some(factor)) if family.mixing == Mixing::Latent && name != "default" && factor > 1.0 => {
+            (0.1 * all * factor.ln() + 1.0).powi(2)
+        }
+        _ => 1.0,
+    })
 }
 
 /// Long-context rotation of so many pairs.

@@ -1,6 +1,5 @@
 //! What calibration saw at the input sites of a block.
 
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -10,10 +9,6 @@ use crate::kernels::gram_space::GramSpace;
 use crate::kernels::quadratic::layer_error;
 use crate::matrix::Matrix;
 use crate::model::block::Site;
-use crate::model::mixture::Which;
-
-/// Fewer tokens than these say too little of an expert.
-pub const FEW_TOKENS: u64 = 16;
 
 /// What a method needs to have been seen, in ascending order; a run collects the maximum.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -75,7 +70,7 @@ impl Statistics {
     }
 
     /// Itself, where everything that was seen is finite.
-    fn finite(&self, site: Site) -> Result<&Self> {
+    pub(super) fn finite(&self, site: Site) -> Result<&Self> {
         match self.squares.iter().position(|square| !square.is_finite()) {
             Some(column) => Err(Error::input(format!("the calibration inputs at {site:?} are not finite in column {column}"))),
             None => Ok(self),
@@ -93,8 +88,6 @@ impl Statistics {
 pub struct Seen {
     /// Statistics by site.
     pub sites: BTreeMap<Site, Statistics>,
-    /// Those of the tokens that came to an expert, by expert and site.
-    pub experts: BTreeMap<(Which, Site), Statistics>,
     /// Inputs of the original block's sites for the first tokens, tokens × columns: where no Gram matrix was gathered, a
     /// layer's error is told on them.
     pub inputs: BTreeMap<Site, Vec<f32>>,
@@ -119,24 +112,6 @@ impl Seen {
             product(sizes, &mut outputs, exact.rows, false, 1.0, inputs, weight, true);
             outputs.iter().map(|output| f64::from(*output).powi(2)).sum()
         }))
-    }
-
-    /// Tokens that came to an expert.
-    pub fn tokens_of(&self, which: Which) -> u64 {
-        self.experts.get(&(which, Site::Mlp)).map_or(0, |statistics| statistics.tokens)
-    }
-
-    /// The statistics of a site of an expert. Where fewer than [`FEW_TOKENS`] came to it, all tokens of the block stand in; what
-    /// they would be in its middle is not known, and all columns are equal there.
-    ///
-    /// # Errors
-    /// When nothing was seen in the block, or something that is not finite.
-    pub fn at_expert(&self, which: Which, site: Site, columns: usize) -> Result<Cow<'_, Statistics>> {
-        match self.experts.get(&(which, site)).filter(|_| self.tokens_of(which) >= FEW_TOKENS) {
-            Some(statistics) => statistics.finite(site).map(Cow::Borrowed),
-            None if site == Site::Down => Ok(Cow::Owned(Statistics::new(0, vec![1.0; columns], None))),
-            None => self.at(site).map(Cow::Borrowed),
-        }
     }
 
     /// The statistics of a site.

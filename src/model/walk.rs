@@ -12,6 +12,7 @@ use crate::kernels::gram::gpu::Gram;
 use crate::kernels::gram::{self, add_column_squares, add_gram};
 use crate::kernels::{Floats, tensor, values};
 use crate::model::Model;
+use crate::model::arrivals::Arrivals;
 use crate::model::bench::{Bench, Between, Streams, relative_error};
 use crate::model::block::{Parameters, Site};
 use crate::model::forward::{self, Point, Spec, Tap};
@@ -39,6 +40,11 @@ pub trait Visitor {
     /// is seen anew on the workbench.
     fn observes(&self) -> Needs {
         self.needs()
+    }
+
+    /// Whether every token counts for every expert of a mixture, wherever its router sends it.
+    fn everywhere(&self) -> bool {
+        false
     }
 
     /// Works on a block; the walk goes on with the block as it then stands.
@@ -114,12 +120,19 @@ pub fn walk_part(
         run.check_stop()?;
         let note = format!("block {index}");
         let mut block = model.load_block(index)?;
-        let (mut seen, mut wanted, mut original) = (Seen::default(), Vec::new(), None);
+        let (mut seen, mut wanted, mut original, mut arrivals) = (Seen::default(), Vec::new(), None, None);
         if calibrated {
             let parameters = Parameters::take(&mut block, run.device);
             original = Some(parameters.clone());
             if visitor.observes() > Needs::Nothing {
-                (seen, wanted) = observe(model, index, &parameters, hidden, visitor.observes(), run, &note)?;
+                let needs = visitor.observes();
+                (seen, wanted) = if model.config.layers[index].mixed {
+                    let found = observe_mixture(model, index, &parameters, hidden, (needs, visitor.everywhere()), run, &note)?;
+                    arrivals = Some(found.1);
+                    (found.0, found.2)
+                } else {
+                    observe(model, index, &parameters, hidden, needs, run, &note)?
+                };
             }
             if let Some(float) = &mut float {
                 float.fit(model, index, hidden, run)?;
@@ -131,7 +144,8 @@ pub fn walk_part(
             parameters.give_back(&mut block);
         }
         let streams = float.as_mut().map(FloatStream::lend);
-        let mut bench = Bench { model, block, seen, run, hidden, original, streams, wanted, settled: false };
+        let everywhere = visitor.everywhere();
+        let mut bench = Bench { model, block, seen, arrivals, everywhere, run, hidden, original, streams, wanted, settled: false };
         visitor.visit(&mut bench)?;
         let Bench { mut block, wanted, settled, .. } = bench;
         let parameters = Parameters::take(&mut block, run.device);
@@ -199,7 +213,8 @@ fn opened<'a>(model: &'a Model<'a>, index: usize, hidden: &'a Hidden, needs: Nee
         _ => observe(model, index, &parameters, hidden, needs, run, "")?,
     };
     parameters.give_back(&mut block);
-    Ok(Bench { model, block, seen, run, hidden, original, streams: None, wanted, settled: false })
+    let (arrivals, everywhere) = Default::default();
+    Ok(Bench { model, block, seen, arrivals, everywhere, run, hidden, original, streams: None, wanted, settled: false })
 }
 
 /// Memory for what must have been seen of so many tokens, in bytes, beside the block and the hidden states: Gram matrices
@@ -292,21 +307,15 @@ fn observe(
     for runs in batches(model, hidden, needs >= Needs::Gram, run) {
         run.check_stop()?;
         let results = hidden.map(&runs, |windows, x| {
-            let (mut sites, mut experts) = (BTreeMap::new(), BTreeMap::new());
+            let mut sites = BTreeMap::new();
             let y = forward_run(model, index, parameters, hidden.tokens(windows.start), x, run, &mut |point, input| match point {
                 Point::Site(site) => drop(sites.insert(site, statistics(site, input, needs, run.device.gpu.as_ref(), &grams))),
-                Point::Expert(which, step, tokens) => {
-                    experts.extend(step.site().map(|site| ((which, site), squares(input, tokens))));
-                }
                 _ => {}
             });
             let sites = sites.into_iter().map(|(site, statistics)| Ok((site, statistics?))).collect::<Result<BTreeMap<_, _>>>()?;
-            Ok((sites, experts, y))
+            Ok((sites, y))
         })?;
-        for (windows, (sites, experts, y)) in runs.iter().zip(results) {
-            for (at, statistics) in experts {
-                merge(seen.experts.entry(at).or_default(), statistics);
-            }
+        for (windows, (sites, y)) in runs.iter().zip(results) {
             for (site, statistics) in sites {
                 merge(seen.sites.entry(site).or_default(), statistics);
             }
@@ -318,6 +327,59 @@ fn observe(
         seen.sites.entry(site).or_default().gram = Some(gram.totals()?);
     }
     Ok((seen, outputs))
+}
+
+/// As [`observe`] for a mixture of experts, up to what its experts read: those see their own tokens one after the other, later.
+#[allow(clippy::type_complexity)]
+fn observe_mixture(
+    model: &Model<'_>,
+    index: usize,
+    parameters: &Parameters,
+    hidden: &Hidden,
+    (needs, everywhere): (Needs, bool),
+    run: &Run<'_>,
+    note: &str,
+) -> Result<(Seen, Arrivals, Vec<Vec<f32>>)> {
+    let (mut seen, mut outputs) = (Seen::default(), Vec::new());
+    let (Some(experts), Some(described)) = (parameters.experts(), &model.config.mixture) else {
+        return Err(Error::run("a mixture without experts"));
+    };
+    let mut arrivals = Arrivals::new(described.experts, everywhere);
+    let mut source = hidden.like(model.config.hidden, run.scratch)?;
+    for runs in batches(model, hidden, needs >= Needs::Gram, run) {
+        run.check_stop()?;
+        let results = hidden.map(&runs, |windows, x| {
+            let mut sites = BTreeMap::new();
+            let spec = Spec::new(&model.config, index, hidden.tokens(windows.start));
+            let x: Tensor<2> = tensor(x, [windows.len() * spec.seq, model.config.hidden], &run.device.burn);
+            let [read, h] = forward::first_half(&spec, parameters, x, &mut |point, input| {
+                if let Point::Site(site) = point {
+                    sites.insert(site, statistics(site, input, needs, None, &Mutex::default()));
+                }
+            });
+            drop(h);
+            let input = forward::mlp_input(&spec, parameters, read.clone());
+            sites.insert(Site::Mlp, statistics(Site::Mlp, &input, Needs::SquaredNorms, None, &Mutex::default()));
+            let sites = sites.into_iter().map(|(site, statistics)| Ok((site, statistics?))).collect::<Result<BTreeMap<_, _>>>()?;
+            Ok((sites, values(experts.logits(&input)), values(read)))
+        })?;
+        for (windows, (sites, logits, read)) in runs.iter().zip(results) {
+            for (site, statistics) in sites {
+                merge(seen.sites.entry(site).or_default(), statistics);
+            }
+            arrivals.add(&logits, &experts.correction, described.rule);
+            source.write(windows.clone(), &read)?;
+            if windows.start < COMPARED {
+                let windows = windows.start..windows.end.min(COMPARED);
+                let seq = hidden.tokens(windows.start);
+                let y = forward_run(model, index, parameters, seq, hidden.read(windows.clone())?, run, &mut |_, _| {});
+                keep_first(&mut outputs, &windows, y);
+            }
+        }
+        run.observer.step(runs.iter().map(Range::len).sum::<usize>() as u64, note);
+    }
+    arrivals.keep(source);
+    Ok((seen, arrivals, outputs))
 }
 
 /// Inputs of all sites of the original block for the first tokens.
@@ -430,13 +492,6 @@ pub(crate) fn runs(model: &Model<'_>, hidden: &Hidden) -> Vec<Range<usize>> {
 fn batches(model: &Model<'_>, hidden: &Hidden, single: bool, run: &Run<'_>) -> Vec<Vec<Range<usize>>> {
     let runs = runs(model, hidden);
     runs.chunks(if single || run.device.gpu.is_some() { 1 } else { rayon::current_num_threads() }).map(<[_]>::to_vec).collect()
-}
-
-/// Column sums of squares of what an expert reads.
-fn squares(input: &Tensor<2>, tokens: usize) -> Statistics {
-    let mut squares = vec![0.0; input.dims()[1]];
-    add_column_squares(Floats::fetched(input).slice(), &mut squares);
-    Statistics::new(tokens as u64, squares, None)
 }
 
 /// Statistics of an input of a site. Where it lies on a GPU its Gram matrix adds up there, in `grams`.

@@ -195,7 +195,7 @@ fn packed_checkpoints_are_exported_where_the_other_format_holds_the_same_weights
 }
 
 #[test]
-fn mixtures_of_experts_are_quantized_without_data_and_measured_and_others_methods_are_refused() {
+fn mixtures_of_experts_are_quantized_without_data_and_measured() {
     let folder = tempfile::tempdir().unwrap();
     let text = folder.path().join("letters.txt");
     let letter = |at: usize| char::from(b'A' + (at * 7919 + at * at % 31) as u8 % 26);
@@ -213,10 +213,38 @@ fn mixtures_of_experts_are_quantized_without_data_and_measured_and_others_method
         let checked =
             drawknife(&["check", out.to_str().unwrap(), "--reference", model.to_str().unwrap(), "--text", text.to_str().unwrap()]);
         assert!(checked.status.success(), "{case}: {}", String::from_utf8_lossy(&checked.stdout));
-        let refused =
-            drawknife(&["compress", model.to_str().unwrap(), "-o", folder.path().join("none").to_str().unwrap(), "--preset", "w4"]);
-        let error = String::from_utf8_lossy(&refused.stderr).into_owned();
-        assert!(refused.status.code() == Some(2) && error.contains("is a mixture of experts, for whose experts"), "{case}: {error}");
+    }
+}
+
+#[test]
+fn experts_are_rounded_by_what_comes_to_them_and_learned_and_the_same_for_any_number_of_threads() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = folder.path().join("letters.txt");
+    let letter = |at: usize| char::from(b'A' + (at * 7919 + at * at % 31) as u8 % 26);
+    std::fs::write(&text, (0..4000).map(letter).collect::<String>()).unwrap();
+    let text = text.to_str().unwrap();
+    let measured =
+        ["--calibration", text, "--samples", "24", "--seq", "64", "--eval-text", text, "--eval-tokens", "1024", "--eval-seq", "64"];
+    for case in ["qwen2_moe", "qwen3_moe_stacked", "mixtral", "deepseek_v3", "deepseek_v3_wide", "qwen3_next", "qwen3_5_moe_text"] {
+        let model = with_tokenizer(case, folder.path());
+        let run = |name: &str, method: &str, more: &[&str]| {
+            let recipe = format!("[[stage]]\nmethod = {method}\nbits = 3\ngroup = 8\n");
+            let more = [&measured[..], more].concat();
+            let (out, found) = compress(folder.path(), model.to_str().unwrap(), &format!("{case}-{name}"), &recipe, &more);
+            let divergence = found["report"]["quality"]["kld_mean"].as_f64().unwrap();
+            (std::fs::read(out.join("model.safetensors")).unwrap(), divergence, found)
+        };
+        let (_, plain, _) = run("plain", "\"round-to-nearest\"", &[]);
+        let (_, fed_back, _) = run("gptq", "\"gptq\"", &[]);
+        let (closed, aimed, found) = run("closed", "\"closed-form\"", &[]);
+        let signround = "\"signround\"\niters = 40\ninit = \"range\"";
+        let (learned, descended, _) = run("learned", signround, &[]);
+        assert!(fed_back.max(aimed).max(descended) < 0.95 * plain, "{case}: {plain} {fed_back} {aimed} {descended}");
+        let layers = found["report"]["layers"].as_array().unwrap();
+        let corrected = |layer: &&Value| layer["notes"].to_string().contains("target corrected by");
+        assert_eq!(layers.iter().filter(corrected).count(), layers.len(), "{case}");
+        assert!(closed == run("closed-again", "\"closed-form\"", &["--threads", "1"]).0, "{case}");
+        assert!(learned == run("learned-again", signround, &["--threads", "1"]).0, "{case}");
     }
 }
 
