@@ -1,6 +1,7 @@
 //! The verb `compress`: a checkpoint and a recipe to a smaller checkpoint with its quality measured.
 
 pub mod card;
+pub mod changes;
 pub mod compressor;
 pub mod convert;
 pub mod destination;
@@ -15,7 +16,6 @@ pub mod remarks;
 pub mod work;
 pub mod writer;
 
-use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
@@ -25,6 +25,7 @@ use crate::calibrate::corpus::{self, Packed};
 use crate::calibrate::tokens::Tokenizer;
 use crate::checkpoint::source::{Source, Through};
 use crate::checkpoint::{Checkpoint, read_file};
+use crate::compress::changes::Changes;
 use crate::compress::compressor::{Compressor, Finished};
 use crate::compress::destination::Destination;
 use crate::compress::exports::{Export, Sinks};
@@ -133,8 +134,8 @@ pub struct Prepared {
     pub generation: Option<generate::Options>,
     /// Evaluation windows.
     pub evaluation: Option<(Vec<Vec<u32>>, Evaluation)>,
-    /// Tensors of norms that stages change.
-    pub norms: HashSet<String>,
+    /// Tensors beside linear layers that stages change.
+    pub changes: Changes,
     /// What the run is expected to need.
     pub needed: Needed,
     /// Deviations and warnings so far.
@@ -154,9 +155,12 @@ impl Prepared {
         let known = computes(&checkpoint);
         let source = Through::restored(formats::open(&checkpoint)?);
         let model = if known { Some(Model::open(&checkpoint, &source)?) } else { None };
+        let experts = changes::experts_left(&job.recipe, model.as_ref()).map_err(|error| error.file(&job.model))?;
+        let model = model.map(|model| model.with_experts(experts));
         let candidates = candidates(&checkpoint, &source, model.as_ref())?;
         let carried: Vec<&str> = checkpoint.names().collect();
         let mut plan = Plan::resolve(&job.recipe, &candidates, &carried)?;
+        plan.experts = experts;
         exports::restore(&mut plan, &checkpoint, &source);
         let chosen = exports::chosen(&job.recipe, job.engine, &mut plan)?;
         let needs = needs(&job.recipe, &plan);
@@ -187,14 +191,9 @@ impl Prepared {
         if overlaps(&job) {
             notes.push("quality is measured on the calibration text itself: the figures flatter".into());
         }
-        let norms = match &model {
-            Some(model) if plan.norms() => {
-                (0..model.config.layers.len()).flat_map(|index| model.norms(index)).map(|(name, _, _)| name).collect()
-            }
-            _ => HashSet::new(),
-        };
+        let changes = model.as_ref().map(|model| changes::of(model, &plan)).unwrap_or_default();
         let export = |format| {
-            Export::new(&checkpoint, &source, &plan, format, &norms, (&job.recipe.export, chosen.len() > 1))
+            Export::new(&checkpoint, &source, &plan, format, &changes, (&job.recipe.export, chosen.len() > 1))
                 .map_err(|error| error.file(&job.model))
         };
         let exports = chosen.iter().map(|&format| export(format)).collect::<Result<Vec<_>>>()?;
@@ -212,7 +211,7 @@ impl Prepared {
             linears: candidates.len(),
             shards: checkpoint.shards.len(),
         };
-        Ok(Self { job, plan, exports, norms, facts, size, calibration, generation, evaluation, needed, notes, checkpoint })
+        Ok(Self { job, plan, exports, changes, facts, size, calibration, generation, evaluation, needed, notes, checkpoint })
     }
 
     /// Does the work, or what is left of it, and puts the finished folder into place. The destination must have begun with
@@ -280,7 +279,7 @@ impl Prepared {
         let mut metadata = self.checkpoint.metadata();
         metadata.insert("drawknife".into(), env!("CARGO_PKG_VERSION").into());
         let mut sinks = Sinks::create(&self.exports, &metadata, work, self.job.recipe.shard_bytes()?)?;
-        exports::carry(&self.checkpoint, formats::open(&self.checkpoint)?.as_ref(), &self.plan, &self.norms, &mut sinks, run)?;
+        exports::carry(&self.checkpoint, formats::open(&self.checkpoint)?.as_ref(), &self.plan, &self.changes, &mut sinks, run)?;
         watch.ends("copy the rest");
         let source = Through::restored(formats::open(&self.checkpoint)?);
         let layer_error = self.job.recipe.report.layer_error;
@@ -290,7 +289,7 @@ impl Prepared {
             compressor = Compressor::going_on(&self.plan, sinks, layer_error, work, 0);
             compressor.stream(&self.checkpoint, &source, run)?;
         } else {
-            let model = Model::open(&self.checkpoint, &source)?;
+            let model = Model::open(&self.checkpoint, &source)?.with_experts(self.plan.experts);
             generation::write(&model, self.generation.as_ref(), self.calibration.as_mut(), work, run)?;
             let windows = self.calibration.as_ref().map_or(&[][..], |packed| &packed.windows);
             let blocks = model.config.layers.len();

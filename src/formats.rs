@@ -208,6 +208,11 @@ fn float8_groups(config: &Value) -> bool {
     config["config_groups"].as_object().is_some_and(|groups| !groups.is_empty() && groups.values().all(float8))
 }
 
+/// Whether a checkpoint has experts of 4-bit floats, which are carried over with what config.json says of them.
+pub fn carries_experts(checkpoint: &Checkpoint) -> bool {
+    quantization(checkpoint).is_some_and(|config| config["quant_method"] == "mxfp4")
+}
+
 /// The quantization section of a checkpoint's config.json.
 pub fn quantization(checkpoint: &Checkpoint) -> Option<&Value> {
     ["quantization_config", "compression_config"].iter().filter_map(|key| checkpoint.config.get(*key)).find(|config| !config.is_null())

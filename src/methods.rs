@@ -11,6 +11,7 @@ pub mod norm_refit;
 pub mod norm_tweak;
 pub mod precalibrate;
 pub mod ptqtp;
+pub mod reap;
 pub mod round_to_nearest;
 pub mod signround;
 pub mod sparsegpt;
@@ -25,6 +26,7 @@ use crate::matrix::Matrix;
 use crate::methods::round_to_nearest::Group;
 use crate::model::bench::Bench;
 use crate::model::block::Slot;
+use crate::model::mixture::Mixture;
 use crate::model::seen::{Needs, Statistics};
 use crate::weight::{Float, Pattern, Storage, Weight};
 
@@ -163,6 +165,19 @@ pub trait Method: Debug + Send + Sync {
         None
     }
 
+    /// Whether it removes experts of mixtures.
+    fn removes_experts(&self) -> bool {
+        false
+    }
+
+    /// How many experts it leaves of a mixture, where it removes some.
+    ///
+    /// # Errors
+    /// When the mixture does not permit it.
+    fn experts_left(&self, _mixture: &Mixture) -> Option<Result<usize>> {
+        None
+    }
+
     /// Whether it changes norms.
     fn norms(&self) -> bool {
         false
@@ -282,6 +297,12 @@ pub const METHODS: &[Entry] = &[
         about: "two planes of trits with two scales per group, 3.45 bits; tied scales give 4-bit integers; no calibration",
         source: "arXiv:2509.16989",
         read: |options| Ok(Box::new(options.try_into::<ptqtp::Ptqtp>()?)),
+    },
+    Entry {
+        name: "reap",
+        about: "removes the experts of a mixture that give least: factor times norm of the output; first of all stages",
+        source: "arXiv:2510.13999",
+        read: |options| Ok(Box::new(options.try_into::<reap::Reap>()?)),
     },
     Entry {
         name: "sparsegpt",

@@ -16,6 +16,7 @@ pub mod mixture;
 pub mod rotation;
 pub mod seen;
 pub mod slopes;
+pub mod thinning;
 pub mod walk;
 pub mod woven;
 
@@ -73,6 +74,8 @@ pub struct Model<'a> {
     prefix: String,
     embedding: String,
     head: String,
+    /// Experts that the output has of those that the router chooses from, where it has not all.
+    left: Option<usize>,
 }
 
 impl<'a> Model<'a> {
@@ -102,7 +105,7 @@ impl<'a> Model<'a> {
             }
             (false, _, _) => return Err(Error::input("missing; the checkpoint is incomplete").tensor(&own).file(&checkpoint.folder)),
         };
-        let model = Self { config, checkpoint, source, prefix, embedding, head };
+        let model = Self { config, checkpoint, source, prefix, embedding, head, left: None };
         model.check()?;
         Ok(model)
     }
@@ -115,7 +118,7 @@ impl<'a> Model<'a> {
             self.checkpoint.float(name)?;
         }
         for index in 0..config.layers.len() {
-            for module in self.modules(index) {
+            for module in self.all_modules(index) {
                 let (name, needed) = (&module.name, module.shape);
                 let found = self.source.shape(self.checkpoint, name);
                 expect_shape(self.checkpoint, &format!("{name}.weight"), found, needed)?;
@@ -187,8 +190,44 @@ impl<'a> Model<'a> {
         format!("{}layers.{index}.{name}", self.prefix)
     }
 
-    /// The linear layers of a block as the checkpoint stores them, in the order of a forward.
+    /// The same model, of whose experts only so many will be in the output.
+    #[must_use]
+    pub fn with_experts(self, left: Option<usize>) -> Self {
+        Self { left, ..self }
+    }
+
+    /// The linear layers of a block as the output stores them, in the order of a forward.
     pub fn modules(&self, index: usize) -> Vec<Module> {
+        let left = self.left.unwrap_or(usize::MAX);
+        let stays = |module: &Module| !matches!(module.expert, Some(Which::Routed(expert)) if expert >= left);
+        self.all_modules(index).into_iter().filter(stays).collect()
+    }
+
+    /// Tensors of a mixture that have a row, or a matrix, for every expert, and nothing else but the layers of experts that the
+    /// output does not have.
+    pub fn by_expert(&self, index: usize) -> [Vec<String>; 2] {
+        let (Some((mixture, mixed)), Some(left)) = (self.mixture(index), self.left) else { return Default::default() };
+        let own = self.named(index, &format!("{}.{}.", mixed.name, mixed.router));
+        let experts = self.named(index, &format!("{}.experts.", mixed.name));
+        let apart = |name: &str| name.strip_prefix(&experts)?.split('.').next()?.parse::<usize>().ok();
+        let stacked = |name: &&str| name.starts_with(&own) || mixed.lying == Lying::Woven && name.starts_with(&experts);
+        let whole = self.checkpoint.names().filter(stacked).map(str::to_string).collect();
+        let gone = |name: &&str| apart(name).is_some_and(|expert| (left..mixture.experts).contains(&expert));
+        [whole, self.checkpoint.names().filter(gone).map(str::to_string).collect()]
+    }
+
+    /// The bytes of some rows of a tensor, shown one row after the other.
+    ///
+    /// # Errors
+    /// When the tensor cannot be read, or of who sees.
+    pub fn rows_of(&self, name: &str, rows: &[usize], mut see: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        let Some(info) = self.checkpoint.info(name) else { return Ok(()) };
+        let each = info.bytes() as usize / info.shape.first().copied().unwrap_or(1).max(1);
+        rows.iter().try_for_each(|&row| see(&self.checkpoint.part(name, row * each..(row + 1) * each)?))
+    }
+
+    /// The linear layers of a block as the checkpoint stores them, in the order of a forward.
+    fn all_modules(&self, index: usize) -> Vec<Module> {
         let family = self.config.family;
         let mut modules = self.mixers(index);
         let mixture = self.mixture(index);
@@ -357,7 +396,7 @@ impl<'a> Model<'a> {
     /// When a tensor is not finite or cannot be read.
     pub fn load_block(&self, index: usize) -> Result<Block> {
         let (mut linears, mut routed, mut shared) = (Vec::new(), Vec::new(), Vec::new());
-        for module in self.modules(index) {
+        for module in self.all_modules(index) {
             let into = match module.expert {
                 None => &mut linears,
                 Some(Which::Routed(_)) => &mut routed,

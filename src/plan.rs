@@ -33,6 +33,8 @@ pub struct Candidate {
     pub shape: [usize; 2],
     /// Number format of the model's floats.
     pub float: Float,
+    /// Whether it is part of an expert that a router chooses.
+    pub expert: bool,
 }
 
 /// What happens to one linear layer.
@@ -57,6 +59,10 @@ pub struct Plan {
     pub layers: Vec<Planned>,
     /// Deviations from what was asked for, each a sentence.
     pub notes: Vec<String>,
+    /// Experts that are left of those that a router chooses from, where some are removed.
+    pub experts: Option<usize>,
+    /// Whether every token counts for every expert.
+    pub everywhere: bool,
     /// Where layers stand.
     pub(crate) places: Places,
 }
@@ -95,8 +101,14 @@ impl Plan {
             for stage in stages.iter().filter(|stage| stage.method.norms()) {
                 stage.method.leaves(Storage::Dense, candidate.shape, bits).map_err(|error| error.tensor(&candidate.name))?;
             }
-            let chosen: Vec<usize> =
-                (0..stages.len()).filter(|&stage| !skipped && !stages[stage].method.norms() && wanted(&stage)).collect();
+            // Where experts are removed, all others get their numbers.
+            let renumbers = |stage: usize| removes(&stages[stage]);
+            let chosen: Vec<usize> = (0..stages.len())
+                .filter(|&stage| {
+                    let method = &stages[stage].method;
+                    if renumbers(stage) { candidate.expert } else { !skipped && !method.norms() && wanted(&stage) }
+                })
+                .collect();
             let storage = left(&stages, &chosen, candidate.shape, bits).map_err(|error| error.tensor(&candidate.name))?;
             note_group(&mut notes, &stages, &chosen, candidate, storage);
             let outlined = Outlined {
@@ -107,11 +119,12 @@ impl Plan {
             };
             layers.push(Planned { outlined, stages: chosen, bits, sparsity });
         }
-        if layers.iter().all(|layer| layer.stages.is_empty()) && !stages.iter().any(|stage| stage.method.norms()) {
+        let others = stages.iter().any(|stage| stage.method.norms() || removes(stage));
+        if layers.iter().all(|layer| layer.stages.is_empty()) && !others {
             return Err(Error::input("nothing is left to compress: every linear layer is skipped"));
         }
         summarize(&mut notes);
-        Ok(Self { stages, layers, notes, places: Places::default() })
+        Ok(Self { stages, layers, notes, experts: None, everywhere: recipe.calibration.all_experts, places: Places::default() })
     }
 
     /// The recipe without patterns: layers by their names, so that it says the same of this model whatever else changes.
@@ -177,6 +190,9 @@ impl Plan {
 
 /// Refuses an order of stages that loses what an earlier stage did (methods-quant §7).
 fn sound(stages: &[Stage]) -> Result<()> {
+    if let Some(late) = stages.iter().skip(1).find(|stage| removes(stage)) {
+        return Err(Error::input(format!("{} must be the first stage: the others work on what it leaves", late.name)));
+    }
     for (first, second) in stages.iter().zip(stages.iter().skip(1)) {
         if first.method.norms() && !second.method.norms() {
             let (first, second) = (&first.name, &second.name);
@@ -207,6 +223,11 @@ fn left(stages: &[Stage], chosen: &[usize], shape: [usize; 2], bits: Option<u8>)
         Some(grid) => Err(Error::input(format!("ranges were chosen for {grid}, but no quantizing stage follows; add one"))),
         None => Ok(storage),
     }
+}
+
+/// Whether a stage removes experts.
+fn removes(stage: &Stage) -> bool {
+    stage.method.removes_experts()
 }
 
 fn matches(matcher: &Regex, name: &str) -> bool {
@@ -268,7 +289,7 @@ mod tests {
     use super::*;
 
     fn resolve(recipe: &str) -> Result<Plan> {
-        let candidate = Candidate { name: "layer".into(), shape: [64, 256], float: Float::BF16 };
+        let candidate = Candidate { name: "layer".into(), shape: [64, 256], float: Float::BF16, expert: false };
         Plan::resolve(&Recipe::parse(&format!("version = 1\n{recipe}"))?, &[candidate], &["eyes.0.weight", "eyes.1.bias"])
     }
 

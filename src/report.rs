@@ -264,6 +264,12 @@ pub struct BlockReport {
     /// Calibration tokens that came to every expert that the router chooses from; empty where the block has none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub experts: Vec<u64>,
+    /// Mean, over calibration tokens, of the entropy of the shares that a token gave to its experts, in nats.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub router_entropy: Option<f64>,
+    /// Numbers, in the original, of the experts that were kept; empty where none was removed.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub experts_kept: Vec<usize>,
 }
 
 /// What a stage did to a block. Errors are relative squared errors of the block's output on the first calibration

@@ -67,7 +67,8 @@ impl Options {
         let model = subject.model()?;
         let mut recipe = Recipe::parse("version = 1")?;
         let seq = Some(text.seq.min(model.config.max_positions));
-        recipe.calibration = Calibration { source: OneOrMany(vec![text.source]), samples: text.samples, seq, seed: text.seed };
+        recipe.calibration =
+            Calibration { source: OneOrMany(vec![text.source]), samples: text.samples, seq, seed: text.seed, ..Calibration::default() };
         recipe.check()?;
         let packing = recipe.packing(model.config.max_positions)?;
         if packing.sources == [corpus::Source::Own] {

@@ -1,5 +1,6 @@
 //! A model that is looked at, whatever it is stored as: opened, named, weighed and told apart from others.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use schemars::JsonSchema;
@@ -159,8 +160,9 @@ impl Subject {
             return Ok(Weights { bytes: bytes(false), linear_bytes: bytes(true), linear_weights });
         }
         let bytes_of = |name: &str| self.checkpoint.info(name).map_or(0, crate::checkpoint::TensorInfo::bytes);
-        let tensors = linears.iter().flat_map(|(name, _)| self.source.tensors(&self.checkpoint, name));
-        let linear_bytes = tensors.map(|name| bytes_of(&name)).sum();
+        // Several layers may lie in one tensor.
+        let tensors: BTreeSet<String> = linears.iter().flat_map(|(name, _)| self.source.tensors(&self.checkpoint, name)).collect();
+        let linear_bytes = tensors.iter().map(|name| bytes_of(name)).sum();
         Ok(Weights { bytes: self.checkpoint.names().map(bytes_of).sum(), linear_bytes, linear_weights })
     }
 }

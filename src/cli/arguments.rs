@@ -128,6 +128,9 @@ pub struct Compress {
     /// Calibration windows at most [default: 128].
     #[arg(long, value_name = "N")]
     pub samples: Option<usize>,
+    /// Count every token for the statistics of every expert of a mixture, wherever its router sends it.
+    #[arg(long)]
+    pub all_experts: bool,
     /// Tokens per calibration window [default: 2048 or as many as the model takes].
     #[arg(long, value_name = "N")]
     pub seq: Option<usize>,

@@ -182,6 +182,7 @@ fn recipe(arguments: &Compress, invocation: &Invocation) -> Result<Recipe> {
         calibration.source = OneOrMany(vec![source.clone()]);
     }
     calibration.samples = arguments.samples.unwrap_or(calibration.samples);
+    calibration.all_experts |= arguments.all_experts;
     calibration.seq = arguments.seq.or(calibration.seq);
     calibration.seed = invocation.seed.unwrap_or(calibration.seed);
     if let Some(format) = &arguments.format {

@@ -43,6 +43,10 @@ pub struct Compressor<'a> {
     stages: Vec<StageReport>,
     /// Tokens that came to every expert of the block.
     experts: Vec<u64>,
+    /// Mean entropy of the shares that its router gave.
+    entropy: Option<f64>,
+    /// The experts that were kept, where some were removed.
+    kept: Vec<usize>,
     saving: Duration,
 }
 
@@ -72,8 +76,9 @@ type HandedOn = BTreeMap<Slot, Handed>;
 impl<'a> Compressor<'a> {
     /// A compressor that follows a plan and writes into an output.
     pub fn new(plan: &'a Plan, sinks: Sinks<'a>, layer_error: bool) -> Self {
-        let (layers, unrecorded, blocks, stages, experts) = Default::default();
-        Self { plan, sinks, layer_error, keeping: None, layers, unrecorded, blocks, stages, experts, saving: Duration::ZERO }
+        let (layers, unrecorded, blocks, stages, experts, kept) = Default::default();
+        let (keeping, entropy, saving) = (None, None, Duration::ZERO);
+        Self { plan, sinks, layer_error, keeping, layers, unrecorded, blocks, stages, experts, entropy, kept, saving }
     }
 
     /// As [`Self::new`], going on with the work of earlier runs, for a model of so many blocks.
@@ -199,6 +204,14 @@ impl<'a> Compressor<'a> {
         Ok(Default::default())
     }
 
+    /// Notes where tokens went, once it is known.
+    fn came(&mut self, bench: &Bench<'_>) {
+        if let Some(arrivals) = bench.arrivals.as_ref().filter(|_| self.experts.is_empty()) {
+            self.experts = arrivals.routed.iter().map(|tokens| tokens.len() as u64).collect();
+            self.entropy = Some(arrivals.entropy());
+        }
+    }
+
     /// Writes the layers of a block with their reports.
     fn write_block(&mut self, bench: &Bench<'_>, mut handed: HandedOn) -> Result<()> {
         let plan = self.plan;
@@ -228,6 +241,13 @@ impl<'a> Compressor<'a> {
                 }
             }
             self.write(planned, &weight, change, layer_error, notes)?;
+        }
+        if let Some(kept) = &bench.kept {
+            self.kept.clone_from(kept);
+            let [whole, _] = bench.model.by_expert(bench.index());
+            for name in whole {
+                bench.model.rows_of(&name, kept, |bytes| self.sinks.carry(&name, bytes, None))?;
+            }
         }
         if plan.norms() {
             for norm in &bench.block.norms {
@@ -276,7 +296,9 @@ impl Visitor for Compressor<'_> {
 
     fn observes(&self) -> Needs {
         let stages = self.plan.stages.iter().map(|stage| stage.method.as_ref());
-        let observed = stages.filter(|method| method.target() == Target::Weight && method.block().is_none()).map(Method::needs).max();
+        // What removes experts judges them by what the walk saw.
+        let by_walk = |method: &&dyn Method| method.block().is_none() || method.removes_experts();
+        let observed = stages.filter(|method| method.target() == Target::Weight && by_walk(method)).map(Method::needs).max();
         match (observed.unwrap_or(Needs::Nothing), self.needs()) {
             // Methods on the workbench see everything anew and leave it for the report.
             (observed, Needs::Streams) => observed,
@@ -284,8 +306,14 @@ impl Visitor for Compressor<'_> {
         }
     }
 
+    fn everywhere(&self) -> bool {
+        self.plan.everywhere
+    }
+
     fn visit(&mut self, bench: &mut Bench<'_>) -> Result<()> {
         let mut handed = HandedOn::default();
+        // Before experts may be removed.
+        self.came(bench);
         let mut before = bench.output_error()?;
         for number in 0..self.plan.stages.len() {
             bench.settled = false;
@@ -294,15 +322,14 @@ impl Visitor for Compressor<'_> {
             self.stages.push(StageReport { method: self.plan.stages[number].name.clone(), before, after, notes, curve });
             before = after;
         }
-        if let Some(arrivals) = &bench.arrivals {
-            self.experts = arrivals.routed.iter().map(|tokens| tokens.len() as u64).collect();
-        }
+        self.came(bench);
         self.write_block(bench, handed)
     }
 
     fn went_through(&mut self, index: usize, output_error: Option<f64>, hidden: &Hidden, float: Option<&Hidden>) -> Result<()> {
         let (stages, experts) = (std::mem::take(&mut self.stages), std::mem::take(&mut self.experts));
-        let report = BlockReport { block: index, output_error, stages, experts };
+        let (router_entropy, experts_kept) = (self.entropy.take(), std::mem::take(&mut self.kept));
+        let report = BlockReport { block: index, output_error, stages, experts, router_entropy, experts_kept };
         self.blocks.push(report.clone());
         self.commit(report, [("compressed", Some(hidden)), ("float", float)])
     }

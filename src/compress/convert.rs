@@ -1,6 +1,5 @@
 //! The verb `export`: a compressed checkpoint in another format, where that format holds exactly the same weights.
 
-use std::collections::HashSet;
 use std::path::Path;
 
 use crate::checkpoint::{Checkpoint, read_file};
@@ -62,8 +61,8 @@ fn fill(model: &Path, format: &str, destination: &mut Destination, run: &Run<'_>
     run.observer.end();
     let outlines: Vec<Outlined> = layers.iter().map(|layer| layer.outlined.clone()).collect();
     let format = formats::fitting(format, &outlines)?;
-    let plan = Plan { stages: Vec::new(), layers, notes: Vec::new(), places: Default::default() };
-    let export = Export::new(&checkpoint, source.as_ref(), &plan, format, &HashSet::new(), (&recipe::Export::default(), false))?;
+    let plan = Plan { stages: Vec::new(), layers, notes: Vec::new(), experts: None, everywhere: false, places: Default::default() };
+    let export = Export::new(&checkpoint, source.as_ref(), &plan, format, &Default::default(), (&recipe::Export::default(), false))?;
     let dependencies = manifest::of_export(model, &checkpoint, format.name)?;
     let packed = export.layers.iter().filter(|layer| layer.storage.is_some()).count();
     let converted = Converted { format: format.name, layers: packed, bytes: export.bytes() };
@@ -75,7 +74,7 @@ fn fill(model: &Path, format: &str, destination: &mut Destination, run: &Run<'_>
     destination.has_room(export.bytes())?;
     let exports = [export];
     let mut sinks = Sinks::create(&exports, &checkpoint.metadata(), work, u64::MAX)?;
-    carry(&checkpoint, source.as_ref(), &plan, &HashSet::new(), &mut sinks, run)?;
+    carry(&checkpoint, source.as_ref(), &plan, &Default::default(), &mut sinks, run)?;
     run.observer.begin("convert", packed as u64);
     for layer in exports[0].layers.iter().filter(|layer| layer.storage.is_some()) {
         run.check_stop()?;

@@ -66,7 +66,7 @@ pub fn estimate(prepared: &Prepared, preparing: f64, run: &Run<'_>) -> Result<Es
         return Ok(Estimate { seconds, memory_bytes: trial.memory(0), tried: true });
     }
     let source = Through::restored(formats::open(&prepared.checkpoint)?);
-    let model = &Model::open(&prepared.checkpoint, &source)?;
+    let model = &Model::open(&prepared.checkpoint, &source)?.with_experts(prepared.plan.experts);
     let needs = crate::compress::needs(&prepared.job.recipe, &prepared.plan);
     let tokens = |windows: &[Vec<u32>]| windows.iter().map(Vec::len).sum::<usize>();
     let calibration = prepared.calibration.as_ref().map_or(&[][..], |packed: &Packed| &packed.windows);
@@ -149,8 +149,9 @@ impl Trial<'_> {
             }
         }
         let candidates = self.prepared.plan.layers.iter().map(|layer| &layer.outlined);
-        let candidates: Vec<Candidate> =
-            candidates.map(|one| Candidate { name: one.name.clone(), shape: one.shape, float: one.float }).collect();
+        let candidates: Vec<Candidate> = candidates
+            .map(|one| Candidate { name: one.name.clone(), shape: one.shape, float: one.float, expert: one.name.contains(".experts.") })
+            .collect();
         recipe.skip = self.prepared.plan.resolved(&recipe).skip;
         Plan::resolve(&recipe, &candidates, &[])
     }

@@ -11,6 +11,7 @@ use safetensors::Dtype;
 use crate::checkpoint::decode::nonfinite_bytes;
 use crate::checkpoint::source::Source;
 use crate::checkpoint::{Checkpoint, float_of, read_file};
+use crate::compress::changes::{Change, Changes, set_experts};
 use crate::compress::gguf;
 use crate::compress::journal::{Hashed, Record};
 use crate::compress::work::Work;
@@ -48,6 +49,8 @@ pub struct Export {
     pub file: Option<gguf::File>,
     /// Folder within the output, where there are several.
     pub folder: Option<&'static str>,
+    /// Experts that are left of those that a router chooses from, where some are removed.
+    pub experts: Option<usize>,
 }
 
 /// The formats that a recipe asks for, or the best one of an engine; sets in which number format the plan's scales are
@@ -78,18 +81,27 @@ pub fn chosen(recipe: &Recipe, engine: Option<Engine>, plan: &mut Plan) -> Resul
     Ok(chosen)
 }
 
-/// Layers of a quantized model that no stage works on become floats, for the output says nothing of how they were packed.
+/// Layers of a quantized model that no stage works on become floats, for the output says nothing of how they were packed; so do
+/// those that share a tensor with layers that leave it.
 pub fn restore(plan: &mut Plan, checkpoint: &Checkpoint, source: &dyn Source) {
     let plain = |name: &str| checkpoint.info(&format!("{name}.weight")).is_some_and(|info| float_of(info.dtype).is_some());
+    let shared = |name: &str| source.tensors(checkpoint, name).into_iter().next().filter(|tensor| !tensor.starts_with(&format!("{name}.")));
+    let worked_on = plan.layers.iter().filter(|layer| layer.outlined.storage.is_some());
+    let left: HashSet<String> = worked_on.filter_map(|layer| shared(&layer.outlined.name)).collect();
     for layer in plan.layers.iter_mut().filter(|layer| layer.outlined.storage.is_none()) {
-        if !plain(&layer.outlined.name) && source.shape(checkpoint, &layer.outlined.name).is_some() {
+        let name = &layer.outlined.name;
+        let goes = match shared(name) {
+            Some(tensor) => left.contains(&tensor),
+            None => !plain(name) && source.shape(checkpoint, name).is_some(),
+        };
+        if goes {
             layer.outlined.storage = Some(Storage::Dense);
         }
     }
 }
 
 impl Export {
-    /// Plans the tensors. `norms` are those that stages change.
+    /// Plans the tensors. `changes` are what stages change beside linear layers.
     ///
     /// # Errors
     /// When two tensors would have one name.
@@ -98,7 +110,7 @@ impl Export {
         source: &dyn Source,
         plan: &Plan,
         format: &'static Format,
-        norms: &HashSet<String>,
+        changes: &Changes,
         (options, several): (&recipe::Export, bool),
     ) -> Result<Self> {
         let dense = |outlined: &Outlined| {
@@ -111,15 +123,20 @@ impl Export {
         let folder = several.then_some(format.name);
         if format.name == formats::gguf::FORMAT.name {
             let file = Some(gguf::File::plan(checkpoint, source, &layers, options.gguf_embeddings_8)?);
-            return Ok(Self { format, layers, entries: Vec::new(), file, folder });
+            return Ok(Self { format, layers, entries: Vec::new(), file, folder, experts: plan.experts });
         }
-        let entries = entries(checkpoint, source, &layers, format, norms);
+        let floats = |layer: &&Outlined| !matches!(layer.storage, None | Some(Storage::Dense | Storage::Sparse(_)));
+        if let Some(layer) = layers.iter().find(floats).filter(|_| formats::carries_experts(checkpoint)) {
+            let what = "the experts are 4-bit floats already, and config.json has room for one quantization; prune instead, like --preset prune50, or remove experts with the method reap";
+            return Err(Error::input(what).tensor(&layer.name));
+        }
+        let entries = entries(checkpoint, source, &layers, format, changes);
         let mut names = HashSet::new();
         if let Some(twice) = entries.iter().find(|entry| !names.insert(entry.name.as_str())) {
             let what = "already in the checkpoint, but the output needs this name; remove the stray tensor";
             return Err(Error::input(what).tensor(&twice.name));
         }
-        Ok(Self { format, layers, entries, file: None, folder })
+        Ok(Self { format, layers, entries, file: None, folder, experts: plan.experts })
     }
 
     /// Bytes of all tensors.
@@ -144,7 +161,7 @@ impl Export {
             // Everything else is in the file.
             return checkpoint.side_files()?.iter().filter(|path| licence(path)).try_for_each(|path| copy(path));
         }
-        let quantized = formats::quantization(checkpoint).is_some();
+        let quantized = formats::quantization(checkpoint).is_some() && !formats::carries_experts(checkpoint);
         for path in checkpoint.side_files()? {
             let name = path.file_name().unwrap_or_default();
             let own = OWN.iter().any(|own| name == *own);
@@ -158,8 +175,11 @@ impl Export {
             object.shift_remove("quantization_config");
             object.shift_remove("compression_config");
         }
+        if let Some(left) = self.experts {
+            set_experts(&mut value, left);
+        }
         let Some(section) = (self.format.config)(&self.layers, &self.carried_matrices(checkpoint)) else {
-            if quantized {
+            if quantized || self.experts.is_some() {
                 return storage.put_json(&config, &value).map(drop);
             }
             let bytes = read_file(&checkpoint.folder.join("config.json"), 256 << 20)?;
@@ -212,7 +232,7 @@ pub fn carry(
     checkpoint: &Checkpoint,
     source: &dyn Source,
     plan: &Plan,
-    norms: &HashSet<String>,
+    changes: &Changes,
     sinks: &mut Sinks<'_>,
     run: &Run<'_>,
 ) -> Result<()> {
@@ -220,7 +240,7 @@ pub fn carry(
     let replaced: HashSet<String> = written.flat_map(|layer| source.tensors(checkpoint, &layer.outlined.name)).collect();
     run.observer.begin("copy the rest", checkpoint.shards.len() as u64);
     for shard in &checkpoint.shards {
-        for (name, info) in shard.header.tensors.iter().filter(|(name, _)| !replaced.contains(*name) && !norms.contains(*name)) {
+        for (name, info) in shard.header.tensors.iter().filter(|(name, _)| !replaced.contains(*name) && !changes.contains_key(*name)) {
             if sinks.was_done(name) {
                 continue;
             }
@@ -258,25 +278,35 @@ fn copy(path: &Path, folder: &Path, storage: &dyn Store) -> Result<()> {
 }
 
 /// The tensors of an output, in the order of the input.
-fn entries(checkpoint: &Checkpoint, source: &dyn Source, layers: &[Outlined], format: &Format, norms: &HashSet<String>) -> Vec<Entry> {
+fn entries(checkpoint: &Checkpoint, source: &dyn Source, layers: &[Outlined], format: &Format, changes: &Changes) -> Vec<Entry> {
     let mut replaced: HashMap<String, Vec<Entry>> = HashMap::new();
     for layer in layers.iter().filter(|layer| layer.storage.is_some()) {
         // What holds the layer now stands where the first of its tensors stood.
         let mut before = source.tensors(checkpoint, &layer.name).into_iter();
-        replaced.extend(before.next().map(|first| (first, (format.entries)(layer))));
-        replaced.extend(before.map(|other| (other, Vec::new())));
+        if let Some(first) = before.next() {
+            replaced.entry(first).or_default().extend((format.entries)(layer));
+        }
+        for other in before {
+            replaced.entry(other).or_default();
+        }
     }
     let mut entries = Vec::new();
     for shard in &checkpoint.shards {
         let mut order: Vec<_> = shard.header.tensors.iter().collect();
         order.sort_by_key(|(_, info)| info.begin);
         for (name, info) in order {
-            match replaced.remove(name) {
-                Some(own) => entries.extend(own),
-                // A step of a norm is smaller than what 16 bits resolve.
-                None if norms.contains(name) => entries.push(Entry { name: name.clone(), dtype: Dtype::F32, shape: info.shape.clone() }),
-                None => entries.push(Entry { name: name.clone(), dtype: info.dtype, shape: info.shape.clone() }),
+            let mut own = Entry { name: name.clone(), dtype: info.dtype, shape: info.shape.clone() };
+            match (replaced.remove(name), changes.get(name)) {
+                (Some(replaced), _) => {
+                    entries.extend(replaced);
+                    continue;
+                }
+                (None, Some(Change::Gone)) => continue,
+                (None, Some(Change::Single)) => own.dtype = Dtype::F32,
+                (None, Some(Change::Rows(rows))) => own.shape[0] = *rows,
+                (None, None) => {}
             }
+            entries.push(own);
         }
     }
     entries

@@ -5,6 +5,7 @@ use safetensors::Dtype;
 use crate::checkpoint::source::Source;
 use crate::checkpoint::{Checkpoint, float_of};
 use crate::error::{Error, Result};
+use crate::model::mixture::Which;
 use crate::model::{Model, config};
 use crate::plan::Candidate;
 use crate::weight::Float;
@@ -47,7 +48,8 @@ pub fn candidates(checkpoint: &Checkpoint, source: &dyn Source, model: Option<&M
     for index in 0..model.config.layers.len() {
         for module in model.modules(index) {
             let float = float(checkpoint, &module.name);
-            candidates.push(Candidate { shape: module.shape, name: module.name, float });
+            let expert = matches!(module.expert, Some(Which::Routed(_)));
+            candidates.push(Candidate { shape: module.shape, name: module.name, float, expert });
         }
     }
     Ok(candidates)
@@ -80,7 +82,7 @@ fn by_name(checkpoint: &Checkpoint, source: &dyn Source) -> Result<Vec<Candidate
             || checkpoint.info(tensor).is_some_and(|info| float_of(info.dtype).is_some() || info.dtype == Dtype::F8_E4M3);
         let float = float(checkpoint, name);
         let linear = numbered(name) && shape[0] > 1 && shape[1] > 1 && !UNTOUCHED.iter().any(|piece| tensor.contains(piece));
-        (linear && whole).then(|| Candidate { name: name.into(), shape, float })
+        (linear && whole).then(|| Candidate { name: name.into(), shape, float, expert: false })
     });
     Ok(candidates.collect())
 }

@@ -118,7 +118,14 @@ mod tests {
         let remarks = of_inputs(&seen, Site::Mlp, 3, 2);
         assert!(remarks[0].starts_with("2 of 3 input columns") && remarks[1].starts_with("2 calibration tokens"), "{remarks:?}");
         assert!(of_inputs(&Seen::default(), Site::Down, 3, 3).is_empty());
-        let block = |block, experts: &[u64]| BlockReport { block, output_error: None, stages: Vec::new(), experts: experts.to_vec() };
+        let block = |block, experts: &[u64]| BlockReport {
+            block,
+            output_error: None,
+            stages: Vec::new(),
+            experts: experts.to_vec(),
+            router_entropy: None,
+            experts_kept: Vec::new(),
+        };
         assert_eq!(of_experts(&[block(0, &[])]), None);
         assert_eq!(of_experts(&[block(0, &[90, 16])]).unwrap(), "calibration gave 16 to 90 tokens to each of 2 experts");
         let told = of_experts(&[block(0, &[90, 15]), block(3, &[0; 7])]).unwrap();

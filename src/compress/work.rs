@@ -425,7 +425,14 @@ mod tests {
 
     fn block(number: usize) -> Record {
         let files = ["compressed", "float"].map(|stream| Kept { name: Work::states(number + 1, stream), bytes: 1, blake3: "0".into() });
-        let block = BlockReport { block: number, output_error: None, stages: Vec::new(), experts: Vec::new() };
+        let block = BlockReport {
+            block: number,
+            output_error: None,
+            stages: Vec::new(),
+            experts: Vec::new(),
+            router_entropy: None,
+            experts_kept: Vec::new(),
+        };
         Record { done: vec![format!("layer {number}")], block: Some(block), files: files.into(), ..Record::default() }
     }
 

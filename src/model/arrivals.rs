@@ -26,7 +26,7 @@ use crate::model::seen::{Needs, Statistics};
 pub const FEW_TOKENS: usize = 16;
 
 /// Tokens of an expert that are worked on at once.
-const CHUNK: usize = 2048;
+pub(super) const CHUNK: usize = 2048;
 
 /// Where all tokens of calibration went in a mixture.
 #[derive(Debug, Default)]
@@ -69,6 +69,14 @@ impl Arrivals {
     /// Keeps what the mixture reads.
     pub fn keep(&mut self, source: Hidden) {
         self.source = Some(source);
+    }
+
+    pub(super) fn source(&self) -> Option<&Hidden> {
+        self.source.as_ref()
+    }
+
+    pub(super) fn into_source(self) -> Option<Hidden> {
+        self.source
     }
 
     /// Mean entropy of the shares that a token gave to its experts, in nats.
@@ -148,16 +156,16 @@ pub trait Craft: Sync {
 }
 
 /// One stream of states that a mixture reads.
-struct Reader<'a> {
-    spec: &'a Spec<'a>,
+pub(super) struct Reader<'a> {
+    pub(super) spec: &'a Spec<'a>,
     /// Those of the block, for the norm.
-    parameters: &'a Parameters,
-    source: &'a Hidden,
+    pub(super) parameters: &'a Parameters,
+    pub(super) source: &'a Hidden,
 }
 
 impl Reader<'_> {
     /// What a site of an expert reads of some tokens: rows of zeros may follow.
-    fn read(&self, tokens: &[usize], site: Site, layers: &Layers) -> Result<Vec<f32>> {
+    pub(super) fn read(&self, tokens: &[usize], site: Site, layers: &Layers) -> Result<Vec<f32>> {
         let (rows, hidden) = (self.source.rows(tokens)?, self.spec.config.hidden);
         let x: Tensor<2> = tensor(rows, [tokens.len(), hidden], &self.parameters.home());
         let x = forward::mlp_input(self.spec, self.parameters, x);
@@ -186,7 +194,7 @@ impl Bench<'_> {
         let Some(experts) = parameters.experts() else { return Ok(()) };
         let source = if self.model.config.family.places.parallel { self.hidden } else { streams.between[0].joined() };
         let spec = Spec::new(&self.model.config, self.index(), 1);
-        let mut arrivals = Arrivals::new(described.experts, self.everywhere);
+        let mut arrivals = Arrivals::new(experts.router.dims()[0], self.everywhere);
         for windows in source.runs(CHUNK) {
             self.run.check_stop()?;
             let h = source.read(windows)?;

@@ -98,6 +98,8 @@ pub struct Bench<'a> {
     pub arrivals: Option<Arrivals>,
     /// Whether every token counts for every expert.
     pub everywhere: bool,
+    /// The experts that were kept, by their numbers in the checkpoint, where some were removed.
+    pub kept: Option<Vec<usize>>,
     /// The surroundings.
     pub run: &'a Run<'a>,
     /// Input of the block on the compressed stream.

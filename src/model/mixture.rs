@@ -98,6 +98,22 @@ impl Mixture {
         Ok((0..count).map(|layer| !dense.contains(&(layer as u64)) && (layer + 1).is_multiple_of(step)).collect())
     }
 
+    /// Groups that experts are chosen from.
+    pub fn groups(&self) -> usize {
+        match self.rule.scores {
+            Scores::Softmax => 1,
+            Scores::Grouped { groups, .. } => groups,
+        }
+    }
+
+    /// The fewest experts that this mixture works with.
+    pub fn fewest(&self) -> usize {
+        match self.rule.scores {
+            Scores::Grouped { groups, kept, .. } if groups > 1 => groups * self.rule.chosen.div_ceil(kept).max(2),
+            _ => self.rule.chosen,
+        }
+    }
+
     /// Weights of the linear layers of a mixture over `hidden` columns.
     pub fn entries(&self, hidden: usize) -> u64 {
         3 * hidden as u64 * (self.experts as u64 * self.width as u64 + self.shared.unwrap_or(0) as u64)

@@ -145,7 +145,8 @@ pub fn walk_part(
         }
         let streams = float.as_mut().map(FloatStream::lend);
         let everywhere = visitor.everywhere();
-        let mut bench = Bench { model, block, seen, arrivals, everywhere, run, hidden, original, streams, wanted, settled: false };
+        let mut bench =
+            Bench { model, block, seen, arrivals, everywhere, kept: None, run, hidden, original, streams, wanted, settled: false };
         visitor.visit(&mut bench)?;
         let Bench { mut block, wanted, settled, .. } = bench;
         let parameters = Parameters::take(&mut block, run.device);
@@ -214,7 +215,7 @@ fn opened<'a>(model: &'a Model<'a>, index: usize, hidden: &'a Hidden, needs: Nee
     };
     parameters.give_back(&mut block);
     let (arrivals, everywhere) = Default::default();
-    Ok(Bench { model, block, seen, arrivals, everywhere, run, hidden, original, streams: None, wanted, settled: false })
+    Ok(Bench { model, block, seen, arrivals, everywhere, kept: None, run, hidden, original, streams: None, wanted, settled: false })
 }
 
 /// Memory for what must have been seen of so many tokens, in bytes, beside the block and the hidden states: Gram matrices

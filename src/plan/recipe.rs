@@ -125,11 +125,14 @@ pub struct Calibration {
     pub seq: Option<usize>,
     /// Seed of random choices.
     pub seed: u64,
+    /// Whether every token counts for the statistics of every expert of a mixture, wherever its router sends it.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub all_experts: bool,
 }
 
 impl Default for Calibration {
     fn default() -> Self {
-        Self { source: OneOrMany(vec!["builtin:mix".into()]), samples: 128, seq: None, seed: 0 }
+        Self { source: OneOrMany(vec!["builtin:mix".into()]), samples: 128, seq: None, seed: 0, all_experts: false }
     }
 }
 

@@ -131,11 +131,14 @@ pub fn heat_map(grid: &Grid, name: &str, logarithmic: bool, show: impl Fn(f64) -
         return None;
     }
     let (left, top, row_height) = (44, 30, 24);
-    let width = (WIDTH as i32 - left) / grid.columns.len() as i32;
+    // Of many columns only some are named, and their cells have no gaps.
+    let width = f64::from(WIDTH as i32 - left) / grid.columns.len() as f64;
+    let (gap, named) = (i32::from(width >= 8.0), (28.0 / width).ceil().max(1.0) as usize);
+    let at = |column: f64| left + (width * column) as i32;
     let height = top + row_height * grid.rows.len() as i32 + 4;
     drawn(name, height as u32, |root| {
-        for (column, label) in grid.columns.iter().enumerate() {
-            root.draw(&Text::new(label.clone(), (left + width * column as i32 + width / 2, top / 2), words(&MUTED, HPos::Center)))?;
+        for (column, label) in grid.columns.iter().enumerate().step_by(named) {
+            root.draw(&Text::new(label.clone(), (at(column as f64 + 0.5), top / 2), words(&MUTED, HPos::Center)))?;
         }
         for (row, (label, cells)) in grid.rows.iter().enumerate() {
             let y = top + row_height * row as i32;
@@ -144,9 +147,12 @@ pub fn heat_map(grid: &Grid, name: &str, logarithmic: bool, show: impl Fn(f64) -
                 let Some(value) = value else { continue };
                 let share = if high > low { (scale(*value) - low) / (high - low) } else { 0.0 };
                 let step = (share * f64::from(STEPS - 1)).round() as u8;
-                let x = left + width * column as i32;
-                root.draw(&Rectangle::new([(x + 1, y + 1), (x + width - 1, y + row_height - 1)], heat(step).filled()))?;
-                root.draw(&Text::new(show(*value), (x + width / 2, y + row_height / 2), words(&on_heat(step), HPos::Center)))?;
+                let corners = [(at(column as f64) + gap, y + 1), (at(column as f64 + 1.0) - gap, y + row_height - 1)];
+                root.draw(&Rectangle::new(corners, heat(step).filled()))?;
+                if named == 1 {
+                    let middle = (at(column as f64 + 0.5), y + row_height / 2);
+                    root.draw(&Text::new(show(*value), middle, words(&on_heat(step), HPos::Center)))?;
+                }
             }
         }
         Ok(())

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use crate::error::{Error, Result, tamed};
 use crate::gate::{Gate, Verdict};
+use crate::model::arrivals::FEW_TOKENS;
 use crate::report::bytes;
 use crate::report::charts::{self, Grid, Line};
 
@@ -59,6 +60,7 @@ fn rendered(name: &str, template: &str, files: &Files, charts: Value) -> Result<
     let context = json!({
         "report": files.report, "timing": files.timing, "charts": charts, "verdict": verdict(&files.report),
         "recipe": recipe(&files.report), "sensitive": sensitive(&files.sensitivity), "remarks": remarks(&files.report),
+        "mixtures": mixtures(&files.report), "few": FEW_TOKENS,
     });
     // Names from a model may hold anything; escaping for HTML leaves what controls a terminal or turns text around.
     environment.get_template(name).and_then(|template| template.render(context)).map(|page| tamed(&page)).map_err(wrong)
@@ -119,21 +121,23 @@ fn place(name: &str) -> (usize, String) {
     (number, last.trim_end_matches("_proj").to_string())
 }
 
-/// Numbers of layers by block and projection.
+/// Numbers of layers by block and projection; of experts, and whatever else there are several of, their mean.
 fn grid(layers: &[Value], value: impl Fn(&Value) -> Option<f64>) -> Grid {
     let mut columns: Vec<String> = Vec::new();
-    let mut rows: BTreeMap<usize, BTreeMap<String, f64>> = BTreeMap::new();
+    let mut rows: BTreeMap<usize, BTreeMap<String, [f64; 2]>> = BTreeMap::new();
     for layer in layers {
         let (block, column) = place(layer["name"].as_str().unwrap_or(""));
         if !columns.contains(&column) {
             columns.push(column.clone());
         }
         if let Some(value) = value(layer) {
-            rows.entry(block).or_default().insert(column, value);
+            let cell = rows.entry(block).or_default().entry(column).or_default();
+            *cell = [cell[0] + value, cell[1] + 1.0];
         }
     }
-    let rows =
-        rows.into_iter().map(|(block, cells)| (block.to_string(), columns.iter().map(|column| cells.get(column).copied()).collect()));
+    let rows = rows.into_iter().map(|(block, cells)| {
+        (block.to_string(), columns.iter().map(|column| cells.get(column).map(|[sum, count]| sum / count)).collect())
+    });
     Grid { rows: rows.collect(), columns: columns.clone() }
 }
 
@@ -184,7 +188,35 @@ fn charts_of(files: &Files) -> Value {
         "depth": depth(report),
         "losses": losses(report),
         "histogram": histogram(report),
+        "experts": charts::heat_map(&experts(report), "Calibration tokens by block and expert", true, |value| number(format!("{value}"))),
     })
+}
+
+/// Calibration tokens by block and expert.
+fn experts(report: &Value) -> Grid {
+    let rows = array(&report["blocks"]).iter().filter(|block| !array(&block["experts"]).is_empty());
+    let rows: Vec<_> =
+        rows.map(|block| (block["block"].to_string(), array(&block["experts"]).iter().map(Value::as_f64).collect::<Vec<_>>())).collect();
+    let widest = rows.iter().map(|(_, cells)| cells.len()).max().unwrap_or(0);
+    Grid { columns: (0..widest).map(|expert| expert.to_string()).collect(), rows }
+}
+
+/// By block with experts: its number, experts, least and most tokens, experts with too few, how evenly tokens went, and what was
+/// kept.
+fn mixtures(report: &Value) -> Vec<Value> {
+    let of = |block: &Value| -> Option<Value> {
+        let tokens: Vec<f64> = array(&block["experts"]).iter().filter_map(Value::as_f64).collect();
+        let (least, most) = (tokens.iter().copied().reduce(f64::min)?, tokens.iter().copied().reduce(f64::max)?);
+        let total: f64 = tokens.iter().sum();
+        let spread: f64 =
+            tokens.iter().map(|tokens| tokens / total.max(1.0)).filter(|share| *share > 0.0).map(|share| -share * share.ln()).sum();
+        let even = if tokens.len() > 1 { spread / (tokens.len() as f64).ln() } else { 1.0 };
+        let few = tokens.iter().filter(|tokens| **tokens < FEW_TOKENS as f64).count();
+        let kept = array(&block["experts_kept"]).len();
+        Some(json!({"block": block["block"], "experts": tokens.len(), "least": least, "most": most, "few": few, "even": even,
+            "entropy": block["router_entropy"], "kept": (kept > 0).then_some(kept)}))
+    };
+    array(&report["blocks"]).iter().filter_map(of).collect()
 }
 
 /// What every target would reach, and where this one lies.

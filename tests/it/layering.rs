@@ -20,7 +20,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("plan", &["calibrate", "checkpoint", "error", "methods", "model", "weight"]),
     ("evaluate", &["calibrate", "error", "kernels", "model", "run", "statistics"]),
     ("gate", &["error", "evaluate", "plan", "statistics"]),
-    ("report", &["calibrate", "error", "evaluate", "gate", "plan"]),
+    ("report", &["calibrate", "error", "evaluate", "gate", "model", "plan"]),
     (
         "compress",
         &[

@@ -68,7 +68,8 @@ impl Adjoint<'_> {
 
     fn routed(&self, d: &[f32], dx: &mut [f32], experts: &mut BTreeMap<(Which, Role), Vec<f32>>) {
         let (Some(router), Some(mixture)) = (&self.operands.routers[0], &self.spec.config.mixture) else { return };
-        let (hidden, count, rule) = (self.spec.config.hidden, mixture.experts, mixture.rule);
+        let (hidden, rule) = (self.spec.config.hidden, mixture.rule);
+        let count = router.slice().len() / hidden;
         let logits = self.passed(Point::Logits);
         let correction = self.parameters.experts().map_or(&[][..], |experts| &experts.correction);
         let mut chosen: Vec<Choice> = Vec::new();
