@@ -115,12 +115,12 @@ fn block(device: &Device, with_gradients: bool) -> (f64, f64) {
     let kv = KV_HEADS * WIDTH / HEADS;
     let mut parameters = Parameters::default();
     let mut products = 0;
-    for role in Role::ALL {
+    for role in Role::PLAIN {
         let shape = match role {
             Role::Query | Role::Output => [WIDTH, WIDTH],
             Role::Key | Role::Value => [kv, WIDTH],
             Role::Gate | Role::Up => [MIDDLE, WIDTH],
-            Role::Down => [WIDTH, MIDDLE],
+            _ => [WIDTH, MIDDLE],
         };
         products += shape[0] * shape[1];
         parameters.set_weight(role, random(shape, device));

@@ -21,6 +21,7 @@ use crate::model::forward::{self, Spec};
 use crate::model::hidden::Hidden;
 use crate::model::mixture::{self, Experts, Layers, Which};
 use crate::model::seen::{Needs, Statistics};
+use crate::weight::Weight;
 
 /// Fewer tokens than these say too little of an expert.
 pub const FEW_TOKENS: usize = 16;
@@ -262,6 +263,9 @@ impl Bench<'_> {
                 let slot = Slot::of(which, linear.role);
                 if craft.wants(slot) {
                     let original = self.original(slot);
+                    if let (true, Some(original)) = (mixture::absent(&linear.weight), &original) {
+                        linear.weight = Weight::Dense(original.clone());
+                    }
                     let one = craft.work(&prepared, linear, slot, original).map_err(|error| error.tensor(&linear.name))?;
                     told.push((slot, one));
                 }
@@ -309,7 +313,7 @@ impl Bench<'_> {
         };
         let (parameters, float) = (parameters.ok_or_else(missing)?, original.experts().and_then(|experts| experts.layers(which)));
         let float = float.ok_or_else(missing)?;
-        let own = Layers::copy(linears, &parameters.home());
+        let own = Layers::copy(linears, Some(float), &parameters.home());
         let parallel = self.model.config.family.places.parallel;
         let spec = Spec::new(&self.model.config, self.index(), 1);
         let readers = [

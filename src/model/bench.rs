@@ -21,6 +21,7 @@ use crate::model::capture::{Capture, Sums};
 use crate::model::forward::{self, Spec};
 use crate::model::hidden::Hidden;
 use crate::model::latent;
+use crate::model::mixture;
 use crate::model::seen::Seen;
 use crate::model::{Model, Module};
 use crate::run::Run;
@@ -172,6 +173,10 @@ impl Bench<'_> {
         let weights = slots.map(|slot| self.block.linear(slot).map(|linear| &linear.weight));
         match weights.collect::<Option<Vec<&Weight>>>().as_deref() {
             None | Some([]) => Err(Error::run("not part of the block").tensor(&module.name)),
+            Some([one]) if mixture::absent(one) => {
+                let original = self.originals(module).ok_or_else(|| Error::run("the original block was not kept").tensor(&module.name))?;
+                Ok(Cow::Owned(Weight::Dense(original)))
+            }
             Some([one]) => Ok(Cow::Borrowed(one)),
             Some(several) => Ok(Cow::Owned(Weight::stacked(several))),
         }
@@ -190,7 +195,7 @@ impl Bench<'_> {
         if self.wanted.is_empty() {
             return Ok(None);
         }
-        let parameters = Parameters::take(&mut self.block, self.run.device);
+        let parameters = Parameters::take(&mut self.block, self.original.as_ref(), self.run.device);
         let mut outputs = Vec::new();
         let mut window = 0;
         for wanted in &self.wanted {
@@ -206,7 +211,7 @@ impl Bench<'_> {
 
     /// The float tensors of the block as it stands, for [`Self::descend_into`].
     pub fn parameters(&self) -> Parameters {
-        Parameters::copy(&self.block, self.run.device)
+        Parameters::copy(&self.block, self.original.as_ref(), self.run.device)
     }
 
     /// The mean squared error of a block with these tensors against the float model's output on some windows, and its
@@ -336,7 +341,7 @@ impl Bench<'_> {
     /// # Errors
     /// When hidden states cannot be read or written, or the streams are not there.
     pub fn capture(&mut self, site: Site) -> Result<(Capture, Option<Capture>)> {
-        let parameters = Parameters::take(&mut self.block, self.run.device);
+        let parameters = Parameters::take(&mut self.block, self.original.as_ref(), self.run.device);
         let result = self.capture_with(site, &parameters);
         parameters.give_back(&mut self.block);
         result
@@ -378,7 +383,7 @@ impl Bench<'_> {
     /// # Errors
     /// As [`Self::capture`].
     pub(super) fn pass_attention(&mut self) -> Result<()> {
-        let parameters = Parameters::take(&mut self.block, self.run.device);
+        let parameters = Parameters::take(&mut self.block, self.original.as_ref(), self.run.device);
         let mut passed = Ok(());
         if let Some(streams) = self.streams.take() {
             for windows in runs(self.model, self.hidden, false) {

@@ -370,12 +370,14 @@ impl Parameters {
 
     /// Takes the floats out of a block, without a copy where the block holds floats; [`Self::give_back`] returns them. For a
     /// GPU the block keeps them.
-    pub fn take(block: &mut Block, device: &Device) -> Self {
+    /// What it does not hold of its experts is lent by the `original`.
+    pub fn take(block: &mut Block, original: Option<&Self>, device: &Device) -> Self {
+        let lender = original.and_then(Self::experts);
         if device.gpu.is_some() {
             let mut parameters = Self::copy_own(block, device);
             let bytes = block.experts.as_ref().map_or(0, Experts::bytes);
             let place = if bytes <= device.room_for_weights() { device.burn.clone() } else { burn::tensor::Device::flex() };
-            parameters.experts = block.experts.as_mut().map(|experts| Tensors::take(experts, &place));
+            parameters.experts = block.experts.as_mut().map(|experts| Tensors::take(experts, lender, &place));
             return parameters;
         }
         let mut parameters = Self::default();
@@ -383,7 +385,7 @@ impl Parameters {
             let shape = linear.weight.shape();
             parameters.set_weight(linear.role, tensor(floats(&mut linear.weight), shape, &device.burn));
         }
-        parameters.experts = block.experts.as_mut().map(|experts| Tensors::take(experts, &device.burn));
+        parameters.experts = block.experts.as_mut().map(|experts| Tensors::take(experts, lender, &device.burn));
         parameters.set_vectors(block, &device.burn);
         parameters
     }
@@ -414,11 +416,12 @@ impl Parameters {
 
     /// A copy of the floats of a block. Weights for which the GPU has no room, or no binding, lie on the processor, and blocks of
     /// which no gradients are computed elsewhere lie there as a whole.
-    pub fn copy(block: &Block, device: &Device) -> Self {
+    /// What it does not hold of its experts is that of the `original`.
+    pub fn copy(block: &Block, original: Option<&Self>, device: &Device) -> Self {
         let processor = Device::cpu();
         let device = if block.stays() { &processor } else { device };
         let mut parameters = Self::copy_own(block, device);
-        parameters.experts = block.experts.as_ref().map(|experts| Tensors::copy(experts, &device.burn));
+        parameters.experts = block.experts.as_ref().map(|experts| Tensors::copy(experts, original.and_then(Self::experts), &device.burn));
         parameters
     }
 
@@ -468,6 +471,12 @@ impl Parameters {
         for norm in &block.norms {
             self.set_norm(norm.place, tensor(norm.weight.clone(), [norm.weight.len()], device));
         }
+    }
+
+    /// As [`Self::give_back`], of a block whose experts stay without floats: whoever needs those has them of the original.
+    pub fn give_back_own(mut self, block: &mut Block) {
+        self.experts = None;
+        self.give_back(block);
     }
 
     /// Puts the floats back where [`Self::take`] took them from.

@@ -186,7 +186,7 @@ impl<'a> Weights<'a> {
         if let Some(kept) = &self.blocks[index] {
             return Ok(kept.clone());
         }
-        let parameters = Parameters::take(&mut self.model.load_block(index)?, self.run.device);
+        let parameters = Parameters::take(&mut self.model.load_block(index)?, None, self.run.device);
         if take_room(&mut self.room, self.model.block_bytes()) {
             self.blocks[index] = Some(parameters.clone());
         }

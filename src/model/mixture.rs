@@ -239,6 +239,8 @@ pub struct Layers {
     pub weights: [Tensor<2>; 3],
     /// Their biases, where there are such.
     pub biases: [Option<Tensor<1>>; 3],
+    /// Which weights are those of the original, which the block itself does not hold.
+    lent: [bool; 3],
 }
 
 impl Layers {
@@ -251,13 +253,28 @@ impl Layers {
         }
     }
 
-    /// A copy of the floats of an expert's layers.
-    pub fn copy(linears: &[Linear; 3], device: &burn::tensor::Device) -> Self {
-        Self {
-            weights: linears.each_ref().map(|linear| tensor(linear.weight.to_matrix().into_owned().data, linear.weight.shape(), device)),
-            biases: linears.each_ref().map(|linear| linear.bias.as_ref().map(|bias| tensor(bias.clone(), [bias.len()], device))),
-        }
+    /// A copy of the floats of an expert's layers; those that it does not hold are the `original` ones.
+    pub fn copy(linears: &[Linear; 3], original: Option<&Self>, device: &burn::tensor::Device) -> Self {
+        let floats = |linear: &Linear| linear.weight.to_matrix().into_owned().data;
+        let weights = linears.each_ref().map(|linear| {
+            let lent = original.filter(|_| absent(&linear.weight)).and_then(|own| own.weights.get(place(linear.role)?));
+            match lent {
+                Some(lent) if lent.device() == *device => lent.clone(),
+                Some(lent) => tensor(values(lent.clone()), lent.dims(), device),
+                None => tensor(floats(linear), linear.weight.shape(), device),
+            }
+        });
+        Self { weights, biases: biases(linears, device), lent: [false; 3] }
     }
+}
+
+fn biases(linears: &[Linear; 3], device: &burn::tensor::Device) -> [Option<Tensor<1>>; 3] {
+    linears.each_ref().map(|linear| linear.bias.as_ref().map(|bias| tensor(bias.clone(), [bias.len()], device)))
+}
+
+/// Whether a block does not hold the floats of a weight, because they are still those of the original.
+pub fn absent(weight: &Weight) -> bool {
+    matches!(weight, Weight::Dense(matrix) if matrix.data.is_empty() && matrix.rows * matrix.columns > 0)
 }
 
 /// The tensors that the forward of a mixture needs.
@@ -276,23 +293,32 @@ pub struct Tensors {
 }
 
 impl Tensors {
-    /// Takes the floats out of a mixture, which must not be used any more.
-    pub fn take(experts: &mut Experts, device: &burn::tensor::Device) -> Self {
-        let take = |(_, linears): (Which, &mut [Linear; 3])| {
-            let biases = linears.each_ref().map(|linear| linear.bias.as_ref().map(|bias| tensor(bias.clone(), [bias.len()], device)));
+    /// Takes the floats out of a mixture, which must not be used any more; those that it does not hold are lent by the `original`.
+    pub fn take(experts: &mut Experts, original: Option<&Self>, device: &burn::tensor::Device) -> Self {
+        let take = |(which, linears): (Which, &mut [Linear; 3])| {
+            let own = original.and_then(|original| original.layers(which));
+            let biases = biases(linears, device);
+            let mut lent = [false; 3];
+            let mut number = 0..3;
             let weights = linears.each_mut().map(|linear| {
+                let place = number.next().unwrap_or(0);
+                if let Some(own) = own.filter(|_| absent(&linear.weight)) {
+                    lent[place] = true;
+                    return own.weights[place].clone();
+                }
                 let shape = linear.weight.shape();
                 tensor(floats(&mut linear.weight), shape, device)
             });
-            Layers { weights, biases }
+            Layers { weights, biases, lent }
         };
         let layers = experts.linears_mut().map(take).collect();
         Self::around(experts, layers, device)
     }
 
-    /// A copy of the floats of a mixture.
-    pub fn copy(experts: &Experts, device: &burn::tensor::Device) -> Self {
-        let layers = experts.linears().map(|(_, linears)| Layers::copy(linears, device)).collect();
+    /// A copy of the floats of a mixture; those that it does not hold are the `original` ones.
+    pub fn copy(experts: &Experts, original: Option<&Self>, device: &burn::tensor::Device) -> Self {
+        let own = |which| original.and_then(|original| original.layers(which));
+        let layers = experts.linears().map(|(which, linears)| Layers::copy(linears, own(which), device)).collect();
         Self::around(experts, layers, device)
     }
 
@@ -344,7 +370,10 @@ impl Tensors {
     pub fn give_back(self, experts: &mut Experts) {
         let shared = self.shared.map(|(layers, _)| layers);
         for (layers, (_, linears)) in self.routed.into_iter().chain(shared).zip(experts.linears_mut()) {
-            for (layer, linear) in layers.weights.into_iter().zip(linears) {
+            for ((layer, linear), lent) in layers.weights.into_iter().zip(linears).zip(layers.lent) {
+                if lent {
+                    continue;
+                }
                 if let Weight::Dense(matrix) | Weight::Sparse(Sparse { matrix, .. }) = &mut linear.weight
                     && matrix.data.is_empty()
                 {

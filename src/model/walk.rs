@@ -122,7 +122,7 @@ pub fn walk_part(
         let mut block = model.load_block(index)?;
         let (mut seen, mut wanted, mut original, mut arrivals) = (Seen::default(), Vec::new(), None, None);
         if calibrated {
-            let parameters = Parameters::take(&mut block, run.device);
+            let parameters = Parameters::take(&mut block, None, run.device);
             original = Some(parameters.clone());
             if visitor.observes() > Needs::Nothing {
                 let needs = visitor.observes();
@@ -141,16 +141,16 @@ pub fn walk_part(
             if visitor.observes() < Needs::Gram {
                 seen.inputs = first_inputs(model, index, &parameters, hidden, run)?;
             }
-            parameters.give_back(&mut block);
+            parameters.give_back_own(&mut block);
         }
         let streams = float.as_mut().map(FloatStream::lend);
         let everywhere = visitor.everywhere();
         let mut bench =
             Bench { model, block, seen, arrivals, everywhere, kept: None, run, hidden, original, streams, wanted, settled: false };
         visitor.visit(&mut bench)?;
-        let Bench { mut block, wanted, settled, .. } = bench;
-        let parameters = Parameters::take(&mut block, run.device);
-        drop(block);
+        let Bench { mut block, wanted, settled, original, .. } = bench;
+        let parameters = Parameters::take(&mut block, original.as_ref(), run.device);
+        drop((block, original));
         // The MLP of a parallel block reads what stands before attention.
         let middle = settled && !model.config.family.places.parallel;
         let joined = float.as_ref().filter(|_| middle).map(FloatStream::joined);
@@ -207,7 +207,7 @@ pub fn walk_back(
 /// A block on the workbench of the walk back with what it was seen doing: `hidden` are its inputs.
 fn opened<'a>(model: &'a Model<'a>, index: usize, hidden: &'a Hidden, needs: Needs, run: &'a Run<'a>) -> Result<Bench<'a>> {
     let mut block = model.load_block(index)?;
-    let parameters = Parameters::take(&mut block, run.device);
+    let parameters = Parameters::take(&mut block, None, run.device);
     let original = Some(parameters.clone());
     let (seen, wanted) = match needs {
         Needs::Nothing => Default::default(),

@@ -159,7 +159,7 @@ fn gradients_on_a_gpu_are_those_of_the_processor_wherever_weights_lie() {
         let target = values(random([14, model.config.hidden]));
         let wanted = Wanted { weights: true, norms: true, input: true, precision: Precision::Single };
         let run = |device: &Device| {
-            let (parameters, mut gradients) = (Parameters::copy(&block, device), Gradients::default());
+            let (parameters, mut gradients) = (Parameters::copy(&block, None, device), Gradients::default());
             let loss = backward::block(&spec, &parameters, &x, wanted, &mut gradients, &mut squared_error(&target, 1.0));
             (loss, gradients, parameters.elsewhere())
         };
