@@ -25,7 +25,8 @@
 //! streams of hidden states there, site by site, with everything before the site as it stands by then.
 //!
 //! Statistics hang on input *sites*, not on matrices: queries, keys and values read one input, and every expert of a mixture has
-//! sites of its own. What a checkpoint stores as one matrix and the forward reads as several is a [`model::Module`]: it is split
+//! sites of its own. Those of experts are not gathered side by side: what the mixture reads is kept with where its tokens went
+//! ([`model::arrivals`]), and a few experts at a time take their own tokens out of it. What a checkpoint stores as one matrix and the forward reads as several is a [`model::Module`]: it is split
 //! when a block is loaded and put together when it is written. Recipes that need no
 //! calibration never run a forward: they stream layer by layer, from stored bytes to packed integers.
 //!
@@ -55,8 +56,9 @@
 //!   output. Nothing below `cli` prints, reads the environment or exits.
 //! - A figure that a limit is held against has an interval, by the bootstrap over windows ([`statistics`]); without one nothing
 //!   passes. Everything a report page says is in the files beside it, so that it can be made again ([`report::page`]).
-//! - Only [`model::forward`] holds transformer mathematics; [`model::backward`] is its adjoint, written by hand and tested
-//!   against automatic differentiation of the one forward, which takes its place on a GPU. Only [`model::walk`] loops over
+//! - Only [`model::forward`] holds transformer mathematics, with [`model::latent`], [`model::delta`] and [`model::mixture`] below it;
+//!   [`model::backward`] is its adjoint, written by hand and tested against automatic differentiation of the one forward, which
+//!   takes its place on a GPU, and against finite differences. Only [`model::walk`] loops over
 //!   blocks, and an architecture is a row of data ([`model::architecture`]). One exception: [`model::generate`], where the model writes its own
 //!   calibration text, goes over positions outside and blocks inside, since a position needs the token of the last.
 //! - On the processor, results do not depend on the number of threads: parallel over rows, sums in fixed lanes, and

@@ -193,10 +193,16 @@ impl Facts {
 
 /// The set of layers that engines fuse a layer with, in words; `None` where they fuse it with nothing.
 pub fn fusion(name: &str) -> Option<String> {
+    // One kernel computes all experts that a router chooses from.
+    if let Some((mixture, _)) = name.rsplit_once(".experts.") {
+        return Some(format!("all experts of {}", shown(mixture)));
+    }
     let (parent, last) = name.rsplit_once('.').unwrap_or(("", name));
     let set = match last {
         "q_proj" | "k_proj" | "v_proj" => "q_proj, k_proj and v_proj",
         "gate_proj" | "up_proj" => "gate_proj and up_proj",
+        "q_a_proj" | "kv_a_proj_with_mqa" => "q_a_proj and kv_a_proj_with_mqa",
+        "in_proj_qkv" | "in_proj_z" => "in_proj_qkv and in_proj_z",
         _ => return None,
     };
     Some(format!("{set} of {}", shown(parent)))
@@ -207,7 +213,12 @@ pub fn unfused(layers: &[Outlined]) -> Vec<String> {
     let mut sets: BTreeMap<String, Vec<Option<Storage>>> = BTreeMap::new();
     for layer in layers {
         if let Some(set) = fusion(&layer.name) {
-            sets.entry(set).or_default().push(layer.storage);
+            // A scale per row is one scheme, however wide rows are.
+            let scheme = match layer.storage {
+                Some(Storage::Ints { bits, group, symmetric }) if group == layer.shape[1] => Some(Storage::Ints { bits, group: 0, symmetric }),
+                storage => storage,
+            };
+            sets.entry(set).or_default().push(scheme);
         }
     }
     sets.into_iter().filter(|(_, storages)| storages.iter().any(|one| one != &storages[0])).map(|(set, _)| set).collect()
@@ -244,5 +255,12 @@ mod tests {
         assert!(Engine::Vllm.loads(&compressed_tensors::FORMAT, &mixed).unwrap_err().contains("fuses"));
         assert!(Engine::Transformers.loads(&compressed_tensors::FORMAT, &mixed).is_ok());
         assert!(Engine::Vllm.loads(&awq::FORMAT, &layers(4, false)).is_ok());
+        let mut experts = layers(4, true);
+        for (number, layer) in experts.iter_mut().enumerate() {
+            layer.name = format!("b.0.mlp.experts.{number}.down_proj");
+        }
+        assert!(unfused(&experts).is_empty());
+        experts[2].storage = Some(Storage::Ints { bits: 8, group: 64, symmetric: true });
+        assert_eq!(unfused(&experts), ["all experts of b.0.mlp"]);
     }
 }
