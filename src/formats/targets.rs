@@ -215,7 +215,9 @@ pub fn unfused(layers: &[Outlined]) -> Vec<String> {
         if let Some(set) = fusion(&layer.name) {
             // A scale per row is one scheme, however wide rows are.
             let scheme = match layer.storage {
-                Some(Storage::Ints { bits, group, symmetric }) if group == layer.shape[1] => Some(Storage::Ints { bits, group: 0, symmetric }),
+                Some(Storage::Ints { bits, group, symmetric }) if group == layer.shape[1] => {
+                    Some(Storage::Ints { bits, group: 0, symmetric })
+                }
                 storage => storage,
             };
             sets.entry(set).or_default().push(scheme);
