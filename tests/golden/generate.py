@@ -155,6 +155,9 @@ CASES = {
     "qwen3_moe_stacked": ("qwen3_moe", torch.bfloat16, dict(
         hidden_size=24, intermediate_size=20, num_hidden_layers=1, head_dim=10, max_position_embeddings=64,
         moe_intermediate_size=12, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True, rope_parameters=DEFAULT_ROPE)),
+    "olmoe": ("olmoe", torch.bfloat16, dict(
+        hidden_size=24, intermediate_size=12, num_hidden_layers=2, max_position_embeddings=64, num_experts=5,
+        num_experts_per_tok=2, **TOKEN_IDS, rope_parameters=DEFAULT_ROPE)),
     # Narrowed queries, keys and values, grouped experts with a correction, and a dense layer first.
     "deepseek_v3": ("deepseek_v3", torch.bfloat16, dict(
         hidden_size=24, intermediate_size=20, moe_intermediate_size=12, num_hidden_layers=2, num_key_value_heads=4,

@@ -220,6 +220,13 @@ pub const FAMILIES: &[Family] = &[
         ..QWEN2
     },
     Family {
+        model_type: "olmoe",
+        qk_norm: QkNorm::Projection,
+        mixed: Some(Mixed { width: "intermediate_size", which: MixedLayers::Every, defaults: [64, 8, 2048, 0], ..MIXED }),
+        defaults: Defaults { epsilon: 1e-5, max_positions: 4096, ..DEFAULTS },
+        ..LLAMA
+    },
+    Family {
         model_type: "mixtral",
         windows: Windows::Every,
         mixed: Some(Mixed {
