@@ -195,7 +195,7 @@ impl Bench<'_> {
         if self.wanted.is_empty() {
             return Ok(None);
         }
-        let parameters = Parameters::take(&mut self.block, self.original.as_ref(), self.run.device);
+        let parameters = Parameters::take_lazily(&mut self.block, self.original.as_ref(), self.run.device);
         let mut outputs = Vec::new();
         let mut window = 0;
         for wanted in &self.wanted {

@@ -251,6 +251,12 @@ impl Block {
         own.chain(of_experts.flat_map(|(which, linears)| linears.iter().map(move |linear| Slot::of(which, linear.role)))).collect()
     }
 
+    /// Whether all experts hold weights of their own, none of the original any more.
+    pub fn is_whole(&self) -> bool {
+        let mut experts = self.experts.iter().flat_map(Experts::linears).flat_map(|(_, linears)| linears);
+        experts.all(|linear| !mixture::absent(&linear.weight))
+    }
+
     /// Whether its gradients are computed on the processor alone.
     pub fn stays(&self) -> bool {
         self.experts.is_some() || self.delta.is_some()
@@ -372,12 +378,21 @@ impl Parameters {
     /// GPU the block keeps them.
     /// What it does not hold of its experts is lent by the `original`.
     pub fn take(block: &mut Block, original: Option<&Self>, device: &Device) -> Self {
+        Self::take_as(block, original, device, false)
+    }
+
+    /// As [`Self::take`], where what experts hold becomes floats only when it is used: for few forwards.
+    pub fn take_lazily(block: &mut Block, original: Option<&Self>, device: &Device) -> Self {
+        Self::take_as(block, original, device, true)
+    }
+
+    fn take_as(block: &mut Block, original: Option<&Self>, device: &Device, lazily: bool) -> Self {
         let lender = original.and_then(Self::experts);
         if device.gpu.is_some() {
             let mut parameters = Self::copy_own(block, device);
             let bytes = block.experts.as_ref().map_or(0, Experts::bytes);
             let place = if bytes <= device.room_for_weights() { device.burn.clone() } else { burn::tensor::Device::flex() };
-            parameters.experts = block.experts.as_mut().map(|experts| Tensors::take(experts, lender, &place));
+            parameters.experts = block.experts.as_mut().map(|experts| Tensors::take(experts, lender, &place, lazily));
             return parameters;
         }
         let mut parameters = Self::default();
@@ -385,7 +400,7 @@ impl Parameters {
             let shape = linear.weight.shape();
             parameters.set_weight(linear.role, tensor(floats(&mut linear.weight), shape, &device.burn));
         }
-        parameters.experts = block.experts.as_mut().map(|experts| Tensors::take(experts, lender, &device.burn));
+        parameters.experts = block.experts.as_mut().map(|experts| Tensors::take(experts, lender, &device.burn, lazily));
         parameters.set_vectors(block, &device.burn);
         parameters
     }

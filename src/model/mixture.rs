@@ -2,6 +2,9 @@
 //! experts, gated MLPs of which each sees its own tokens; the output is the sum of what they give, times their shares, and of what
 //! an expert of all tokens gives, where there is one ([`crate::model::forward`]).
 
+use std::borrow::Cow;
+use std::sync::Arc;
+
 use burn::tensor::Tensor;
 use serde_json::Value;
 
@@ -241,6 +244,8 @@ pub struct Layers {
     pub biases: [Option<Tensor<1>>; 3],
     /// Which weights are those of the original, which the block itself does not hold.
     lent: [bool; 3],
+    /// Weights that become floats only when they are used; nothing stands for them in [`Self::weights`].
+    packed: [Option<Arc<Weight>>; 3],
 }
 
 impl Layers {
@@ -264,7 +269,21 @@ impl Layers {
                 None => tensor(floats(linear), linear.weight.shape(), device),
             }
         });
-        Self { weights, biases: biases(linears, device), lent: [false; 3] }
+        Self { weights, biases: biases(linears, device), lent: [false; 3], packed: Default::default() }
+    }
+
+    /// With all weights as floats.
+    pub fn whole(&self) -> Cow<'_, Self> {
+        if self.packed.iter().all(Option::is_none) {
+            return Cow::Borrowed(self);
+        }
+        let mut whole = self.clone();
+        for (weight, packed) in whole.weights.iter_mut().zip(whole.packed.iter_mut()) {
+            if let Some(packed) = packed.take() {
+                *weight = tensor(packed.to_matrix().into_owned().data, packed.shape(), &weight.device());
+            }
+        }
+        Cow::Owned(whole)
     }
 }
 
@@ -293,12 +312,13 @@ pub struct Tensors {
 }
 
 impl Tensors {
-    /// Takes the floats out of a mixture, which must not be used any more; those that it does not hold are lent by the `original`.
-    pub fn take(experts: &mut Experts, original: Option<&Self>, device: &burn::tensor::Device) -> Self {
+    /// Takes the weights out of a mixture, which must not be used any more; those that it does not hold are lent by the `original`.
+    /// With `lazily` those that are no floats become floats when they are used, again each time.
+    pub fn take(experts: &mut Experts, original: Option<&Self>, device: &burn::tensor::Device, lazily: bool) -> Self {
         let take = |(which, linears): (Which, &mut [Linear; 3])| {
             let own = original.and_then(|original| original.layers(which));
             let biases = biases(linears, device);
-            let mut lent = [false; 3];
+            let (mut lent, mut packed) = ([false; 3], [const { None }; 3]);
             let mut number = 0..3;
             let weights = linears.each_mut().map(|linear| {
                 let place = number.next().unwrap_or(0);
@@ -306,10 +326,14 @@ impl Tensors {
                     lent[place] = true;
                     return own.weights[place].clone();
                 }
+                if lazily && !matches!(linear.weight, Weight::Dense(_) | Weight::Sparse(_)) {
+                    packed[place] = Some(Arc::new(std::mem::replace(&mut linear.weight, Weight::Dense(Matrix::new(0, 0, Vec::new())))));
+                    return Tensor::zeros([1, 1], device);
+                }
                 let shape = linear.weight.shape();
                 tensor(floats(&mut linear.weight), shape, device)
             });
-            Layers { weights, biases, lent }
+            Layers { weights, biases, lent, packed }
         };
         let layers = experts.linears_mut().map(take).collect();
         Self::around(experts, layers, device)
@@ -370,7 +394,12 @@ impl Tensors {
     pub fn give_back(self, experts: &mut Experts) {
         let shared = self.shared.map(|(layers, _)| layers);
         for (layers, (_, linears)) in self.routed.into_iter().chain(shared).zip(experts.linears_mut()) {
-            for ((layer, linear), lent) in layers.weights.into_iter().zip(linears).zip(layers.lent) {
+            let held = layers.weights.into_iter().zip(layers.lent).zip(layers.packed);
+            for (((layer, lent), packed), linear) in held.zip(linears) {
+                if let Some(packed) = packed {
+                    linear.weight = Arc::unwrap_or_clone(packed);
+                    continue;
+                }
                 if lent {
                     continue;
                 }
@@ -404,14 +433,14 @@ pub fn forward(experts: &Tensors, rule: Rule, activation: Activation, x: &Tensor
         let own = picked(&rows, hidden, tokens.iter().map(|&(token, _)| token));
         let own = tensor(own, [tokens.len().next_multiple_of(ROWS), hidden], &device);
         let mut see = |step: Step, x: &Tensor<2>| tap(Point::Expert(Which::Routed(expert), step, tokens.len()), x);
-        let given = values(mlp(layers, activation, &own, &mut see));
+        let given = values(mlp(&layers.whole(), activation, &own, &mut see));
         for (&(token, share), given) in tokens.iter().zip(given.chunks_exact(hidden.max(1))) {
             out[token * hidden..][..hidden].iter_mut().zip(given).for_each(|(out, given)| *out += share * given);
         }
     }
     if let Some((layers, gate)) = &experts.shared {
         let mut see = |step: Step, x: &Tensor<2>| tap(Point::Expert(Which::Shared, step, tokens), x);
-        let given = values(mlp(layers, activation, x, &mut see));
+        let given = values(mlp(&layers.whole(), activation, x, &mut see));
         let openings = gate.as_ref().map(|gate| values(product(x, gate)));
         for (token, (out, given)) in out.chunks_exact_mut(hidden.max(1)).zip(given.chunks_exact(hidden.max(1))).enumerate() {
             let open = openings.as_ref().map_or(1.0, |openings| 1.0 / (1.0 + (-openings[token]).exp()));

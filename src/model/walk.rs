@@ -149,6 +149,8 @@ pub fn walk_part(
             Bench { model, block, seen, arrivals, everywhere, kept: None, run, hidden, original, streams, wanted, settled: false };
         visitor.visit(&mut bench)?;
         let Bench { mut block, wanted, settled, original, .. } = bench;
+        // Where nothing of the original is needed any more, it goes before floats are made of what came of it.
+        let original = original.filter(|_| !block.is_whole());
         let parameters = Parameters::take(&mut block, original.as_ref(), run.device);
         drop((block, original));
         // The MLP of a parallel block reads what stands before attention.
