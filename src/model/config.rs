@@ -241,7 +241,7 @@ fn kv_heads(keys: &Keys<'_>, family: &Family, heads: usize) -> Result<usize> {
         None if keys.0.contains_key("num_key_value_heads") => heads,
         None => family.defaults.kv_heads.unwrap_or(heads),
     };
-    if heads % kv_heads != 0 {
+    if !heads.is_multiple_of(kv_heads) {
         return Err(Error::input(format!("config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")));
     }
     Ok(kv_heads)

@@ -41,7 +41,7 @@ pub fn sizes(keys: &Keys<'_>) -> Result<Sizes> {
         value_dim: count("linear_value_head_dim", 128)?,
         kernel: count("linear_conv_kernel_dim", 4)?,
     };
-    if sizes.value_heads % sizes.key_heads != 0 {
+    if !sizes.value_heads.is_multiple_of(sizes.key_heads) {
         let (values, keys) = (sizes.value_heads, sizes.key_heads);
         return Err(Error::input(format!("config.json: linear_num_value_heads {values} is not a multiple of linear_num_key_heads {keys}")));
     }

@@ -130,7 +130,7 @@ fn scores(keys: &Keys<'_>, mixed: Mixed, experts: usize, chosen: usize) -> Resul
     }
     let count = |key: &str, default: usize| Ok(keys.count(key, MOST as u64)?.unwrap_or(default));
     let (groups, kept) = (count("n_group", 8)?, count("topk_group", 4)?);
-    if experts % groups != 0 || kept > groups || chosen > experts / groups * kept {
+    if !experts.is_multiple_of(groups) || kept > groups || chosen > experts / groups * kept {
         return Err(Error::input(format!(
             "config.json: {experts} experts in n_group {groups} groups, of which topk_group {kept} are kept, do not give {chosen} per token"
         )));

@@ -311,9 +311,10 @@ fn observe(
         run.check_stop()?;
         let results = hidden.map(&runs, |windows, x| {
             let mut sites = BTreeMap::new();
-            let y = forward_run(model, index, parameters, hidden.tokens(windows.start), x, run, &mut |point, input| match point {
-                Point::Site(site) => drop(sites.insert(site, statistics(site, input, needs, run.device.gpu.as_ref(), &grams))),
-                _ => {}
+            let y = forward_run(model, index, parameters, hidden.tokens(windows.start), x, run, &mut |point, input| {
+                if let Point::Site(site) = point {
+                    sites.insert(site, statistics(site, input, needs, run.device.gpu.as_ref(), &grams));
+                }
             });
             let sites = sites.into_iter().map(|(site, statistics)| Ok((site, statistics?))).collect::<Result<BTreeMap<_, _>>>()?;
             Ok((sites, y))
@@ -332,8 +333,10 @@ fn observe(
     Ok((seen, outputs))
 }
 
+/// What was seen, where tokens went, and the outputs of the first windows.
+type WatchedMixture = (Seen, Arrivals, Vec<Vec<f32>>);
+
 /// As [`observe`] for a mixture of experts, up to what its experts read: those see their own tokens one after the other, later.
-#[allow(clippy::type_complexity)]
 fn observe_mixture(
     model: &Model<'_>,
     index: usize,
@@ -342,7 +345,7 @@ fn observe_mixture(
     (needs, everywhere): (Needs, bool),
     run: &Run<'_>,
     note: &str,
-) -> Result<(Seen, Arrivals, Vec<Vec<f32>>)> {
+) -> Result<WatchedMixture> {
     let (mut seen, mut outputs) = (Seen::default(), Vec::new());
     let (Some(experts), Some(described)) = (parameters.experts(), &model.config.mixture) else {
         return Err(Error::run("a mixture without experts"));

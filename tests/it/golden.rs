@@ -78,8 +78,10 @@ fn every_family_gives_the_logits_of_transformers() {
     }
 }
 
-/// Wrong forwards: the golden model, and what is wrong.
-const WRONG: &[(&str, &str, fn(&mut Config))] = &[
+/// A wrong forward: the golden model, and what is wrong.
+type Wrong = (&'static str, &'static str, fn(&mut Config));
+
+const WRONG: &[Wrong] = &[
     ("mistral", "a window of 8", |config| config.layers.iter_mut().for_each(|layer| layer.window = Some(8))),
     ("qwen2", "no windows", |config| config.layers.iter_mut().for_each(|layer| layer.window = None)),
     ("qwen3", "no norms of heads", |config| other(config, |family| family.qk_norm = QkNorm::Absent)),
