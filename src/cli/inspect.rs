@@ -71,6 +71,18 @@ pub fn run(arguments: &Inspect, invocation: &Invocation) -> Result<()> {
         (None, Some(method)) => say(&format!("quantized by {method}, which this version does not compute")),
         (None, None) => say("this model_type cannot be computed: data-free round-to-nearest works, calibration and perplexity do not"),
     }
+    if let Some(config) = model.as_ref().map(|model| &model.config) {
+        let linear = config.layers.iter().filter(|layer| layer.linear).count();
+        if linear > 0 {
+            say(&format!("{linear} blocks with a gated delta rule, {} with attention", config.layers.len() - linear));
+        }
+        if let Some(mixture) = &config.mixture {
+            let shared = mixture.shared.map_or(String::new(), |width| format!(" and one of all tokens of {width}"));
+            let mixed = config.layers.iter().filter(|layer| layer.mixed).count();
+            let (experts, width, chosen) = (mixture.experts, mixture.width, mixture.rule.chosen);
+            say(&format!("{mixed} blocks are mixtures of {experts} experts of {width}{shared}; a token goes to {chosen}"));
+        }
+    }
     if let Some(linears) = linears {
         say(&format!(
             "{linears} linear layers can be compressed; embeddings, head, norms and everything else are carried over as they are"
