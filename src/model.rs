@@ -210,7 +210,8 @@ impl<'a> Model<'a> {
         let own = self.named(index, &format!("{}.{}.", mixed.name, mixed.router));
         let experts = self.named(index, &format!("{}.experts.", mixed.name));
         let apart = |name: &str| name.strip_prefix(&experts)?.split('.').next()?.parse::<usize>().ok();
-        let stacked = |name: &&str| name.starts_with(&own) || mixed.lying == Lying::Woven && name.starts_with(&experts);
+        let every = |name: &str| self.checkpoint.info(name).is_some_and(|info| info.shape.first() == Some(&mixture.experts));
+        let stacked = |name: &&str| (name.starts_with(&own) || mixed.lying == Lying::Woven && name.starts_with(&experts)) && every(name);
         let whole = self.checkpoint.names().filter(stacked).map(str::to_string).collect();
         let gone = |name: &&str| apart(name).is_some_and(|expert| (left..mixture.experts).contains(&expert));
         [whole, self.checkpoint.names().filter(gone).map(str::to_string).collect()]
@@ -224,6 +225,14 @@ impl<'a> Model<'a> {
         let Some(info) = self.checkpoint.info(name) else { return Ok(()) };
         let each = info.bytes() as usize / info.shape.first().copied().unwrap_or(1).max(1);
         rows.iter().try_for_each(|&row| see(&self.checkpoint.part(name, row * each..(row + 1) * each)?))
+    }
+
+    /// A tensor of experts outside the blocks, where there is one: of layers that predict further tokens.
+    pub fn further_experts(&self) -> Option<&str> {
+        let start = format!("{}layers.", self.prefix);
+        let number = |name: &str| name.strip_prefix(&start)?.split('.').next()?.parse::<usize>().ok();
+        let inside = |name: &str| number(name).is_some_and(|number| number < self.config.layers.len());
+        self.checkpoint.names().find(|name| name.contains(".experts.") && !inside(name))
     }
 
     /// The linear layers of a block as the checkpoint stores them, in the order of a forward.

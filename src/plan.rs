@@ -136,7 +136,9 @@ impl Plan {
             let on = self.layers.iter().filter(|layer| layer.stages.contains(&number) || norms(number));
             stage.targets = on.map(exact).collect();
         }
-        let untouched = self.layers.iter().filter(|layer| layer.stages.is_empty() && (0..self.stages.len()).any(|stage| !norms(stage)));
+        // What removes experts works on all of them, whatever is skipped.
+        let left = |layer: &&Planned| layer.stages.iter().all(|&stage| removes(&self.stages[stage]));
+        let untouched = self.layers.iter().filter(|layer| left(layer) && (0..self.stages.len()).any(|stage| !norms(stage)));
         resolved.skip = untouched.map(|layer| Skip { pattern: exact(layer) }).collect();
         let changed = self.layers.iter().filter(|layer| !layer.stages.is_empty() && (layer.bits.is_some() || layer.sparsity.is_some()));
         resolved.overrides = changed.map(|layer| Override { pattern: exact(layer), bits: layer.bits, sparsity: layer.sparsity }).collect();

@@ -32,7 +32,13 @@ pub fn experts_left(recipe: &Recipe, model: Option<&Model<'_>>) -> Result<Option
     let stages = recipe.stages.iter().map(|stage| methods::read(&stage.method, stage.options.clone()));
     let Some(method) = stages.flatten().find(|method| method.removes_experts()) else { return Ok(None) };
     match model.and_then(|model| model.config.mixture) {
-        Some(mixture) => method.experts_left(&mixture).transpose(),
+        Some(mixture) => match model.and_then(Model::further_experts) {
+            Some(name) => Err(Error::input(
+                "belongs to experts that predict further tokens, which are not thinned with the others; remove those layers first",
+            )
+            .tensor(name)),
+            None => method.experts_left(&mixture).transpose(),
+        },
         None => Err(Error::input("the recipe removes experts, and this model is no mixture of experts that can be computed")),
     }
 }
@@ -53,13 +59,52 @@ pub fn of(model: &Model<'_>, plan: &Plan) -> Changes {
     changes
 }
 
-/// Sets the number of experts wherever a configuration says it.
+/// Sets the number of experts wherever a configuration says it, or where its family's is meant because it says none.
 pub fn set_experts(config: &mut Value, left: usize) {
-    for (key, value) in config.as_object_mut().into_iter().flatten() {
-        match key.as_str() {
-            "num_experts" | "num_local_experts" | "n_routed_experts" => *value = left.into(),
-            "text_config" => set_experts(value, left),
-            _ => {}
+    const KEYS: [&str; 3] = ["num_experts", "num_local_experts", "n_routed_experts"];
+    let inner = config["text_config"].is_object();
+    let outer = set(config, &KEYS, left);
+    let place = if inner { &mut config["text_config"] } else { config };
+    if !set(place, &KEYS, left) && !outer {
+        let key = match place["model_type"].as_str() {
+            Some("mixtral" | "gpt_oss") => KEYS[1],
+            Some("deepseek_v3") => KEYS[2],
+            _ => KEYS[0],
+        };
+        place[key] = left.into();
+    }
+}
+
+/// Sets those keys that are there; whether one was.
+fn set(object: &mut Value, keys: &[&str], left: usize) -> bool {
+    let mut found = false;
+    for key in keys {
+        if let Some(value) = object.get_mut(*key) {
+            *value = left.into();
+            found = true;
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn the_number_of_experts_is_said_where_it_was_and_where_it_was_not() {
+        for (config, expected) in [
+            (json!({"num_experts": 8, "num_local_experts": 8}), json!({"num_experts": 4, "num_local_experts": 4})),
+            (json!({"model_type": "mixtral"}), json!({"model_type": "mixtral", "num_local_experts": 4})),
+            (json!({"model_type": "deepseek_v3"}), json!({"model_type": "deepseek_v3", "n_routed_experts": 4})),
+            (json!({"text_config": {"hidden_size": 2}}), json!({"text_config": {"hidden_size": 2, "num_experts": 4}})),
+            (json!({"text_config": {"num_experts": 8}}), json!({"text_config": {"num_experts": 4}})),
+        ] {
+            let mut found = config;
+            set_experts(&mut found, 4);
+            assert_eq!(found, expected);
         }
     }
 }

@@ -47,7 +47,7 @@ pub fn candidates(checkpoint: &Checkpoint, source: &dyn Source, model: Option<&M
     let mut candidates = Vec::new();
     for index in 0..model.config.layers.len() {
         for module in model.modules(index) {
-            let float = float(checkpoint, &module.name);
+            let float = float(checkpoint, source, &module.name);
             let expert = matches!(module.expert, Some(Which::Routed(_)));
             candidates.push(Candidate { shape: module.shape, name: module.name, float, expert });
         }
@@ -56,9 +56,15 @@ pub fn candidates(checkpoint: &Checkpoint, source: &dyn Source, model: Option<&M
 }
 
 /// The number format of a layer's floats; that of the model where the layer has none.
-fn float(checkpoint: &Checkpoint, name: &str) -> Float {
-    let own = checkpoint.info(&format!("{name}.weight")).and_then(|info| float_of(info.dtype));
-    let named = ["dtype", "torch_dtype"].iter().find_map(|key| checkpoint.config.get(*key)?.as_str());
+fn float(checkpoint: &Checkpoint, source: &dyn Source, name: &str) -> Float {
+    let of = |tensor: &str| checkpoint.info(tensor).and_then(|info| float_of(info.dtype));
+    // The layer's own tensor, or the one that it shares with others.
+    let shared =
+        || source.tensors(checkpoint, name).first().filter(|tensor| !tensor.starts_with(&format!("{name}."))).and_then(|tensor| of(tensor));
+    let own = of(&format!("{name}.weight")).or_else(shared);
+    let decoder = config::decoder(&checkpoint.config);
+    let said = [&checkpoint.config, decoder.as_ref()].into_iter().flat_map(|config| ["dtype", "torch_dtype"].map(|key| config.get(key)));
+    let named = said.flatten().find_map(|value| value.as_str());
     own.unwrap_or(match named {
         Some("float16") => Float::F16,
         Some("float32") => Float::F32,
@@ -80,7 +86,7 @@ fn by_name(checkpoint: &Checkpoint, source: &dyn Source) -> Result<Vec<Candidate
         let shape = source.shape(checkpoint, name)?;
         let whole = !tensor.ends_with(".weight")
             || checkpoint.info(tensor).is_some_and(|info| float_of(info.dtype).is_some() || info.dtype == Dtype::F8_E4M3);
-        let float = float(checkpoint, name);
+        let float = float(checkpoint, source, name);
         let linear = numbered(name) && shape[0] > 1 && shape[1] > 1 && !UNTOUCHED.iter().any(|piece| tensor.contains(piece));
         (linear && whole).then(|| Candidate { name: name.into(), shape, float, expert: false })
     });

@@ -203,6 +203,10 @@ impl Bench<'_> {
             let x = forward::mlp_input(&spec, &parameters, tensor(h, [tokens, source.width()], &parameters.home()));
             arrivals.add(&values(experts.logits(&x)), &experts.correction, described.rule);
         }
+        // A later stage may aim at weights, and see what the walk kept.
+        if let Some(kept) = self.arrivals.take().and_then(Arrivals::into_source) {
+            arrivals.keep(kept);
+        }
         self.arrivals = Some(arrivals);
         Ok(())
     }

@@ -279,7 +279,7 @@ fn differentiated(spec: &Spec<'_>, parameters: &Parameters, x: &[f32], wanted: W
     let leaf = tensor::<2>(x.to_vec(), shape, &device).autodiff().set_require_grad(wanted.input);
     let mut seen = BTreeMap::new();
     let y = forward::block(spec, &tracked, leaf.clone(), &mut |point, tensor| {
-        if matches!(point, Point::TurnedQuery | Point::TurnedKey | Point::Value | Point::Site(Site::Output)) {
+        if matches!(point, Point::TurnedQuery | Point::TurnedKey | Point::Value | Point::Attended | Point::Site(Site::Output)) {
             seen.insert(point, tensor.clone());
         }
     });
@@ -317,8 +317,12 @@ fn before_attention(
     seen: &BTreeMap<Point, Tensor<2>>,
     found: &burn::tensor::Gradients,
 ) -> Option<burn::tensor::Gradients> {
-    let inputs = [Point::TurnedQuery, Point::TurnedKey, Point::Value].map(|point| &seen[&point]);
-    let mixed = &seen[&Point::Site(Site::Output)];
+    let [Some(q), Some(k), Some(v)] = [Point::TurnedQuery, Point::TurnedKey, Point::Value].map(|point| seen.get(&point)) else {
+        return None;
+    };
+    let inputs = [q, k, v];
+    // What attention gave is the leaf, also where its projection reads something made of it.
+    let mixed = seen.get(&Point::Attended).or(seen.get(&Point::Site(Site::Output)))?;
     if !mixed.is_require_grad() || !inputs.iter().any(|input| input.is_tracked()) {
         return None;
     }

@@ -28,6 +28,9 @@ pub struct Delta {
     pub norm: Vec<f32>,
 }
 
+/// Most numbers that the heads of a rule may learn.
+const MOST: usize = 1 << 26;
+
 /// Reads the sizes from a configuration.
 ///
 /// # Errors
@@ -41,6 +44,15 @@ pub fn sizes(keys: &Keys<'_>) -> Result<Sizes> {
         value_dim: count("linear_value_head_dim", 128)?,
         kernel: count("linear_conv_kernel_dim", 4)?,
     };
+    if sizes.kernel < 2 {
+        return Err(Error::input(format!("config.json: linear_conv_kernel_dim is {}, it must be at least 2", sizes.kernel)));
+    }
+    let learned = sizes.value_heads.saturating_mul(sizes.key_dim).saturating_mul(sizes.value_dim);
+    if learned > MOST {
+        return Err(Error::input(format!(
+            "config.json: linear_num_value_heads x linear_key_head_dim x linear_value_head_dim is {learned}, at most {MOST} are supported"
+        )));
+    }
     if !sizes.value_heads.is_multiple_of(sizes.key_heads) {
         let (values, keys) = (sizes.value_heads, sizes.key_heads);
         return Err(Error::input(format!("config.json: linear_num_value_heads {values} is not a multiple of linear_num_key_heads {keys}")));

@@ -253,7 +253,7 @@ impl Layers {
     fn apply(&self, number: usize, x: &Tensor<2>) -> Tensor<2> {
         let product = product(x, &self.weights[number]);
         match &self.biases[number] {
-            Some(bias) => product + bias.clone().unsqueeze(),
+            Some(bias) => added(product, bias),
             None => product,
         }
     }
@@ -285,6 +285,13 @@ impl Layers {
         }
         Cow::Owned(whole)
     }
+}
+
+/// A product plus a bias, which may lie elsewhere.
+fn added(product: Tensor<2>, bias: &Tensor<1>) -> Tensor<2> {
+    let device = product.device();
+    let bias = if bias.device() == device { bias.clone() } else { tensor(values(bias.clone()), bias.dims(), &device) };
+    product + bias.unsqueeze()
 }
 
 fn biases(linears: &[Linear; 3], device: &burn::tensor::Device) -> [Option<Tensor<1>>; 3] {
@@ -385,7 +392,7 @@ impl Tensors {
     pub fn logits(&self, x: &Tensor<2>) -> Tensor<2> {
         let logits = product(x, &self.router);
         match &self.bias {
-            Some(bias) => logits + bias.clone().unsqueeze(),
+            Some(bias) => added(logits, bias),
             None => logits,
         }
     }

@@ -197,7 +197,8 @@ pub fn walk_back(
         run.check_stop()?;
         let needs = visitor.needs(index);
         let mut bench = opened(model, index, hidden, needs, run)?;
-        let Some(parameters) = bench.original.clone() else { continue };
+        let Some(original) = bench.original.clone() else { continue };
+        let parameters = if bench.block.stays() { bench.parameters() } else { original };
         let found = slopes::through(model, index, &parameters, hidden, streams, needs > Needs::Nothing, run)?;
         if needs > Needs::Nothing {
             visitor.visit(&mut bench, &found)?;
