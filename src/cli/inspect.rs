@@ -12,6 +12,7 @@ use crate::compress::gguf::unpack::Unpacked;
 use crate::compress::layers::candidates;
 use crate::error::{Result, shown, shown_path};
 use crate::formats;
+use crate::model::config::Config;
 use crate::model::{self, Model, config};
 use crate::report::bytes;
 
@@ -71,18 +72,7 @@ pub fn run(arguments: &Inspect, invocation: &Invocation) -> Result<()> {
         (None, Some(method)) => say(&format!("quantized by {method}, which this version does not compute")),
         (None, None) => say("this model_type cannot be computed: data-free round-to-nearest works, calibration and perplexity do not"),
     }
-    if let Some(config) = model.as_ref().map(|model| &model.config) {
-        let linear = config.layers.iter().filter(|layer| layer.linear).count();
-        if linear > 0 {
-            say(&format!("{linear} blocks with a gated delta rule, {} with attention", config.layers.len() - linear));
-        }
-        if let Some(mixture) = &config.mixture {
-            let shared = mixture.shared.map_or(String::new(), |width| format!(" and one of all tokens of {width}"));
-            let mixed = config.layers.iter().filter(|layer| layer.mixed).count();
-            let (experts, width, chosen) = (mixture.experts, mixture.width, mixture.rule.chosen);
-            say(&format!("{mixed} blocks are mixtures of {experts} experts of {width}{shared}; a token goes to {chosen}"));
-        }
-    }
+    model.iter().flat_map(|model| described(&model.config)).for_each(|line| say(&line));
     if let Some(linears) = linears {
         say(&format!(
             "{linears} linear layers can be compressed; embeddings, head, norms and everything else are carried over as they are"
@@ -111,4 +101,20 @@ fn dtypes(checkpoint: &Checkpoint) -> BTreeMap<String, (usize, u64, u64)> {
         }
     }
     dtypes
+}
+
+/// What a model has that plain ones have not.
+fn described(config: &Config) -> Vec<String> {
+    let mut lines = Vec::new();
+    let linear = config.layers.iter().filter(|layer| layer.linear).count();
+    if linear > 0 {
+        lines.push(format!("{linear} blocks with a gated delta rule, {} with attention", config.layers.len() - linear));
+    }
+    if let Some(mixture) = &config.mixture {
+        let shared = mixture.shared.map_or(String::new(), |width| format!(" and one of all tokens of {width}"));
+        let mixed = config.layers.iter().filter(|layer| layer.mixed).count();
+        let (experts, width, chosen) = (mixture.experts, mixture.width, mixture.rule.chosen);
+        lines.push(format!("{mixed} blocks are mixtures of {experts} experts of {width}{shared}; a token goes to {chosen}"));
+    }
+    lines
 }
