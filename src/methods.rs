@@ -204,6 +204,13 @@ pub struct BlockLayer {
     pub bounds: Option<Bounds>,
 }
 
+impl BlockLayer {
+    /// That of a slot, among layers in the order of their slots.
+    pub fn find(layers: &[Self], slot: Slot) -> Option<&Self> {
+        layers.get(layers.binary_search_by_key(&slot, |layer| layer.slot).ok()?)
+    }
+}
+
 /// What a method did to a block.
 #[derive(Debug, Default)]
 pub struct BlockApplied {

@@ -203,8 +203,8 @@ impl<'a> Model<'a> {
         self.all_modules(index).into_iter().filter(stays).collect()
     }
 
-    /// Tensors of a mixture that have a row, or a matrix, for every expert, and nothing else but the layers of experts that the
-    /// output does not have.
+    /// Where the output has fewer experts: the tensors of a block that have a row, or a matrix, for every expert, and those of experts
+    /// that the output does not have.
     pub fn by_expert(&self, index: usize) -> [Vec<String>; 2] {
         let (Some((mixture, mixed)), Some(left)) = (self.mixture(index), self.left) else { return Default::default() };
         let own = self.named(index, &format!("{}.{}.", mixed.name, mixed.router));

@@ -86,6 +86,13 @@ impl Source for Through {
     }
 }
 
+/// The tensor that holds the linear layer `name` together with others, where one does.
+pub fn shared(source: &dyn Source, checkpoint: &Checkpoint, name: &str) -> Option<String> {
+    let first = source.tensors(checkpoint, name).into_iter().next()?;
+    let own = first.strip_prefix(name).is_some_and(|rest| rest.starts_with('.'));
+    (!own).then_some(first)
+}
+
 /// Those tensors of a layer that are there.
 pub fn present(checkpoint: &Checkpoint, name: &str, suffixes: &[&str]) -> Vec<String> {
     suffixes.iter().map(|suffix| format!("{name}.{suffix}")).filter(|tensor| checkpoint.has(tensor)).collect()

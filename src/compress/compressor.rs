@@ -352,7 +352,7 @@ impl Craft for OnExperts<'_> {
     }
 
     fn wants(&self, slot: Slot) -> bool {
-        self.layers.binary_search_by_key(&slot, |layer| layer.slot).is_ok()
+        BlockLayer::find(self.layers, slot).is_some()
     }
 
     fn prepare(&self, caught: Caught) -> Option<Statistics> {
@@ -364,7 +364,7 @@ impl Craft for OnExperts<'_> {
 
     fn work(&self, statistics: &Option<Statistics>, linear: &mut Linear, slot: Slot, original: Option<Matrix>) -> Result<Handed> {
         let missing = || Error::run("not part of the plan");
-        let layer = self.layers.binary_search_by_key(&slot, |layer| layer.slot).ok().and_then(|at| self.layers.get(at));
+        let layer = BlockLayer::find(self.layers, slot);
         let layer = layer.ok_or_else(missing)?;
         let planned = self.plan.layer(&layer.name).ok_or_else(missing)?;
         if statistics.is_none() && self.stage.method.needs() > Needs::Nothing {

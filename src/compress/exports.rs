@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use safetensors::Dtype;
 
 use crate::checkpoint::decode::nonfinite_bytes;
-use crate::checkpoint::source::Source;
+use crate::checkpoint::source::{Source, shared};
 use crate::checkpoint::{Checkpoint, float_of, read_file};
 use crate::compress::changes::{Change, Changes, set_experts};
 use crate::compress::gguf;
@@ -85,7 +85,7 @@ pub fn chosen(recipe: &Recipe, engine: Option<Engine>, plan: &mut Plan) -> Resul
 /// those that share a tensor with layers that leave it.
 pub fn restore(plan: &mut Plan, checkpoint: &Checkpoint, source: &dyn Source) {
     let plain = |name: &str| checkpoint.info(&format!("{name}.weight")).is_some_and(|info| float_of(info.dtype).is_some());
-    let shared = |name: &str| source.tensors(checkpoint, name).into_iter().next().filter(|tensor| !tensor.starts_with(&format!("{name}.")));
+    let shared = |name: &str| shared(source, checkpoint, name);
     let worked_on = plan.layers.iter().filter(|layer| layer.outlined.storage.is_some());
     let left: HashSet<String> = worked_on.filter_map(|layer| shared(&layer.outlined.name)).collect();
     for layer in plan.layers.iter_mut().filter(|layer| layer.outlined.storage.is_none()) {

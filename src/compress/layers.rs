@@ -2,7 +2,7 @@
 
 use safetensors::Dtype;
 
-use crate::checkpoint::source::Source;
+use crate::checkpoint::source::{Source, shared};
 use crate::checkpoint::{Checkpoint, float_of};
 use crate::error::{Error, Result};
 use crate::model::mixture::Which;
@@ -59,9 +59,7 @@ pub fn candidates(checkpoint: &Checkpoint, source: &dyn Source, model: Option<&M
 fn float(checkpoint: &Checkpoint, source: &dyn Source, name: &str) -> Float {
     let of = |tensor: &str| checkpoint.info(tensor).and_then(|info| float_of(info.dtype));
     // The layer's own tensor, or the one that it shares with others.
-    let shared =
-        || source.tensors(checkpoint, name).first().filter(|tensor| !tensor.starts_with(&format!("{name}."))).and_then(|tensor| of(tensor));
-    let own = of(&format!("{name}.weight")).or_else(shared);
+    let own = of(&format!("{name}.weight")).or_else(|| of(&shared(source, checkpoint, name)?));
     let decoder = config::decoder(&checkpoint.config);
     let said = [&checkpoint.config, decoder.as_ref()].into_iter().flat_map(|config| ["dtype", "torch_dtype"].map(|key| config.get(key)));
     let named = said.flatten().find_map(|value| value.as_str());

@@ -192,7 +192,7 @@ impl Craft for OnExperts<'_> {
     }
 
     fn wants(&self, slot: Slot) -> bool {
-        self.layers.binary_search_by_key(&slot, |layer| layer.slot).is_ok()
+        BlockLayer::find(self.layers, slot).is_some()
     }
 
     fn prepare(&self, caught: Caught) -> Option<Site> {
@@ -203,7 +203,7 @@ impl Craft for OnExperts<'_> {
     }
 
     fn work(&self, prepared: &Option<Site>, linear: &mut Linear, slot: Slot, original: Option<Matrix>) -> Result<Vec<String>> {
-        let layer = self.layers.binary_search_by_key(&slot, |layer| layer.slot).ok().and_then(|at| self.layers.get(at));
+        let layer = BlockLayer::find(self.layers, slot);
         let missing = || Error::run("the original block was not kept");
         let (prepared, original, layer) =
             (prepared.as_ref().ok_or_else(missing)?, original.ok_or_else(missing)?, layer.ok_or_else(missing)?);
@@ -211,8 +211,8 @@ impl Craft for OnExperts<'_> {
     }
 }
 
-/// Applies a method to layers of a block, in the order of their slots, site after site, each seeing what the layers before it now give. Gives notes by
-/// layer.
+/// Applies a method to layers of a block, which come in the order of their slots, site after site, each seeing what the layers
+/// before it now give. Gives notes by layer.
 ///
 /// # Errors
 /// As the method, or when hidden states cannot be read.

@@ -4,8 +4,6 @@
 //! side, which would take more memory than the experts themselves: the states that the mixture reads are kept, and expert after
 //! expert, a few at a time, takes its own tokens out of them.
 
-use std::borrow::Cow;
-
 use burn::tensor::Tensor;
 use rayon::prelude::*;
 
@@ -100,17 +98,15 @@ impl Arrivals {
 
     /// The tokens whose statistics an expert has: its own, or, where too few came to it, as many as experts have on average,
     /// taken evenly from all.
-    pub fn picked(&self, which: Which) -> Cow<'_, [usize]> {
+    pub fn picked(&self, which: Which) -> Vec<usize> {
         match which {
-            Which::Routed(expert) if !self.everywhere && !self.cold(which) => {
-                Cow::Owned(self.routed[expert].iter().map(|&(token, _)| token).collect())
-            }
+            Which::Routed(expert) if !self.everywhere && !self.cold(which) => self.routed[expert].iter().map(|&(token, _)| token).collect(),
             Which::Routed(_) if !self.everywhere => {
                 let mean = self.routed.iter().map(Vec::len).sum::<usize>() / self.routed.len().max(1);
                 let count = mean.max(FEW_TOKENS).min(self.tokens);
-                Cow::Owned((0..count).map(|at| at * self.tokens / count.max(1)).collect())
+                (0..count).map(|at| at * self.tokens / count.max(1)).collect()
             }
-            _ => Cow::Owned((0..self.tokens).collect()),
+            _ => (0..self.tokens).collect(),
         }
     }
 }
@@ -165,7 +161,7 @@ pub(super) struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    /// What a site of an expert reads of some tokens: rows of zeros may follow.
+    /// What a site of an expert reads of some tokens, tokens × columns.
     pub(super) fn read(&self, tokens: &[usize], site: Site, layers: &Layers) -> Result<Vec<f32>> {
         let (rows, hidden) = (self.source.rows(tokens)?, self.spec.config.hidden);
         let x: Tensor<2> = tensor(rows, [tokens.len(), hidden], &self.parameters.home());
@@ -190,25 +186,35 @@ impl Bench<'_> {
     /// When hidden states cannot be read.
     pub fn arrive(&mut self) -> Result<()> {
         self.pass_attention()?;
-        let (Some(described), Some(streams)) = (&self.model.config.mixture, &self.streams) else { return Ok(()) };
+        let Some(streams) = &self.streams else { return Ok(()) };
         let parameters = Parameters::frame(&self.block, &self.run.device.burn);
-        let Some(experts) = parameters.experts() else { return Ok(()) };
         let source = if self.model.config.family.places.parallel { self.hidden } else { streams.between[0].joined() };
-        let spec = Spec::new(&self.model.config, self.index(), 1);
-        let mut arrivals = Arrivals::new(experts.router.dims()[0], self.everywhere);
-        for windows in source.runs(CHUNK) {
-            self.run.check_stop()?;
-            let h = source.read(windows)?;
-            let tokens = h.len() / source.width().max(1);
-            let x = forward::mlp_input(&spec, &parameters, tensor(h, [tokens, source.width()], &parameters.home()));
-            arrivals.add(&values(experts.logits(&x)), &experts.correction, described.rule);
-        }
+        let mut arrivals = self.routed(source, &parameters)?;
         // A later stage may aim at weights, and see what the walk kept.
         if let Some(kept) = self.arrivals.take().and_then(Arrivals::into_source) {
             arrivals.keep(kept);
         }
         self.arrivals = Some(arrivals);
         Ok(())
+    }
+
+    /// Where the tokens of states that a mixture reads go, by a router and the norm before it.
+    ///
+    /// # Errors
+    /// When hidden states cannot be read.
+    pub(super) fn routed(&self, source: &Hidden, parameters: &Parameters) -> Result<Arrivals> {
+        let missing = || Error::run("a mixture without experts");
+        let (experts, described) = (parameters.experts().ok_or_else(missing)?, self.model.config.mixture.ok_or_else(missing)?);
+        let spec = Spec::new(&self.model.config, self.index(), 1);
+        let mut arrivals = Arrivals::new(experts.router.dims()[0], self.everywhere);
+        for windows in source.runs(CHUNK) {
+            self.run.check_stop()?;
+            let h = source.read(windows)?;
+            let tokens = h.len() / source.width().max(1);
+            let x = forward::mlp_input(&spec, parameters, tensor(h, [tokens, source.width()], &parameters.home()));
+            arrivals.add(&values(experts.logits(&x)), &experts.correction, described.rule);
+        }
+        Ok(arrivals)
     }
 
     /// Lets a craft work on the layers of experts, some experts side by side; gives what it tells of layers, in their order.
@@ -326,7 +332,7 @@ impl Bench<'_> {
         ];
         let hold = self.hidden.len() >= HELD_OUT;
         let (held, most): (Vec<usize>, Vec<usize>) =
-            arrivals.picked(which).iter().partition(|&&token| hold && self.hidden.window_of(token) % HELD_OUT == HELD_OUT - 1);
+            arrivals.picked(which).into_iter().partition(|&token| hold && self.hidden.window_of(token) % HELD_OUT == HELD_OUT - 1);
         let (most, held) = if most.is_empty() { (held, most) } else { (most, held) };
         let capture = |tokens: &[usize]| -> Result<Option<Capture>> {
             let mut sums: Option<Sums> = None;

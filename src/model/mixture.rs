@@ -163,17 +163,6 @@ pub enum Step {
     Output,
 }
 
-impl Step {
-    /// The site whose layers read it.
-    pub fn site(self) -> Option<Site> {
-        match self {
-            Self::Input => Some(Site::Mlp),
-            Self::Middle => Some(Site::Down),
-            Self::Gate | Self::Up | Self::Output => None,
-        }
-    }
-}
-
 /// What chooses experts.
 #[derive(Debug)]
 pub struct Router {

@@ -8,7 +8,7 @@ use crate::matrix::Matrix;
 use crate::model::arrivals::{Arrivals, CHUNK, Reader};
 use crate::model::bench::Bench;
 use crate::model::block::{Parameters, Site};
-use crate::model::forward::{self, Spec};
+use crate::model::forward::Spec;
 use crate::model::mixture::{self, Router};
 
 impl Bench<'_> {
@@ -57,28 +57,13 @@ impl Bench<'_> {
         if let Some(experts) = self.original.as_mut().and_then(Parameters::experts_mut) {
             experts.keep(&kept);
         }
-        if let (Some(arrivals), Some(original)) = (self.arrivals.take(), &self.original) {
-            self.arrivals = Some(self.again(arrivals, original)?);
+        if let (Some(source), Some(original)) = (self.arrivals.take().and_then(Arrivals::into_source), &self.original) {
+            let mut arrivals = self.routed(&source, original)?;
+            arrivals.keep(source);
+            self.arrivals = Some(arrivals);
         }
         self.kept = Some(kept);
         Ok(())
-    }
-
-    /// Where the tokens go by the router as it stands.
-    fn again(&self, before: Arrivals, original: &Parameters) -> Result<Arrivals> {
-        let (Some(experts), Some(described)) = (original.experts(), &self.model.config.mixture) else { return Ok(before) };
-        let mut arrivals = Arrivals::new(experts.routed.len(), self.everywhere);
-        let Some(source) = before.into_source() else { return Ok(arrivals) };
-        let spec = Spec::new(&self.model.config, self.index(), 1);
-        for windows in source.runs(CHUNK) {
-            self.run.check_stop()?;
-            let h = source.read(windows)?;
-            let tokens = h.len() / source.width().max(1);
-            let x = forward::mlp_input(&spec, original, tensor(h, [tokens, source.width()], &original.home()));
-            arrivals.add(&values(experts.logits(&x)), &experts.correction, described.rule);
-        }
-        arrivals.keep(source);
-        Ok(arrivals)
     }
 }
 

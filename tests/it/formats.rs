@@ -196,13 +196,24 @@ fn packed_checkpoints_are_exported_where_the_other_format_holds_the_same_weights
     assert!(code == Some(2) && error.contains("dense") && error.lines().count() == 1 && !out.exists(), "{error}");
 }
 
+/// A file of letters that small vocabularies have.
+fn letters(folder: &Path) -> String {
+    let text = folder.join("letters.txt");
+    let letter = |at: usize| char::from(b'A' + (at * 7919 + at * at % 31) as u8 % 26);
+    std::fs::write(&text, (0..4000).map(letter).collect::<String>()).unwrap();
+    text.to_str().unwrap().to_string()
+}
+
+/// Calibrated and measured on a file.
+fn measured_on(text: &str) -> [&str; 12] {
+    ["--calibration", text, "--samples", "24", "--seq", "64", "--eval-text", text, "--eval-tokens", "1024", "--eval-seq", "64"]
+}
+
 #[test]
 fn mixtures_of_experts_are_quantized_without_data_and_measured() {
     let folder = tempfile::tempdir().unwrap();
-    let text = folder.path().join("letters.txt");
-    let letter = |at: usize| char::from(b'A' + (at * 7919 + at * at % 31) as u8 % 26);
-    std::fs::write(&text, (0..4000).map(letter).collect::<String>()).unwrap();
-    let measure = ["--eval-text", text.to_str().unwrap(), "--eval-tokens", "1024", "--eval-seq", "64"];
+    let text = letters(folder.path());
+    let measure = ["--eval-text", text.as_str(), "--eval-tokens", "1024", "--eval-seq", "64"];
     for (case, layers) in [("qwen2_moe", 57), ("qwen3_moe", 51), ("mixtral", 32)] {
         let model = with_tokenizer(case, folder.path());
         let recipe = "[[stage]]\nmethod = \"round-to-nearest\"\nbits = 8\ngroup = 8\n";
@@ -212,8 +223,7 @@ fn mixtures_of_experts_are_quantized_without_data_and_measured() {
         assert!(names.iter().any(|name| name.contains(".experts.3.")) && !names.iter().any(|name| name.ends_with(".gate")), "{names:?}");
         let kld = found["report"]["quality"]["kld_mean"].as_f64().unwrap();
         assert!(kld > 0.0 && kld < 0.02, "{case}: {kld}");
-        let checked =
-            drawknife(&["check", out.to_str().unwrap(), "--reference", model.to_str().unwrap(), "--text", text.to_str().unwrap()]);
+        let checked = drawknife(&["check", out.to_str().unwrap(), "--reference", model.to_str().unwrap(), "--text", &text]);
         assert!(checked.status.success(), "{case}: {}", String::from_utf8_lossy(&checked.stdout));
     }
 }
@@ -221,12 +231,8 @@ fn mixtures_of_experts_are_quantized_without_data_and_measured() {
 #[test]
 fn experts_are_rounded_by_what_comes_to_them_and_learned_and_the_same_for_any_number_of_threads() {
     let folder = tempfile::tempdir().unwrap();
-    let text = folder.path().join("letters.txt");
-    let letter = |at: usize| char::from(b'A' + (at * 7919 + at * at % 31) as u8 % 26);
-    std::fs::write(&text, (0..4000).map(letter).collect::<String>()).unwrap();
-    let text = text.to_str().unwrap();
-    let measured =
-        ["--calibration", text, "--samples", "24", "--seq", "64", "--eval-text", text, "--eval-tokens", "1024", "--eval-seq", "64"];
+    let text = letters(folder.path());
+    let measured = measured_on(&text);
     for case in ["qwen2_moe", "qwen3_moe_stacked", "mixtral", "deepseek_v3", "deepseek_v3_wide", "qwen3_next", "qwen3_5_moe_text"] {
         let model = with_tokenizer(case, folder.path());
         let run = |name: &str, method: &str, more: &[&str]| {
@@ -253,12 +259,8 @@ fn experts_are_rounded_by_what_comes_to_them_and_learned_and_the_same_for_any_nu
 #[test]
 fn experts_that_give_least_are_removed_and_the_rest_is_worked_on() {
     let folder = tempfile::tempdir().unwrap();
-    let text = folder.path().join("letters.txt");
-    let letter = |at: usize| char::from(b'A' + (at * 7919 + at * at % 31) as u8 % 26);
-    std::fs::write(&text, (0..4000).map(letter).collect::<String>()).unwrap();
-    let text = text.to_str().unwrap();
-    let measured =
-        ["--calibration", text, "--samples", "24", "--seq", "64", "--eval-text", text, "--eval-tokens", "1024", "--eval-seq", "64"];
+    let text = letters(folder.path());
+    let measured = measured_on(&text);
     for (case, key, left) in [
         ("qwen2_moe", "num_experts", 4),
         ("qwen3_moe_stacked", "num_experts", 3),
