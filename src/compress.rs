@@ -12,6 +12,7 @@ pub mod gguf;
 pub mod journal;
 pub mod layers;
 pub mod manifest;
+pub mod needed;
 pub mod remarks;
 pub mod work;
 pub mod writer;
@@ -32,6 +33,7 @@ use crate::compress::exports::{Export, Sinks};
 use crate::compress::gguf::unpack::Unpacked;
 use crate::compress::journal::Kept;
 use crate::compress::layers::candidates;
+use crate::compress::needed::Needed;
 use crate::compress::work::Work;
 use crate::error::{Error, Result};
 use crate::evaluate::contexts::TokenView;
@@ -40,17 +42,17 @@ use crate::formats::targets::{Engine, loaders, unfused};
 use crate::formats::{self, Format};
 use crate::gate;
 use crate::model::computes;
-use crate::model::generate::{self, BUDGET};
+use crate::model::generate;
 use crate::model::hidden::{Hidden, Keeping};
 use crate::model::seen::Needs;
-use crate::model::walk::{self, embed, walk_part};
+use crate::model::walk::{embed, walk_part};
 use crate::model::{Model, config};
 use crate::plan::Plan;
 use crate::plan::recipe::Recipe;
 use crate::report::page::{self, Files};
 use crate::report::{
     Allocated, Audit, BlockReport, ClassSize, Evaluation, LayerReport, Loads, ModelFacts, Report, SCHEMA, Size, Stopwatch, Timing,
-    class_of, peak_memory,
+    class_of,
 };
 use crate::run::Run;
 use crate::storage::{Store, write_whole};
@@ -73,6 +75,8 @@ pub struct Job {
     pub command: Vec<String>,
     /// Further files of the output, by name.
     pub beside: Vec<(String, Vec<u8>)>,
+    /// Memory that the run may have, in bytes; what is free where nothing is said.
+    pub memory: Option<u64>,
 }
 
 /// How quality is measured.
@@ -82,35 +86,6 @@ pub struct QualityOptions {
     pub text: Option<PathBuf>,
     /// How the text becomes windows; shortened to what the model takes.
     pub protocol: Protocol,
-}
-
-/// What a run is expected to need.
-#[derive(Debug, Clone, Copy)]
-pub struct Needed {
-    /// Peak memory, in bytes.
-    pub memory_bytes: u64,
-    /// Bytes of hidden states that are kept for whoever goes on.
-    pub states_bytes: u64,
-}
-
-impl Needed {
-    /// What is needed in any case.
-    const LEAST: Self = Self { memory_bytes: 230 << 20, states_bytes: 0 };
-
-    /// What calibrating a model needs, with `tokens` that are read or that `generation` writes.
-    fn of(model: &Model<'_>, needs: Needs, tokens: usize, generation: Option<&generate::Options>) -> Self {
-        let writing = generation.map_or(0, |options| BUDGET.memory_bytes(model, options));
-        let tokens = (tokens + generation.map_or(0, |options| options.samples * options.seq)) as u64;
-        let streams = match needs {
-            Needs::Nothing => 0,
-            Needs::Streams => 2,
-            _ => 1,
-        };
-        Self {
-            memory_bytes: Self::LEAST.memory_bytes + writing.max(2 * model.block_bytes() + walk::memory_bytes(model, tokens, needs)),
-            states_bytes: 3 * streams * Keeping::HALVED.stored_bytes(tokens, model.config.hidden as u64),
-        }
-    }
 }
 
 /// A job whose inputs were checked: nothing was written yet, and no weight was read.
@@ -174,12 +149,12 @@ impl Prepared {
                 "model_type `{model_type}` is unknown, or described or stored in a way that is: layers were chosen by name and shape, and quality cannot be measured"
             ));
         }
-        let (mut calibration, mut generation, mut evaluation, mut needed) = (None, None, None, Needed::LEAST);
+        let (mut calibration, mut generation, mut evaluation, mut needed) = (None, None, None, Needed::default());
         if let Some(model) = &model {
             evaluation = evaluation_windows(&job, model, tokenizer.as_ref(), &mut notes)?;
             (calibration, generation) = calibration_windows(&mut job, model, needs, &mut notes)?;
             let tokens = calibration.iter().flat_map(|packed: &Packed| &packed.windows).map(Vec::len).sum();
-            needed = Needed::of(model, needs, tokens, generation.as_ref());
+            needed = Needed::of((model, &plan), needs, tokens, generation.as_ref(), job.memory);
         }
         if !job.recipe.gate.is_empty() && evaluation.is_none() {
             return Err(Error::input(format!(
@@ -212,6 +187,11 @@ impl Prepared {
             shards: checkpoint.shards.len(),
         };
         Ok(Self { job, plan, exports, changes, facts, size, calibration, generation, evaluation, needed, notes, checkpoint })
+    }
+
+    /// The model as the work goes through it.
+    pub(crate) fn model<'a>(&'a self, source: &'a dyn Source) -> Result<Model<'a>> {
+        model_of(&self.checkpoint, source, &self.plan, self.needed)
     }
 
     /// Does the work, or what is left of it, and puts the finished folder into place. The destination must have begun with
@@ -262,7 +242,7 @@ impl Prepared {
             resumed: work.resumes(),
             stages: watch.stages(),
             commit_seconds: committing.as_secs_f64(),
-            peak_memory_bytes: peak_memory(),
+            peak_memory_bytes: crate::memory::peak(),
         };
         storage.put_json(&folder.join("timing.json"), &timing)?;
         Ok(report)
@@ -289,7 +269,7 @@ impl Prepared {
             compressor = Compressor::going_on(&self.plan, sinks, layer_error, work, 0);
             compressor.stream(&self.checkpoint, &source, run)?;
         } else {
-            let model = Model::open(&self.checkpoint, &source)?.with_experts(self.plan.experts);
+            let model = model_of(&self.checkpoint, &source, &self.plan, self.needed)?;
             generation::write(&model, self.generation.as_ref(), self.calibration.as_mut(), work, run)?;
             let windows = self.calibration.as_ref().map_or(&[][..], |packed| &packed.windows);
             let blocks = model.config.layers.len();
@@ -349,12 +329,16 @@ impl Prepared {
         let unpacked = Unpacked::open(&export.path(folder), run.scratch)?;
         let written = Checkpoint::open(unpacked.folder())?;
         let source: Box<dyn Source> = formats::open(&written)?;
-        let model = Model::open(&written, source.as_ref())?;
+        let model = Model::open(&written, source.as_ref())?.with_experts_read_singly(self.needed.singly);
         let original = formats::open(&self.checkpoint)?;
-        let reference = Model::open(&self.checkpoint, original.as_ref())?;
+        let reference = Model::open(&self.checkpoint, original.as_ref())?.with_experts_read_singly(self.needed.singly);
         let tokenizer = Tokenizer::open(&self.job.model)?;
         evaluate::closely(&model, Some(&reference), windows, options.protocol, Some(&tokenizer), run).map(Some)
     }
+}
+
+fn model_of<'a>(checkpoint: &'a Checkpoint, source: &'a dyn Source, plan: &Plan, needed: Needed) -> Result<Model<'a>> {
+    Ok(Model::open(checkpoint, source)?.with_experts(plan.experts).with_experts_read_singly(needed.singly))
 }
 
 /// Hidden states that an earlier run left before a block: those of the walk and those of the float model.

@@ -42,7 +42,7 @@
 //!           │                                  └─► device    the processor or a GPU: adapters, buffers, launches
 //!           ├─► formats ─► checkpoint                   no tensors here
 //!           └─► calibrate ─► checkpoint                 text to windows of tokens; chat templates run in a child process
-//! everything ─► weight · matrix · lanes · error         plain data and plain loops; statistics: intervals and ranks
+//! everything ─► weight · matrix · lanes · error         plain data and plain loops; statistics: intervals and ranks; memory
 //! compress · formats ─► storage                         what changes a disk
 //! untrusted ─► what reads bytes of others               for fuzzers
 //! ```
@@ -93,6 +93,7 @@ pub mod hub;
 pub mod kernels;
 pub mod lanes;
 pub mod matrix;
+pub mod memory;
 pub mod methods;
 pub mod model;
 pub mod plan;

@@ -2,6 +2,7 @@
 
 pub mod architecture;
 pub mod arrivals;
+pub mod away;
 pub mod backward;
 pub mod bench;
 pub mod block;
@@ -11,8 +12,10 @@ pub mod delta;
 pub mod forward;
 pub mod generate;
 pub mod hidden;
+pub mod holdings;
 pub mod latent;
 pub mod mixture;
+pub mod passage;
 pub mod rotation;
 pub mod seen;
 pub mod slopes;
@@ -76,6 +79,8 @@ pub struct Model<'a> {
     head: String,
     /// Experts that the output has of those that the router chooses from, where it has not all.
     left: Option<usize>,
+    /// Whether experts are read one at a time.
+    singly: bool,
 }
 
 impl<'a> Model<'a> {
@@ -105,7 +110,7 @@ impl<'a> Model<'a> {
             }
             (false, _, _) => return Err(Error::input("missing; the checkpoint is incomplete").tensor(&own).file(&checkpoint.folder)),
         };
-        let model = Self { config, checkpoint, source, prefix, embedding, head, left: None };
+        let model = Self { config, checkpoint, source, prefix, embedding, head, left: None, singly: false };
         model.check()?;
         Ok(model)
     }
@@ -194,6 +199,17 @@ impl<'a> Model<'a> {
     #[must_use]
     pub fn with_experts(self, left: Option<usize>) -> Self {
         Self { left, ..self }
+    }
+
+    /// The same model; with `singly` its blocks come without the weights of experts, which are then read one at a time.
+    #[must_use]
+    pub fn with_experts_read_singly(self, singly: bool) -> Self {
+        Self { singly: singly && self.config.layers.iter().any(|layer| layer.mixed), ..self }
+    }
+
+    /// Whether experts are read one at a time.
+    pub fn reads_experts_singly(&self) -> bool {
+        self.singly
     }
 
     /// The linear layers of a block as the output stores them, in the order of a forward.
@@ -399,7 +415,7 @@ impl<'a> Model<'a> {
         norms
     }
 
-    /// Reads a block.
+    /// Reads a block; where experts are read one at a time, without theirs.
     ///
     /// # Errors
     /// When a tensor is not finite or cannot be read.
@@ -411,7 +427,11 @@ impl<'a> Model<'a> {
                 Some(Which::Routed(_)) => &mut routed,
                 Some(Which::Shared) => &mut shared,
             };
-            into.extend(self.load_module(index, module)?);
+            if self.singly && module.expert.is_some() {
+                into.push(self.hollow(module)?);
+            } else {
+                into.extend(self.load_module(index, module)?);
+            }
         }
         let experts = self.load_experts(index, threes(routed), threes(shared).pop())?;
         let norm = |(name, place, width): (String, Place, usize)| Ok(Norm { weight: self.checkpoint.vector(&name, width)?, name, place });
@@ -437,7 +457,12 @@ impl<'a> Model<'a> {
             if name.ends_with(".bias") { router.bias = vector } else { router.correction = vector }
         }
         if mixed.lying == Lying::Woven {
-            routed = woven::load(self.checkpoint, &self.named(index, &format!("{}.experts", mixed.name)), &mixture, self.config.hidden)?;
+            let name = self.named(index, &format!("{}.experts", mixed.name));
+            let one = |expert| match self.singly {
+                true => woven::hollow(self.checkpoint, &name, &mixture, self.config.hidden, expert),
+                false => woven::load(self.checkpoint, &name, &mixture, self.config.hidden, expert),
+            };
+            routed = (0..mixture.experts).map(one).collect::<Result<_>>()?;
         }
         Ok(Some(Experts { router, routed, shared: shared.map(|shared| (shared, gate)) }))
     }
@@ -466,11 +491,50 @@ impl<'a> Model<'a> {
         }))
     }
 
+    /// Reads gate, up and down of an expert.
+    ///
+    /// # Errors
+    /// When the block has no such expert, or a tensor is not finite or cannot be read.
+    pub fn load_expert(&self, index: usize, which: Which) -> Result<[Linear; 3]> {
+        let woven = self.mixture(index).filter(|(_, mixed)| mixed.lying == Lying::Woven);
+        if let (Some((mixture, mixed)), Which::Routed(expert)) = (woven, which) {
+            let name = self.named(index, &format!("{}.experts", mixed.name));
+            return woven::load(self.checkpoint, &name, &mixture, self.config.hidden, expert);
+        }
+        let own = self.all_modules(index).into_iter().filter(|module| module.expert == Some(which));
+        let linears = own.map(|module| self.load_module(index, module)).collect::<Result<Vec<_>>>()?;
+        threes(linears.into_iter().flatten().collect()).pop().ok_or_else(|| Error::run(format!("block {index} has no expert {which:?}")))
+    }
+
+    /// Reads one layer of an expert.
+    ///
+    /// # Errors
+    /// As [`Self::load_expert`].
+    pub fn load_of_expert(&self, index: usize, which: Which, role: Role) -> Result<Linear> {
+        let missing = || Error::run(format!("block {index} has no expert {which:?}"));
+        let is_it = |module: &Module| module.expert == Some(which) && module.roles == [role];
+        match self.all_modules(index).into_iter().find(is_it) {
+            Some(module) => self.load_module(index, module)?.pop().ok_or_else(missing),
+            None => self.load_expert(index, which)?.into_iter().find(|linear| linear.role == role).ok_or_else(missing),
+        }
+    }
+
+    /// A layer of an expert without its weight.
+    fn hollow(&self, module: Module) -> Result<Linear> {
+        let [rows, columns] = module.shape;
+        let (bias, role) = (self.load_bias(&module)?, module.roles.first().copied().unwrap_or(Role::Down));
+        Ok(Linear { name: module.name, role, weight: Weight::Dense(Matrix { rows, columns, data: Vec::new() }), bias })
+    }
+
+    fn load_bias(&self, module: &Module) -> Result<Option<Vec<f32>>> {
+        let bias = format!("{}.bias", module.name);
+        if self.checkpoint.has(&bias) { self.checkpoint.vector(&bias, module.shape[0]).map(Some) } else { Ok(None) }
+    }
+
     /// Reads a module: a linear layer for each of its roles.
     fn load_module(&self, index: usize, module: Module) -> Result<Vec<Linear>> {
+        let bias = self.load_bias(&module)?;
         let Module { name, roles, shape, .. } = module;
-        let bias = format!("{name}.bias");
-        let bias = if self.checkpoint.has(&bias) { Some(self.checkpoint.vector(&bias, shape[0])?) } else { None };
         let weight = match self.source.weight(self.checkpoint, &name, shape)? {
             Weight::Stored(stored) => Weight::Dense(stored.to_matrix()),
             weight => weight,
@@ -524,18 +588,23 @@ impl<'a> Model<'a> {
 
     /// Bytes of the largest block in f32.
     pub fn block_bytes(&self) -> u64 {
-        (0..self.config.layers.len()).map(|index| 4 * self.entries(index)).max().unwrap_or(0)
+        self.block_bytes_at_once(false)
     }
 
-    /// Weights of the linear layers of a block.
-    fn entries(&self, index: usize) -> u64 {
+    /// As [`Self::block_bytes`], with `singly` without experts.
+    pub fn block_bytes_at_once(&self, singly: bool) -> u64 {
+        (0..self.config.layers.len()).map(|index| 4 * self.entries(index, singly)).max().unwrap_or(0)
+    }
+
+    /// Weights of the linear layers of a block, with `singly` without those of experts.
+    fn entries(&self, index: usize, singly: bool) -> u64 {
         let mut roles: Vec<Role> = self.mixers(index).into_iter().flat_map(|(_, roles)| roles).collect();
         let mixture = self.mixture(index);
         if mixture.is_none() {
             roles.extend([Role::Gate, Role::Up, Role::Down]);
         }
         let own: u64 = roles.into_iter().map(|role| self.shape(index, role)).map(|[rows, columns]| rows as u64 * columns as u64).sum();
-        own + mixture.map_or(0, |(mixture, _)| mixture.entries(self.config.hidden))
+        own + mixture.filter(|_| !singly).map_or(0, |(mixture, _)| mixture.entries(self.config.hidden))
     }
 }
 

@@ -239,7 +239,7 @@ impl Measuring<'_> {
     /// Every scheme on one layer: what is known without another forward and, where they are measured exactly, the weights.
     fn layer(&self, bench: &Bench<'_>, module: &Module, slope: &Slope) -> Result<(LayerSensitivity, Vec<Matrix>)> {
         let (name, site) = (module.name.clone(), module.site());
-        let original = bench.originals(module).ok_or_else(|| Error::run("the original block was not kept").tensor(&name))?;
+        let original = bench.originals(module)?.ok_or_else(|| Error::run("the original block was not kept").tensor(&name))?;
         let (shape, float) = (module.shape, Float::BF16);
         let (mut candidates, mut matrices) = (Vec::new(), Vec::new());
         for scheme in &self.options.schemes {

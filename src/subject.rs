@@ -15,6 +15,7 @@ use crate::error::{Error, Result, shown_path};
 use crate::evaluate::{self, Protocol, Text};
 use crate::formats;
 use crate::formats::gguf::reader::Reader;
+use crate::memory;
 use crate::model::Model;
 
 /// An opened model.
@@ -74,7 +75,10 @@ impl Subject {
     /// When its family is not known or a tensor has the wrong shape.
     pub fn model(&self) -> Result<Model<'_>> {
         let named = |error: Error| if self.unpacked.folder() == self.path { error } else { error.file(&self.path) };
-        Model::open(&self.checkpoint, self.source.as_ref()).map_err(named)
+        let model = Model::open(&self.checkpoint, self.source.as_ref()).map_err(named)?;
+        // Half of what is free is left to activations and to other programs.
+        let singly = memory::available().is_some_and(|bytes| model.block_bytes() > bytes / 2);
+        Ok(model.with_experts_read_singly(singly))
     }
 
     /// Its tokenizer.

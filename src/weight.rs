@@ -1,6 +1,7 @@
 //! THE type: compression is a change of representation of a weight. Methods turn one variant into another,
 //! formats write whichever variant they find, and neither knows the other.
 
+pub mod bulk;
 pub mod ints;
 pub mod rows;
 pub mod sparse;

@@ -185,7 +185,8 @@ pub struct Compress {
     /// Throw away what an interrupted run left; without it the same command goes on.
     #[arg(long)]
     pub restart: bool,
-    /// Refuse to start when more memory than this is expected to be needed, like 16GB.
+    /// Memory to use at most, like 16GB: experts are read one at a time where a block is too large; refuse to start when even so
+    /// more is expected to be needed. What is free where nothing is said.
     #[arg(long, value_name = "SIZE")]
     pub memory: Option<String>,
 }

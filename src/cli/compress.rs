@@ -49,6 +49,7 @@ pub fn run(arguments: &Compress, invocation: &Invocation, dry_run: bool) -> Resu
         allocation: None,
         command: command(),
         beside: Vec::new(),
+        memory: arguments.memory.as_deref().map(size).transpose()?,
     };
     let seed = job.recipe.calibration.seed;
     let run = Run { device: &device, seed, observer: &invocation.progress, scratch: &std::env::temp_dir() };
@@ -85,7 +86,6 @@ fn show(mut job: Job, arguments: &Compress, invocation: &Invocation, run: &Run<'
 /// Compresses, or goes on where an earlier run was cut off.
 fn compress(job: Job, arguments: &Compress, invocation: &Invocation, run: &Run<'_>, embedded: bool) -> Result<()> {
     let started = Instant::now();
-    let limit = arguments.memory.as_deref().map(size).transpose()?;
     let claim = Claim { replace: arguments.force, restart: arguments.restart, ..Claim::default() };
     let mut destination = Destination::claim(&target(arguments)?, &job.model, claim)?;
     let target = destination.target().to_path_buf();
@@ -95,7 +95,7 @@ fn compress(job: Job, arguments: &Compress, invocation: &Invocation, run: &Run<'
         return finished_before(&target, invocation);
     }
     let resumed = destination.work.resumes();
-    let prepared = match prepare(job, limit, &destination.work, run) {
+    let prepared = match prepare(job, &destination.work, run) {
         Ok(prepared) => prepared,
         Err(error) => return Err(resumable(destination.give_up(error), &target)),
     };
@@ -119,19 +119,13 @@ fn compress(job: Job, arguments: &Compress, invocation: &Invocation, run: &Run<'
 }
 
 /// Everything before the work: a target is spread over the layers, inputs are checked, and limits held against what is needed.
-fn prepare(mut job: Job, limit: Option<u64>, work: &Work, run: &Run<'_>) -> Result<Prepared> {
+fn prepare(mut job: Job, work: &Work, run: &Run<'_>) -> Result<Prepared> {
     if let Some(wish) = job.recipe.allocate.take() {
         allocation::allocate(&mut job, &wish, Some(work), run)?;
     }
     let prepared = Prepared::new(job)?;
-    match limit {
-        Some(limit) if prepared.needed.memory_bytes > limit => Err(Error::input(format!(
-            "about {} of memory are needed, --memory allows {}; use fewer --samples, a shorter --seq, or a preset without calibration such as w4-fast",
-            bytes(prepared.needed.memory_bytes),
-            bytes(limit)
-        ))),
-        _ => Ok(prepared),
-    }
+    prepared.needed.fits(prepared.job.memory, &prepared.plan)?;
+    Ok(prepared)
 }
 
 /// Says that there was nothing left to do but to tidy up.
@@ -284,8 +278,9 @@ fn show_plan(prepared: &Prepared, device: &Device, invocation: &Invocation, embe
         8.0 * size.bytes_after as f64 / (facts.parameters.max(1) * prepared.exports.len().max(1) as u64) as f64
     ));
     say(&format!(
-        "needs     about {} of memory · {} of disk · {}",
+        "needs     about {} of memory{} · {} of disk · {}",
         bytes(prepared.needed.memory_bytes),
+        if prepared.needed.singly { ", experts one at a time" } else { "" },
         bytes(size.bytes_after),
         device.name
     ));

@@ -13,6 +13,7 @@ use crate::formats::FORMATS;
 use crate::kernels::SHADERS;
 use crate::kernels::linear::units::Units;
 use crate::kernels::self_test::CHECKS;
+use crate::memory;
 use crate::methods::METHODS;
 use crate::plan::recipe::{PRESETS, Recipe};
 use crate::report::bytes;
@@ -52,7 +53,7 @@ pub fn presets(arguments: &Presets, invocation: &Invocation) -> Result<()> {
 pub fn doctor(invocation: &Invocation) -> Result<()> {
     let device = Device::cpu();
     let (here, temporary) = (std::path::PathBuf::from("."), std::env::temp_dir());
-    let (total, available) = memory();
+    let [total, available] = [memory::total(), memory::available()].map(Option::unwrap_or_default);
     let (free_here, free_temporary) = (free_bytes(&here)?, free_bytes(&temporary)?);
     let adapters = quietly(adapters);
     let examined = (!adapters.is_empty()).then(|| examine(adapters[0].number));
@@ -167,14 +168,4 @@ fn examine(number: usize) -> Examined {
     }
     examined.seconds = start.elapsed().as_secs_f64();
     examined
-}
-
-/// Total and available memory in bytes; 0 where the system does not tell.
-fn memory() -> (u64, u64) {
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let field = |name: &str| {
-        let line = text.lines().find(|line| line.starts_with(name));
-        line.and_then(|line| line.split_whitespace().nth(1)).and_then(|kilobytes| kilobytes.parse::<u64>().ok()).unwrap_or(0) * 1024
-    };
-    (field("MemTotal:"), field("MemAvailable:"))
 }

@@ -228,7 +228,7 @@ impl<'a> Compressor<'a> {
                 }
             }
             let weight = bench.joined(&module)?;
-            if let Some(original) = bench.originals(&module) {
+            if let Some(original) = bench.originals(&module)? {
                 let (compressed, site) = (weight.to_matrix(), module.site());
                 change = methods::change(&original.data, &compressed.data);
                 notes.extend(remarks::of_floats(&original.data, original.columns));

@@ -14,14 +14,15 @@ use crate::error::Result;
 use crate::evaluate;
 use crate::formats;
 use crate::kernels::gemm::{Sizes, View, product};
+use crate::memory;
 use crate::model::hidden::Keeping;
 use crate::model::mixture::Which;
+use crate::model::passage::{activation_bytes, windows_at_once};
 use crate::model::seen::Needs;
-use crate::model::walk::{activation_bytes, embed, walk_part, windows_at_once};
+use crate::model::walk::{embed, walk_part};
 use crate::model::{Model, Module, computes};
 use crate::plan::recipe::Recipe;
 use crate::plan::{Candidate, Plan};
-use crate::report::peak_memory;
 use crate::run::{Muted, Run};
 use crate::statistics;
 
@@ -66,7 +67,7 @@ pub fn estimate(prepared: &Prepared, preparing: f64, run: &Run<'_>) -> Result<Es
         return Ok(Estimate { seconds, memory_bytes: trial.memory(0), tried: true });
     }
     let source = Through::restored(formats::open(&prepared.checkpoint)?);
-    let model = &Model::open(&prepared.checkpoint, &source)?.with_experts(prepared.plan.experts);
+    let model = &prepared.model(&source)?;
     let needs = crate::compress::needs(&prepared.job.recipe, &prepared.plan);
     let tokens = |windows: &[Vec<u32>]| windows.iter().map(Vec::len).sum::<usize>();
     let calibration = prepared.calibration.as_ref().map_or(&[][..], |packed: &Packed| &packed.windows);
@@ -116,7 +117,7 @@ struct Trial<'a> {
 impl Trial<'_> {
     /// What this process has needed so far, and what the whole run needs beyond.
     fn memory(&self, growth: u64) -> u64 {
-        peak_memory().map_or(self.prepared.needed.memory_bytes, |peak| peak + growth)
+        memory::peak().map_or(self.prepared.needed.memory_bytes, |peak| peak + growth)
     }
 
     /// Seconds for all layers without calibration, from the first ones.

@@ -237,7 +237,7 @@ pub fn by_site(bench: &mut Bench<'_>, layers: &[BlockLayer], method: &dyn Method
         let prepared = Site::new(capture);
         for one in reads {
             bench.run.check_stop()?;
-            let original = bench.original(one.slot).ok_or_else(|| Error::run("the original block was not kept").tensor(&one.name))?;
+            let original = bench.original(one.slot)?.ok_or_else(|| Error::run("the original block was not kept").tensor(&one.name))?;
             let linear = bench.linear(one.slot).ok_or_else(|| Error::run("not part of the block").tensor(&one.name))?;
             let told = prepared.on_layer(method, linear, &original, one, gpu).map_err(|error| error.tensor(&one.name))?;
             notes.extend(told.into_iter().map(|note| (one.slot, note)));

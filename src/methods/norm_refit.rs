@@ -86,9 +86,9 @@ impl BlockMethod for NormRefit {
             let offset = if bench.model.config.family.norm == NormKind::OnePlus { 1.0 } else { 0.0 };
             let old = bench.block.norms[number].weight.clone();
             let new = old.iter().zip(&factors).map(|(weight, factor)| ((f64::from(*weight) + offset) * factor - offset) as f32).collect();
-            let before = (bench.loss(&bench.parameters(), &judged)?, bench.output_error()?);
+            let before = (bench.loss(&bench.parameters()?, &judged)?, bench.output_error()?);
             bench.block.norms[number].weight = new;
-            let after = (bench.loss(&bench.parameters(), &judged)?, bench.output_error()?);
+            let after = (bench.loss(&bench.parameters()?, &judged)?, bench.output_error()?);
             if !(after.0 <= before.0 && after.1 <= before.1) {
                 bench.block.norms[number].weight = old;
                 applied.block_notes.push(format!("a refit of {place:?} would raise the block's error: it stays as it was"));
@@ -103,7 +103,7 @@ fn factors(bench: &mut Bench<'_>, site: Site, capture: &Capture) -> Result<Optio
     let Some(gram) = &capture.statistics.gram else { return Ok(None) };
     let mut equations = Equations::new(gram, &capture.cross);
     for role in Role::ALL.into_iter().filter(|role| role.site() == site) {
-        let Some(original) = bench.original(role) else { continue };
+        let Some(original) = bench.original(role)? else { continue };
         let Some(linear) = bench.linear(role) else { continue };
         equations.add(&original, &linear.weight.to_matrix());
     }

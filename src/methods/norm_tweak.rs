@@ -102,7 +102,7 @@ impl BlockMethod for NormTweak {
         let count = bench.hidden.len();
         let (held, tuned): (Vec<usize>, Vec<usize>) = (0..count).partition(|window| count >= HELD_OUT && window % HELD_OUT == HELD_OUT - 1);
         let judged = if held.is_empty() { &tuned } else { &held };
-        let mut parameters = bench.parameters();
+        let mut parameters = bench.parameters()?;
         let before = bench.loss(&parameters, judged)?;
         let rate = self.rate(bench.index(), bench.model.config.layers.len());
         let mut norms: Vec<(usize, Vec<f32>)> = Vec::new();

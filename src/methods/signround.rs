@@ -234,7 +234,7 @@ impl SignRound {
         }
         let mut learned = Vec::new();
         for (layer, mask) in layers.iter().zip(masks) {
-            let goal = bench.original(layer.slot).ok_or_else(|| Error::run("the original block was not kept").tensor(&layer.name))?;
+            let goal = bench.original(layer.slot)?.ok_or_else(|| Error::run("the original block was not kept").tensor(&layer.name))?;
             let seen = if layer.slot.expert.is_some() { None } else { bench.seen.at(layer.slot.role.site()).ok() };
             let squares = seen.map_or_else(|| vec![1.0; goal.columns], |seen| seen.squares.clone());
             let linear = bench.linear(layer.slot).ok_or_else(|| Error::run("not part of the block").tensor(&layer.name))?;
@@ -272,7 +272,7 @@ impl SignRound {
     /// The iterations; gives the loss of each, before its step.
     fn learn(&self, bench: &Bench<'_>, learned: &mut [Learned]) -> Result<Vec<f64>> {
         let (iterations, [rate, grid_rate], trim) = (self.iterations(), self.rates(), self.trim());
-        let mut parameters = bench.parameters();
+        let mut parameters = bench.parameters()?;
         let mut gradients = Gradients::default();
         let mut sampler = Sampler::new(bench.hidden.len(), bench.run.seed ^ (bench.index() as u64) << 32);
         let wanted = Wanted { weights: true, norms: false, input: false, precision: Precision::Rough };
@@ -306,7 +306,7 @@ impl SignRound {
         }
         let count = bench.hidden.len();
         let windows: Vec<usize> = (0..count).step_by(count.div_ceil(JUDGED).max(1)).collect();
-        let mut parameters = bench.parameters();
+        let mut parameters = bench.parameters()?;
         let mut best = (f64::INFINITY, 0);
         for candidate in 0..3 {
             for one in learned {

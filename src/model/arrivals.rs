@@ -17,7 +17,9 @@ use crate::model::block::{Linear, Parameters, Site, Slot};
 use crate::model::capture::{Capture, Sums};
 use crate::model::forward::{self, Spec};
 use crate::model::hidden::Hidden;
+use crate::model::holdings::Holdings;
 use crate::model::mixture::{self, Experts, Layers, Which};
+use crate::model::passage::Passage;
 use crate::model::seen::{Needs, Statistics};
 use crate::weight::Weight;
 
@@ -203,18 +205,8 @@ impl Bench<'_> {
     /// # Errors
     /// When hidden states cannot be read.
     pub(super) fn routed(&self, source: &Hidden, parameters: &Parameters) -> Result<Arrivals> {
-        let missing = || Error::run("a mixture without experts");
-        let (experts, described) = (parameters.experts().ok_or_else(missing)?, self.model.config.mixture.ok_or_else(missing)?);
-        let spec = Spec::new(&self.model.config, self.index(), 1);
-        let mut arrivals = Arrivals::new(experts.router.dims()[0], self.everywhere);
-        for windows in source.runs(CHUNK) {
-            self.run.check_stop()?;
-            let h = source.read(windows)?;
-            let tokens = h.len() / source.width().max(1);
-            let x = forward::mlp_input(&spec, parameters, tensor(h, [tokens, source.width()], &parameters.home()));
-            arrivals.add(&values(experts.logits(&x)), &experts.correction, described.rule);
-        }
-        Ok(arrivals)
+        let (model, index, experts, run) = (self.model, self.index(), self.holdings(), self.run);
+        Passage { model, index, parameters, experts, run }.routes(source, self.everywhere)
     }
 
     /// Lets a craft work on the layers of experts, some experts side by side; gives what it tells of layers, in their order.
@@ -242,9 +234,12 @@ impl Bench<'_> {
             Aim::Weight(_) => 0,
         };
         let each = 8 * matrices * (columns * columns) as u64;
-        let most = (self.model.block_bytes() / 4 / each.max(1)).max(1) as usize;
+        // One per thread where experts are put away again; else a few more, so that no thread waits for the last.
+        let threads = rayon::current_num_threads();
+        let room = (self.model.block_bytes() / 4 / each.max(1)).max(1) as usize;
+        let at_once = if self.away.is_some() { threads } else { room.min(8 * threads) };
         let mut told = Vec::new();
-        for some in all.chunks_mut(most.min(8 * rayon::current_num_threads())) {
+        for some in all.chunks_mut(at_once) {
             self.run.check_stop()?;
             let work = |(which, linears): &mut (Which, &mut [Linear; 3])| self.on_expert(craft, *which, linears, parameters);
             told.extend(some.par_iter_mut().with_max_len(1).map(work).collect::<Result<Vec<_>>>()?.into_iter().flatten());
@@ -260,19 +255,30 @@ impl Bench<'_> {
         parameters: Option<&Parameters>,
     ) -> Result<Vec<(Slot, C::Told)>> {
         let mut told = Vec::new();
+        let float = self.original.as_ref().map(|_| self.holdings().original(which)).transpose()?;
+        if let Some(away) = &self.away {
+            for linear in linears.iter_mut().filter(|linear| mixture::absent(&linear.weight)) {
+                if let Some(weight) = away.get(Slot::of(which, linear.role))? {
+                    linear.weight = weight;
+                }
+            }
+        }
         for (site, places) in [(Site::Mlp, 0..2), (Site::Down, 2..3)] {
             if !linears[places.clone()].iter().any(|linear| craft.wants(Slot::of(which, linear.role))) {
                 continue;
             }
             let caught = match craft.aim() {
-                Aim::FloatOutput => Caught::Streams(Box::new(self.streams_of(which, site, linears, parameters)?)),
-                Aim::Weight(needs) => Caught::Statistics(self.statistics_of(which, site, needs)?),
+                Aim::FloatOutput => Caught::Streams(Box::new(self.streams_of((which, site), linears, float.as_ref(), parameters)?)),
+                Aim::Weight(needs) => Caught::Statistics(self.statistics_of((which, site), float.as_ref(), needs)?),
             };
             let prepared = craft.prepare(caught);
-            for linear in &mut linears[places] {
+            for (linear, place) in linears[places.clone()].iter_mut().zip(places) {
                 let slot = Slot::of(which, linear.role);
                 if craft.wants(slot) {
-                    let original = self.original(slot);
+                    let original = float.as_ref().map(|float| {
+                        let [rows, columns] = linear.weight.shape();
+                        Matrix::new(rows, columns, values(float.weights[place].clone()))
+                    });
                     if let (true, Some(original)) = (mixture::absent(&linear.weight), &original) {
                         linear.weight = Weight::Dense(original.clone());
                     }
@@ -281,15 +287,20 @@ impl Bench<'_> {
                 }
             }
         }
+        if let Some(away) = &self.away {
+            for linear in linears.iter_mut().filter(|linear| !mixture::absent(&linear.weight)) {
+                let [rows, columns] = linear.weight.shape();
+                let hollow = Weight::Dense(Matrix { rows, columns, data: Vec::new() });
+                away.put(Slot::of(which, linear.role), std::mem::replace(&mut linear.weight, hollow))?;
+            }
+        }
         Ok(told)
     }
 
     /// Statistics at a site of the original expert on the compressed stream; nothing where nothing was observed.
-    fn statistics_of(&self, which: Which, site: Site, needs: Needs) -> Result<Option<Statistics>> {
-        let (Some(arrivals), Some(original)) = (&self.arrivals, &self.original) else { return Ok(None) };
-        let (Some(source), Some(layers)) = (&arrivals.source, original.experts().and_then(|experts| experts.layers(which))) else {
-            return Ok(None);
-        };
+    fn statistics_of(&self, (which, site): (Which, Site), float: Option<&Layers>, needs: Needs) -> Result<Option<Statistics>> {
+        let (Some(arrivals), Some(original), Some(layers)) = (&self.arrivals, &self.original, float) else { return Ok(None) };
+        let Some(source) = &arrivals.source else { return Ok(None) };
         let spec = Spec::new(&self.model.config, self.index(), 1);
         let reader = Reader { spec: &spec, parameters: original, source };
         let tokens = arrivals.picked(which);
@@ -312,18 +323,17 @@ impl Bench<'_> {
     /// Both streams at a site of an expert, with everything before it as it stands.
     fn streams_of(
         &self,
-        which: Which,
-        site: Site,
+        (which, site): (Which, Site),
         linears: &[Linear; 3],
+        float: Option<&Layers>,
         parameters: Option<&Parameters>,
     ) -> Result<(Capture, Option<Capture>)> {
         let missing = || Error::run("both streams of a mixture were not kept");
         let (Some(arrivals), Some(streams), Some(original)) = (&self.arrivals, &self.streams, &self.original) else {
             return Err(missing());
         };
-        let (parameters, float) = (parameters.ok_or_else(missing)?, original.experts().and_then(|experts| experts.layers(which)));
-        let float = float.ok_or_else(missing)?;
-        let own = Layers::copy(linears, Some(float), &parameters.home());
+        let (parameters, float) = (parameters.ok_or_else(missing)?, float.ok_or_else(missing)?);
+        let own = Holdings { device: &parameters.home(), ..self.holdings() }.standing(which, linears)?;
         let parallel = self.model.config.family.places.parallel;
         let spec = Spec::new(&self.model.config, self.index(), 1);
         let readers = [

@@ -10,20 +10,22 @@ use std::ops::Range;
 
 use burn::tensor::Tensor;
 
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::kernels::rough_product::Precision;
 use crate::kernels::{tensor, values};
 use crate::matrix::Matrix;
 use crate::model::arrivals::Arrivals;
+use crate::model::away::Away;
 use crate::model::backward::{self, Gradients, Wanted, trimmed_squared_error};
 use crate::model::block::{Block, Linear, Parameters, Place, Site, Slot};
 use crate::model::capture::{Capture, Sums};
 use crate::model::forward::{self, Spec};
 use crate::model::hidden::Hidden;
-use crate::model::latent;
-use crate::model::mixture;
+use crate::model::holdings::Holdings;
+use crate::model::passage::{COMPARED, Passage};
 use crate::model::seen::Seen;
-use crate::model::{Model, Module};
+use crate::model::{Model, Module, latent, mixture, passage};
 use crate::run::Run;
 use crate::weight::Weight;
 
@@ -101,6 +103,8 @@ pub struct Bench<'a> {
     pub everywhere: bool,
     /// The experts that were kept, by their numbers in the checkpoint, where some were removed.
     pub kept: Option<Vec<usize>>,
+    /// Weights of experts that were put away; nothing where memory has room for all of them.
+    pub away: Option<Away>,
     /// The surroundings.
     pub run: &'a Run<'a>,
     /// Input of the block on the compressed stream.
@@ -139,43 +143,72 @@ impl Bench<'_> {
         self.block.linears.iter().any(|linear| linear.role.site() == site) || site == Site::Mlp
     }
 
-    /// The original weight of a layer.
-    pub fn original(&self, slot: impl Into<Slot>) -> Option<Matrix> {
-        let weight = self.original.as_ref()?.at(slot.into())?;
-        let [rows, columns] = weight.dims();
-        Some(Matrix::new(rows, columns, values(weight.clone())))
+    /// The experts of the block as they stand.
+    pub(super) fn holdings(&self) -> Holdings<'_> {
+        Holdings {
+            experts: self.block.experts.as_ref(),
+            away: self.away.as_ref(),
+            kept: self.kept.as_deref(),
+            ..Holdings::of_original(
+                self.model,
+                self.index(),
+                self.original.as_ref().and_then(Parameters::experts),
+                &self.run.device.burn,
+            )
+        }
+    }
+
+    /// The original weight of a layer; nothing where the original was not kept.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn original(&self, slot: impl Into<Slot>) -> Result<Option<Matrix>> {
+        let (slot, Some(original)) = (slot.into(), &self.original) else { return Ok(None) };
+        if slot.expert.is_some() {
+            return self.holdings().original_weight(slot).map(Some);
+        }
+        Ok(original.at(slot).map(|weight| {
+            let [rows, columns] = weight.dims();
+            Matrix::new(rows, columns, values(weight.clone()))
+        }))
     }
 
     /// The original weight of all roles of a module, one after the other.
-    pub fn originals(&self, module: &Module) -> Option<Matrix> {
-        let original = self.original.as_ref()?;
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn originals(&self, module: &Module) -> Result<Option<Matrix>> {
         let mut whole: Option<Matrix> = None;
         for &role in &module.roles {
-            let weight = original.at(Slot { expert: module.expert, role })?;
-            let ([rows, columns], mut floats) = (weight.dims(), values(weight.clone()));
+            let Some(mut matrix) = self.original(Slot { expert: module.expert, role })? else { return Ok(None) };
             match &mut whole {
-                None => whole = Some(Matrix::new(rows, columns, floats)),
+                None => whole = Some(matrix),
                 Some(whole) => {
-                    whole.rows += rows;
-                    whole.data.append(&mut floats);
+                    whole.rows += matrix.rows;
+                    whole.data.append(&mut matrix.data);
                 }
             }
         }
-        whole
+        Ok(whole)
     }
 
     /// The weight of a module as it stands.
     ///
     /// # Errors
-    /// When the block does not have it.
+    /// When the block does not have it, or it cannot be read.
     pub fn joined(&self, module: &Module) -> Result<Cow<'_, Weight>> {
-        let slots = module.roles.iter().map(|&role| Slot { expert: module.expert, role });
-        let weights = slots.map(|slot| self.block.linear(slot).map(|linear| &linear.weight));
+        let slots = || module.roles.iter().map(|&role| Slot { expert: module.expert, role });
+        let weights = slots().map(|slot| self.block.linear(slot).map(|linear| &linear.weight));
+        let missing = |what: &str| Error::run(what).tensor(&module.name);
         match weights.collect::<Option<Vec<&Weight>>>().as_deref() {
-            None | Some([]) => Err(Error::run("not part of the block").tensor(&module.name)),
+            None | Some([]) => Err(missing("not part of the block")),
             Some([one]) if mixture::absent(one) => {
-                let original = self.originals(module).ok_or_else(|| Error::run("the original block was not kept").tensor(&module.name))?;
-                Ok(Cow::Owned(Weight::Dense(original)))
+                let away = self.away.iter().zip(slots()).map(|(away, slot)| away.get(slot)).next().transpose()?.flatten();
+                let weight = match away {
+                    Some(weight) => weight,
+                    None => Weight::Dense(self.originals(module)?.ok_or_else(|| missing("the original block was not kept"))?),
+                };
+                Ok(Cow::Owned(weight))
             }
             Some([one]) => Ok(Cow::Borrowed(one)),
             Some(several) => Ok(Cow::Owned(Weight::stacked(several))),
@@ -190,28 +223,31 @@ impl Bench<'_> {
     /// Relative squared error of the block's output on the first windows, as it stands.
     ///
     /// # Errors
-    /// When hidden states cannot be read.
+    /// When hidden states cannot be read, or an output is not finite.
     pub fn output_error(&mut self) -> Result<Option<f64>> {
         if self.wanted.is_empty() {
             return Ok(None);
         }
-        let parameters = Parameters::take_lazily(&mut self.block, self.original.as_ref(), self.run.device);
-        let mut outputs = Vec::new();
-        let mut window = 0;
-        for wanted in &self.wanted {
-            let (width, tokens) = (self.model.config.hidden, self.hidden.tokens(window));
-            let count = wanted.len() / (width * tokens).max(1);
-            let x = self.hidden.read(window..window + count)?;
-            outputs.push(self.forward(&parameters, tokens, x));
-            window += count;
-        }
+        let parameters = Parameters::take_own(&mut self.block, self.run.device);
+        let (model, index, experts, run) = (self.model, self.index(), self.holdings(), self.run);
+        let outputs = Passage { model, index, parameters: &parameters, experts, run }.of_first(self.hidden, COMPARED);
         parameters.give_back(&mut self.block);
-        Ok(relative_error(&self.wanted, &outputs))
+        Ok(relative_error(&self.wanted, &outputs?))
     }
 
-    /// The float tensors of the block as it stands, for [`Self::descend_into`].
-    pub fn parameters(&self) -> Parameters {
-        Parameters::copy(&self.block, self.original.as_ref(), self.run.device)
+    /// The float tensors of the block as it stands, for [`Self::descend_into`]. Blocks of which no gradients are computed elsewhere lie
+    /// on the processor as a whole.
+    ///
+    /// # Errors
+    /// When the weight of an expert cannot be read.
+    pub fn parameters(&self) -> Result<Parameters> {
+        let processor = Device::cpu();
+        let device = if self.block.stays() { &processor } else { self.run.device };
+        let mut parameters = Parameters::copy(&self.block, device);
+        if let (Some(tensors), Some(experts)) = (parameters.experts_mut(), &self.block.experts) {
+            Holdings { device: &device.burn, ..self.holdings() }.fill(tensors, experts.shared.is_some())?;
+        }
+        Ok(parameters)
     }
 
     /// The mean squared error of a block with these tensors against the float model's output on some windows, and its
@@ -309,7 +345,7 @@ impl Bench<'_> {
                 parameters.set_weight(role, tensor(part.to_vec(), shape, &self.run.device.burn));
                 rest = others;
             }
-            let runs = crate::model::walk::runs(self.model, self.hidden);
+            let runs = passage::runs(self.model, self.hidden);
             let results = self.hidden.map(&runs, |windows, x| Ok(self.forward(&parameters, self.hidden.tokens(windows.start), x)))?;
             for (windows, y) in runs.into_iter().zip(results) {
                 let each = y.len() / windows.len();
@@ -341,7 +377,7 @@ impl Bench<'_> {
     /// # Errors
     /// When hidden states cannot be read or written, or the streams are not there.
     pub fn capture(&mut self, site: Site) -> Result<(Capture, Option<Capture>)> {
-        let parameters = Parameters::take(&mut self.block, self.original.as_ref(), self.run.device);
+        let parameters = Parameters::take_own(&mut self.block, self.run.device);
         let result = self.capture_with(site, &parameters);
         parameters.give_back(&mut self.block);
         result
@@ -383,7 +419,7 @@ impl Bench<'_> {
     /// # Errors
     /// As [`Self::capture`].
     pub(super) fn pass_attention(&mut self) -> Result<()> {
-        let parameters = Parameters::take(&mut self.block, self.original.as_ref(), self.run.device);
+        let parameters = Parameters::take_own(&mut self.block, self.run.device);
         let mut passed = Ok(());
         if let Some(streams) = self.streams.take() {
             for windows in runs(self.model, self.hidden, false) {
@@ -470,7 +506,7 @@ impl Bench<'_> {
 
 /// Runs of windows; with `hold` a run never mixes held-out windows with others.
 fn runs(model: &Model<'_>, hidden: &Hidden, hold: bool) -> Vec<Range<usize>> {
-    let all = crate::model::walk::runs(model, hidden);
+    let all = passage::runs(model, hidden);
     if !hold {
         return all;
     }

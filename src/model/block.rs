@@ -251,7 +251,7 @@ impl Block {
         own.chain(of_experts.flat_map(|(which, linears)| linears.iter().map(move |linear| Slot::of(which, linear.role)))).collect()
     }
 
-    /// Whether all experts hold weights of their own, none of the original any more.
+    /// Whether the block holds the weights of all its experts, none lying elsewhere.
     pub fn is_whole(&self) -> bool {
         let mut experts = self.experts.iter().flat_map(Experts::linears).flat_map(|(_, linears)| linears);
         experts.all(|linear| !mixture::absent(&linear.weight))
@@ -374,34 +374,27 @@ impl Parameters {
         }
     }
 
-    /// Takes the floats out of a block, without a copy where the block holds floats; [`Self::give_back`] returns them. For a
-    /// GPU the block keeps them.
-    /// What it does not hold of its experts is lent by the `original`.
-    pub fn take(block: &mut Block, original: Option<&Self>, device: &Device) -> Self {
-        Self::take_as(block, original, device, false)
-    }
-
-    /// As [`Self::take`], where what experts hold becomes floats only when it is used: for few forwards.
-    pub fn take_lazily(block: &mut Block, original: Option<&Self>, device: &Device) -> Self {
-        Self::take_as(block, original, device, true)
-    }
-
-    fn take_as(block: &mut Block, original: Option<&Self>, device: &Device, lazily: bool) -> Self {
-        let lender = original.and_then(Self::experts);
-        if device.gpu.is_some() {
-            let mut parameters = Self::copy_own(block, device);
-            let bytes = block.experts.as_ref().map_or(0, Experts::bytes);
-            let place = if bytes <= device.room_for_weights() { device.burn.clone() } else { burn::tensor::Device::flex() };
-            parameters.experts = block.experts.as_mut().map(|experts| Tensors::take(experts, lender, &place, lazily));
-            return parameters;
+    /// Takes the floats out of a block, without a copy where the block holds floats; [`Self::give_back`] returns those of its own
+    /// layers. For a GPU the block keeps them. Experts are taken where the block holds all of them.
+    pub fn take(block: &mut Block, device: &Device) -> Self {
+        let mut parameters = Self::take_own(block, device);
+        if let Some(experts) = &mut block.experts {
+            let place = if experts.bytes() <= device.room_for_weights() { device.burn.clone() } else { burn::tensor::Device::flex() };
+            parameters.experts = Some(Tensors::take(experts, &place));
         }
-        let mut parameters = Self::default();
+        parameters
+    }
+
+    /// As [`Self::take`], of experts nothing but their router.
+    pub fn take_own(block: &mut Block, device: &Device) -> Self {
+        if device.gpu.is_some() {
+            return Self::copy(block, device);
+        }
+        let mut parameters = Self::frame(block, &device.burn);
         for linear in &mut block.linears {
             let shape = linear.weight.shape();
             parameters.set_weight(linear.role, tensor(floats(&mut linear.weight), shape, &device.burn));
         }
-        parameters.experts = block.experts.as_mut().map(|experts| Tensors::take(experts, lender, &device.burn, lazily));
-        parameters.set_vectors(block, &device.burn);
         parameters
     }
 
@@ -429,28 +422,25 @@ impl Parameters {
         self.set_norm(place, tensor(weight.to_vec(), [weight.len()], &device));
     }
 
-    /// A copy of the floats of a block. Weights for which the GPU has no room, or no binding, lie on the processor, and blocks of
-    /// which no gradients are computed elsewhere lie there as a whole.
-    /// What it does not hold of its experts is that of the `original`.
-    pub fn copy(block: &Block, original: Option<&Self>, device: &Device) -> Self {
-        let processor = Device::cpu();
-        let device = if block.stays() { &processor } else { device };
-        let mut parameters = Self::copy_own(block, device);
-        parameters.experts = block.experts.as_ref().map(|experts| Tensors::copy(experts, original.and_then(Self::experts), &device.burn));
-        parameters
-    }
-
-    /// A copy of all but the linear layers: norms, biases, and the router of a mixture.
+    /// All but the linear layers: norms, biases, and the router of a mixture.
     pub fn frame(block: &Block, device: &burn::tensor::Device) -> Self {
         let mut parameters = Self::default();
-        parameters.set_vectors(block, device);
-        parameters.experts = block.experts.as_ref().map(|experts| Tensors::around(experts, Vec::new(), device));
+        parameters.delta = block.delta.clone().map(Arc::new);
+        parameters.sinks = block.sinks.as_deref().map(Arc::from);
+        for linear in &block.linears {
+            parameters.biases[linear.role as usize] = linear.bias.as_ref().map(|bias| tensor(bias.clone(), [bias.len()], device));
+        }
+        for norm in &block.norms {
+            parameters.set_norm(norm.place, tensor(norm.weight.clone(), [norm.weight.len()], device));
+        }
+        parameters.experts = block.experts.as_ref().map(|experts| Tensors::frame(experts, device));
         parameters
     }
 
-    /// As [`Self::copy`], without experts.
-    fn copy_own(block: &Block, device: &Device) -> Self {
-        let mut parameters = Self::default();
+    /// A copy of the floats of a block, of experts nothing but their router. Weights for which the GPU has no room, or no binding,
+    /// lie on the processor.
+    pub fn copy(block: &Block, device: &Device) -> Self {
+        let mut parameters = Self::frame(block, &device.burn);
         let mut room = device.room_for_weights();
         for linear in &block.linears {
             let floats = linear.weight.to_matrix().into_owned().data;
@@ -463,7 +453,6 @@ impl Parameters {
             };
             parameters.set_weight(linear.role, tensor(floats, linear.weight.shape(), &place));
         }
-        parameters.set_vectors(block, &device.burn);
         parameters
     }
 
@@ -477,28 +466,9 @@ impl Parameters {
         self.weights.iter().flatten().all(|weight| Floats::of(weight).is_none())
     }
 
-    fn set_vectors(&mut self, block: &Block, device: &burn::tensor::Device) {
-        self.delta = block.delta.clone().map(Arc::new);
-        self.sinks = block.sinks.as_deref().map(Arc::from);
-        for linear in &block.linears {
-            self.biases[linear.role as usize] = linear.bias.as_ref().map(|bias| tensor(bias.clone(), [bias.len()], device));
-        }
-        for norm in &block.norms {
-            self.set_norm(norm.place, tensor(norm.weight.clone(), [norm.weight.len()], device));
-        }
-    }
-
-    /// As [`Self::give_back`], of a block whose experts stay without floats: whoever needs those has them of the original.
-    pub fn give_back_own(mut self, block: &mut Block) {
-        self.experts = None;
-        self.give_back(block);
-    }
-
-    /// Puts the floats back where [`Self::take`] took them from.
+    /// Puts the floats of a block's own layers back where [`Self::take`] took them from. Experts stay without floats: whoever needs
+    /// those has them of the original.
     pub fn give_back(mut self, block: &mut Block) {
-        if let (Some(tensors), Some(experts)) = (self.experts.take(), &mut block.experts) {
-            tensors.give_back(experts);
-        }
         for linear in &mut block.linears {
             if let Weight::Dense(matrix) | Weight::Sparse(Sparse { matrix, .. }) = &mut linear.weight
                 && matrix.data.is_empty()

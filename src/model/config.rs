@@ -212,11 +212,20 @@ impl Config {
         self.query_width().max(linear)
     }
 
+    /// The middle of the MLPs that are no mixtures; 0 where all are.
+    pub fn dense_middle(&self) -> usize {
+        if self.layers.iter().all(|layer| layer.mixed) { 0 } else { self.intermediate }
+    }
+
+    /// The widest middle of an expert; 0 where there is none.
+    pub fn expert_middle(&self) -> usize {
+        self.mixture.map_or(0, |mixture| mixture.width.max(mixture.shared.unwrap_or(0)))
+    }
+
     /// The widest middle of the MLPs, or of the experts that a token goes to.
     pub fn widest_middle(&self) -> usize {
-        let dense = if self.layers.iter().all(|layer| layer.mixed) { 0 } else { self.intermediate };
         let mixed = self.mixture.map_or(0, |mixture| mixture.rule.chosen * mixture.width + mixture.shared.unwrap_or(0));
-        dense.max(mixed)
+        self.dense_middle().max(mixed)
     }
 
     /// Columns of k and of v.

@@ -25,6 +25,7 @@ use crate::kernels::{tensor, values};
 use crate::model::Model;
 use crate::model::block::Parameters;
 use crate::model::forward::{self, Past, Spec};
+use crate::model::holdings::Holdings;
 use crate::run::Run;
 
 /// Length, with the token that begins a text, up to which a window grows by the most likely token.
@@ -186,7 +187,13 @@ impl<'a> Weights<'a> {
         if let Some(kept) = &self.blocks[index] {
             return Ok(kept.clone());
         }
-        let parameters = Parameters::take(&mut self.model.load_block(index)?, None, self.run.device);
+        let mut block = self.model.load_block(index)?;
+        let mut parameters = Parameters::take(&mut block, self.run.device);
+        if let (true, Some(experts), Some(described)) =
+            (self.model.reads_experts_singly(), parameters.experts_mut(), self.model.config.mixture)
+        {
+            Holdings::of_original(self.model, index, None, &self.run.device.burn).fill(experts, described.shared.is_some())?;
+        }
         if take_room(&mut self.room, self.model.block_bytes()) {
             self.blocks[index] = Some(parameters.clone());
         }

@@ -235,6 +235,37 @@ impl Hidden {
         Ok(())
     }
 
+    /// Adds something to the states of some tokens, counted over all windows: `values`, one row per token, each times its share.
+    ///
+    /// # Errors
+    /// When the temporary file cannot be read or written.
+    pub fn add(&mut self, tokens: &[usize], shares: &[f32], values: &[f32]) -> Result<()> {
+        let width = self.width.max(1);
+        let more = |out: &mut [f32], share: f32, values: &[f32]| out.iter_mut().zip(values).for_each(|(out, value)| *out += share * value);
+        let rows = tokens.iter().zip(shares).zip(values.chunks_exact(width));
+        if let Store::Memory(all) = &mut self.place {
+            rows.for_each(|((&token, &share), values)| more(&mut all[token * width..][..width], share, values));
+            return Ok(());
+        }
+        for ((&token, &share), values) in rows {
+            let mut row = self.rows(&[token])?;
+            more(&mut row, share, values);
+            let at = |bytes: &[u8]| token * bytes.len();
+            match &mut self.place {
+                Store::Memory(_) => {}
+                Store::Halved(all) => {
+                    let bytes = halve(&row, width);
+                    all[at(&bytes)..][..bytes.len()].copy_from_slice(&bytes);
+                }
+                Store::Disk { file, halved } => {
+                    let bytes = if *halved { halve(&row, width) } else { encode(Float::F32, &row) };
+                    file.write_all_at(&bytes, at(&bytes) as u64).map_err(|error| spill_error(&error))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Gives the states as they are kept, in pieces with their offsets, to somebody who stores them; the pieces come in no
     /// order. Gives their length and blake3 of the hashes of all pieces.
     ///

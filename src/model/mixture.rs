@@ -2,10 +2,7 @@
 //! experts, gated MLPs of which each sees its own tokens; the output is the sum of what they give, times their shares, and of what
 //! an expert of all tokens gives, where there is one ([`crate::model::forward`]).
 
-use std::borrow::Cow;
-use std::sync::Arc;
-
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor};
 use serde_json::Value;
 
 use crate::error::{Error, Result, shown};
@@ -18,7 +15,7 @@ use crate::model::architecture::{Family, Mixed, MixedLayers, Renormalized, Routi
 use crate::model::block::{Linear, Role, Site, floats};
 use crate::model::config::Keys;
 use crate::model::forward::{Point, Tap};
-use crate::weight::{Sparse, Weight};
+use crate::weight::Weight;
 
 /// What the layers of an expert do, in order.
 const LAYERS: [Role; 3] = [Role::Gate, Role::Up, Role::Down];
@@ -214,6 +211,12 @@ impl Experts {
         }
     }
 
+    /// Whether the block holds the weights of all of them, as floats.
+    pub fn floats(&self) -> bool {
+        let floats = |weight: &Weight| matches!(weight, Weight::Dense(_) | Weight::Sparse(_)) && !absent(weight);
+        self.linears().flat_map(|(_, linears)| linears).all(|linear| floats(&linear.weight))
+    }
+
     /// Bytes of all its weights in f32.
     pub fn bytes(&self) -> u64 {
         self.linears()
@@ -231,10 +234,6 @@ pub struct Layers {
     pub weights: [Tensor<2>; 3],
     /// Their biases, where there are such.
     pub biases: [Option<Tensor<1>>; 3],
-    /// Which weights are those of the original, which the block itself does not hold.
-    lent: [bool; 3],
-    /// Weights that become floats only when they are used; nothing stands for them in [`Self::weights`].
-    packed: [Option<Arc<Weight>>; 3],
 }
 
 impl Layers {
@@ -247,32 +246,19 @@ impl Layers {
         }
     }
 
-    /// A copy of the floats of an expert's layers; those that it does not hold are the `original` ones.
-    pub fn copy(linears: &[Linear; 3], original: Option<&Self>, device: &burn::tensor::Device) -> Self {
-        let floats = |linear: &Linear| linear.weight.to_matrix().into_owned().data;
-        let weights = linears.each_ref().map(|linear| {
-            let lent = original.filter(|_| absent(&linear.weight)).and_then(|own| own.weights.get(place(linear.role)?));
-            match lent {
-                Some(lent) if lent.device() == *device => lent.clone(),
-                Some(lent) => tensor(values(lent.clone()), lent.dims(), device),
-                None => tensor(floats(linear), linear.weight.shape(), device),
-            }
+    /// The floats of an expert's layers, taken out of them without a copy where they hold floats.
+    pub fn take(linears: &mut [Linear; 3], device: &Device) -> Self {
+        let biases = linears.each_ref().map(|linear| bias(linear, device));
+        let weights = linears.each_mut().map(|linear| {
+            let shape = linear.weight.shape();
+            tensor(floats(&mut linear.weight), shape, device)
         });
-        Self { weights, biases: biases(linears, device), lent: [false; 3], packed: Default::default() }
+        Self { weights, biases }
     }
 
-    /// With all weights as floats.
-    pub fn whole(&self) -> Cow<'_, Self> {
-        if self.packed.iter().all(Option::is_none) {
-            return Cow::Borrowed(self);
-        }
-        let mut whole = self.clone();
-        for (weight, packed) in whole.weights.iter_mut().zip(whole.packed.iter_mut()) {
-            if let Some(packed) = packed.take() {
-                *weight = tensor(packed.to_matrix().into_owned().data, packed.shape(), &weight.device());
-            }
-        }
-        Cow::Owned(whole)
+    /// Columns in the middle.
+    pub fn width(&self) -> usize {
+        self.weights[0].dims()[0]
     }
 }
 
@@ -283,8 +269,9 @@ fn added(product: Tensor<2>, bias: &Tensor<1>) -> Tensor<2> {
     product + bias.unsqueeze()
 }
 
-fn biases(linears: &[Linear; 3], device: &burn::tensor::Device) -> [Option<Tensor<1>>; 3] {
-    linears.each_ref().map(|linear| linear.bias.as_ref().map(|bias| tensor(bias.clone(), [bias.len()], device)))
+/// The bias of a layer, where it has one.
+pub(super) fn bias(linear: &Linear, device: &Device) -> Option<Tensor<1>> {
+    linear.bias.as_ref().map(|bias| tensor(bias.clone(), [bias.len()], device))
 }
 
 /// Whether a block does not hold the floats of a weight, because they are still those of the original.
@@ -301,66 +288,49 @@ pub struct Tensors {
     pub bias: Option<Tensor<1>>,
     /// What counts for the choice alone, one number per expert or nothing.
     pub correction: Vec<f32>,
-    /// Those that the router chooses from.
+    /// What scales the output of the expert of all tokens, 1 × hidden, where something does.
+    pub opening: Option<Tensor<2>>,
+    /// Those that the router chooses from; none where they lie elsewhere.
     pub routed: Vec<Layers>,
-    /// That of all tokens, with what scales its output, 1 × hidden, where something does.
-    pub shared: Option<(Layers, Option<Tensor<2>>)>,
+    /// That of all tokens, where there is one that does not lie elsewhere.
+    pub shared: Option<Layers>,
 }
 
 impl Tensors {
-    /// Takes the weights out of a mixture, which must not be used any more; those that it does not hold are lent by the `original`.
-    /// With `lazily` those that are no floats become floats when they are used, again each time.
-    pub fn take(experts: &mut Experts, original: Option<&Self>, device: &burn::tensor::Device, lazily: bool) -> Self {
-        let take = |(which, linears): (Which, &mut [Linear; 3])| {
-            let own = original.and_then(|original| original.layers(which));
-            let biases = biases(linears, device);
-            let (mut lent, mut packed) = ([false; 3], [const { None }; 3]);
-            let mut number = 0..3;
-            let weights = linears.each_mut().map(|linear| {
-                let place = number.next().unwrap_or(0);
-                if let Some(own) = own.filter(|_| absent(&linear.weight)) {
-                    lent[place] = true;
-                    return own.weights[place].clone();
-                }
-                if lazily && !matches!(linear.weight, Weight::Dense(_) | Weight::Sparse(_)) {
-                    packed[place] = Some(Arc::new(std::mem::replace(&mut linear.weight, Weight::Dense(Matrix::new(0, 0, Vec::new())))));
-                    return Tensor::zeros([1, 1], device);
-                }
-                let shape = linear.weight.shape();
-                tensor(floats(&mut linear.weight), shape, device)
-            });
-            Layers { weights, biases, lent, packed }
-        };
-        let layers = experts.linears_mut().map(take).collect();
-        Self::around(experts, layers, device)
+    /// Takes the floats out of a mixture that has those of all its experts.
+    pub fn take(experts: &mut Experts, device: &Device) -> Self {
+        let mut tensors = Self::frame(experts, device);
+        if experts.linears().flat_map(|(_, linears)| linears).all(|linear| !absent(&linear.weight)) {
+            tensors.routed = experts.routed.iter_mut().map(|linears| Layers::take(linears, device)).collect();
+            tensors.shared = experts.shared.as_mut().map(|(linears, _)| Layers::take(linears, device));
+        }
+        tensors
     }
 
-    /// A copy of the floats of a mixture; those that it does not hold are the `original` ones.
-    pub fn copy(experts: &Experts, original: Option<&Self>, device: &burn::tensor::Device) -> Self {
-        let own = |which| original.and_then(|original| original.layers(which));
-        let layers = experts.linears().map(|(which, linears)| Layers::copy(linears, own(which), device)).collect();
-        Self::around(experts, layers, device)
-    }
-
-    /// What else a mixture has, around the layers of its experts, the shared one last.
-    pub(super) fn around(experts: &Experts, mut routed: Vec<Layers>, device: &burn::tensor::Device) -> Self {
+    /// What a mixture has beside the layers of its experts.
+    pub fn frame(experts: &Experts, device: &Device) -> Self {
         let whole = |matrix: &Matrix| tensor(matrix.data.clone(), [matrix.rows, matrix.columns], device);
-        let shared = experts.shared.as_ref().and_then(|(_, gate)| Some((routed.pop()?, gate.as_ref().map(whole))));
         let bias = &experts.router.bias;
         Self {
             router: whole(&experts.router.weight),
             bias: (!bias.is_empty()).then(|| tensor(bias.clone(), [bias.len()], device)),
             correction: experts.router.correction.clone(),
-            routed,
-            shared,
+            opening: experts.shared.as_ref().and_then(|(_, gate)| gate.as_ref()).map(whole),
+            routed: Vec::new(),
+            shared: None,
         }
+    }
+
+    /// How many experts the router chooses from.
+    pub fn count(&self) -> usize {
+        self.router.dims()[0]
     }
 
     /// The layers of an expert.
     pub fn layers(&self, which: Which) -> Option<&Layers> {
         match which {
             Which::Routed(expert) => self.routed.get(expert),
-            Which::Shared => self.shared.as_ref().map(|(layers, _)| layers),
+            Which::Shared => self.shared.as_ref(),
         }
     }
 
@@ -368,7 +338,7 @@ impl Tensors {
     pub fn layers_mut(&mut self, which: Which) -> Option<&mut Layers> {
         match which {
             Which::Routed(expert) => self.routed.get_mut(expert),
-            Which::Shared => self.shared.as_mut().map(|(layers, _)| layers),
+            Which::Shared => self.shared.as_mut(),
         }
     }
 
@@ -386,25 +356,11 @@ impl Tensors {
         }
     }
 
-    /// Puts the floats back where [`Self::take`] took them from.
-    pub fn give_back(self, experts: &mut Experts) {
-        let shared = self.shared.map(|(layers, _)| layers);
-        for (layers, (_, linears)) in self.routed.into_iter().chain(shared).zip(experts.linears_mut()) {
-            let held = layers.weights.into_iter().zip(layers.lent).zip(layers.packed);
-            for (((layer, lent), packed), linear) in held.zip(linears) {
-                if let Some(packed) = packed {
-                    linear.weight = Arc::unwrap_or_clone(packed);
-                    continue;
-                }
-                if lent {
-                    continue;
-                }
-                if let Weight::Dense(matrix) | Weight::Sparse(Sparse { matrix, .. }) = &mut linear.weight
-                    && matrix.data.is_empty()
-                {
-                    *matrix = Matrix::new(matrix.rows, matrix.columns, values(layer));
-                }
-            }
+    /// By token, the factor of what the expert of all tokens gives for its input `x`.
+    pub fn openings(&self, x: &Tensor<2>) -> Vec<f32> {
+        match &self.opening {
+            Some(opening) => values(product(x, opening)).into_iter().map(|opening| 1.0 / (1.0 + (-opening).exp())).collect(),
+            None => vec![1.0; x.dims()[0]],
         }
     }
 }
@@ -416,7 +372,11 @@ pub fn place(role: Role) -> Option<usize> {
 
 /// What a mixture gives for its input `x`, tokens × hidden. The tap sees `x` and the steps of every expert. Tokens go to the
 /// processor between experts.
+///
+/// # Panics
+/// When the tensors are without experts.
 pub fn forward(experts: &Tensors, rule: Rule, activation: Activation, x: &Tensor<2>, tap: Tap<'_>) -> Tensor<2> {
+    assert_eq!(experts.routed.len(), experts.count(), "the experts of a mixture");
     tap(Point::Site(Site::Mlp), x);
     let ([tokens, hidden], device) = (x.dims(), x.device());
     let rows = values(x.clone());
@@ -424,22 +384,21 @@ pub fn forward(experts: &Tensors, rule: Rule, activation: Activation, x: &Tensor
     tap(Point::Logits, &logits);
     let logits = values(logits);
     let mut out = vec![0.0f32; tokens * hidden];
-    let routed = route(&logits, &experts.correction, experts.routed.len(), rule);
+    let routed = route(&logits, &experts.correction, experts.count(), rule);
     for ((expert, layers), tokens) in experts.routed.iter().enumerate().zip(routed).filter(|(_, tokens)| !tokens.is_empty()) {
         let own = picked(&rows, hidden, tokens.iter().map(|&(token, _)| token));
         let own = tensor(own, [tokens.len().next_multiple_of(ROWS), hidden], &device);
         let mut see = |step: Step, x: &Tensor<2>| tap(Point::Expert(Which::Routed(expert), step, tokens.len()), x);
-        let given = values(mlp(&layers.whole(), activation, &own, &mut see));
+        let given = values(mlp(layers, activation, &own, &mut see));
         for (&(token, share), given) in tokens.iter().zip(given.chunks_exact(hidden.max(1))) {
             out[token * hidden..][..hidden].iter_mut().zip(given).for_each(|(out, given)| *out += share * given);
         }
     }
-    if let Some((layers, gate)) = &experts.shared {
+    if let Some(layers) = &experts.shared {
         let mut see = |step: Step, x: &Tensor<2>| tap(Point::Expert(Which::Shared, step, tokens), x);
-        let given = values(mlp(&layers.whole(), activation, x, &mut see));
-        let openings = gate.as_ref().map(|gate| values(product(x, gate)));
-        for (token, (out, given)) in out.chunks_exact_mut(hidden.max(1)).zip(given.chunks_exact(hidden.max(1))).enumerate() {
-            let open = openings.as_ref().map_or(1.0, |openings| 1.0 / (1.0 + (-openings[token]).exp()));
+        let given = values(mlp(layers, activation, x, &mut see));
+        let openings = experts.openings(x);
+        for ((out, given), open) in out.chunks_exact_mut(hidden.max(1)).zip(given.chunks_exact(hidden.max(1))).zip(openings) {
             out.iter_mut().zip(given).for_each(|(out, given)| *out += open * given);
         }
     }

@@ -9,7 +9,7 @@ use crate::model::arrivals::{Arrivals, CHUNK, Reader};
 use crate::model::bench::Bench;
 use crate::model::block::{Parameters, Site};
 use crate::model::forward::Spec;
-use crate::model::mixture::{self, Router};
+use crate::model::mixture::{self, Router, Which};
 
 impl Bench<'_> {
     /// By expert, the mean over its tokens of the factor of its output times the norm of that output; 0 where no token came.
@@ -19,12 +19,14 @@ impl Bench<'_> {
     pub fn saliency(&self) -> Result<Vec<f64>> {
         let missing = || Error::run("no calibration was seen at the experts");
         let (Some(arrivals), Some(original)) = (&self.arrivals, &self.original) else { return Err(missing()) };
-        let (Some(source), Some(experts)) = (arrivals.source(), original.experts()) else { return Err(missing()) };
+        let source = arrivals.source().ok_or_else(missing)?;
         let spec = Spec::new(&self.model.config, self.index(), 1);
         let reader = Reader { spec: &spec, parameters: original, source };
         let hidden = self.model.config.hidden;
-        let of = |(expert, layers): (usize, &mixture::Layers)| -> Result<f64> {
+        let holdings = self.holdings();
+        let of = |expert: usize| -> Result<f64> {
             self.run.check_stop()?;
+            let layers = &holdings.original(Which::Routed(expert))?;
             let (own, mut sum) = (&arrivals.routed[expert], 0.0);
             for own in own.chunks(CHUNK) {
                 let tokens: Vec<usize> = own.iter().map(|&(token, _)| token).collect();
@@ -38,7 +40,13 @@ impl Bench<'_> {
             let mean = sum / own.len().max(1) as f64;
             if mean.is_finite() { Ok(mean) } else { Err(Error::input(format!("the outputs of expert {expert} are not finite"))) }
         };
-        experts.routed.par_iter().enumerate().with_max_len(1).map(of).collect()
+        // As many at once as there are threads: each needs the memory of its expert.
+        let (mut saliency, at_once) = (Vec::new(), rayon::current_num_threads());
+        for first in (0..arrivals.routed.len()).step_by(at_once) {
+            let some = first..(first + at_once).min(arrivals.routed.len());
+            saliency.extend(some.into_par_iter().with_max_len(1).map(of).collect::<Result<Vec<_>>>()?);
+        }
+        Ok(saliency)
     }
 
     /// Leaves the block with some of its experts, in this order, and sends all tokens to those.
@@ -91,7 +99,7 @@ impl mixture::Tensors {
         self.router = tensor(router.weight.data, [kept.len(), router.weight.columns], &device);
         self.bias = self.bias.take().map(|_| tensor(router.bias, [kept.len()], &device));
         self.correction = router.correction;
-        self.routed = kept.iter().map(|&expert| self.routed[expert].clone()).collect();
+        self.routed = kept.iter().filter_map(|&expert| self.routed.get(expert).cloned()).collect();
     }
 }
 

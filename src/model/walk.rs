@@ -7,29 +7,26 @@ use std::sync::{Mutex, PoisonError};
 use burn::tensor::Tensor;
 
 use crate::device::Gpu;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::kernels::gram::gpu::Gram;
 use crate::kernels::gram::{self, add_column_squares, add_gram};
-use crate::kernels::{Floats, tensor, values};
-use crate::model::Model;
+use crate::kernels::{Floats, values};
 use crate::model::arrivals::Arrivals;
+use crate::model::away::Away;
 use crate::model::bench::{Bench, Between, Streams, relative_error};
-use crate::model::block::{Parameters, Site};
-use crate::model::forward::{self, Point, Spec, Tap};
+use crate::model::block::{Block, Parameters, Site};
+use crate::model::forward::{self, Point, Tap};
 use crate::model::hidden::{Hidden, Keeping};
+use crate::model::holdings::Holdings;
+use crate::model::mixture::Experts;
+use crate::model::passage::{COMPARED, Passage, keep_first};
 use crate::model::seen::{Needs, Seen, Statistics};
 use crate::model::slopes::{self, Slope};
-use crate::run::Run;
-
-/// Windows whose block outputs are compared before and after the visit.
-const COMPARED: usize = 2;
+use crate::model::{Model, passage};
+use crate::run::{Muted, Run};
 
 /// Tokens whose inputs are kept to tell the errors of layers where no Gram matrix is gathered.
 const SAMPLED: usize = 512;
-
-/// Memory that the activations of one run of windows may take, in bytes: many small windows share one matrix product,
-/// which reads the weights once.
-const RUN_BYTES: usize = 32 << 20;
 
 /// What happens to each block.
 pub trait Visitor {
@@ -122,41 +119,35 @@ pub fn walk_part(
         let mut block = model.load_block(index)?;
         let (mut seen, mut wanted, mut original, mut arrivals) = (Seen::default(), Vec::new(), None, None);
         if calibrated {
-            let parameters = Parameters::take(&mut block, None, run.device);
-            original = Some(parameters.clone());
+            let parameters = Parameters::take(&mut block, run.device);
+            let passage = of_original(model, index, &parameters, run);
             if visitor.observes() > Needs::Nothing {
-                let needs = visitor.observes();
-                (seen, wanted) = if model.config.layers[index].mixed {
-                    let found = observe_mixture(model, index, &parameters, hidden, (needs, visitor.everywhere()), run, &note)?;
-                    arrivals = Some(found.1);
-                    (found.0, found.2)
-                } else {
-                    observe(model, index, &parameters, hidden, needs, run, &note)?
-                };
+                (seen, wanted, arrivals) = observe(&passage, hidden, (visitor.observes(), visitor.everywhere()), &note)?;
             }
             if let Some(float) = &mut float {
                 float.fit(model, index, hidden, run)?;
-                wanted = float.advance(model, index, &parameters, run)?;
+                wanted = float.advance(&passage)?;
+            }
+            if wanted.is_empty() {
+                wanted = passage.of_first(hidden, COMPARED)?;
             }
             if visitor.observes() < Needs::Gram {
-                seen.inputs = first_inputs(model, index, &parameters, hidden, run)?;
+                seen.inputs = first_inputs(&passage, hidden)?;
             }
-            parameters.give_back_own(&mut block);
+            original = Some(parameters.clone());
+            parameters.give_back(&mut block);
         }
         let streams = float.as_mut().map(FloatStream::lend);
+        let away = if calibrated && model.reads_experts_singly() { Some(Away::new(run.scratch)?) } else { None };
         let everywhere = visitor.everywhere();
-        let mut bench =
-            Bench { model, block, seen, arrivals, everywhere, kept: None, run, hidden, original, streams, wanted, settled: false };
+        let (kept, settled) = (None, false);
+        let mut bench = Bench { model, block, seen, arrivals, everywhere, kept, away, run, hidden, original, streams, wanted, settled };
         visitor.visit(&mut bench)?;
-        let Bench { mut block, wanted, settled, original, .. } = bench;
-        // Where nothing of the original is needed any more, it goes before floats are made of what came of it.
-        let original = original.filter(|_| !block.is_whole());
-        let parameters = Parameters::take(&mut block, original.as_ref(), run.device);
-        drop((block, original));
+        let Bench { block, wanted, settled, original, kept, away, .. } = bench;
         // The MLP of a parallel block reads what stands before attention.
         let middle = settled && !model.config.family.places.parallel;
         let joined = float.as_ref().filter(|_| middle).map(FloatStream::joined);
-        let after = advance(model, index, &parameters, hidden, joined, run, &note)?;
+        let after = Remains { block, original, kept, away }.advance(model, hidden, joined, run, &note)?;
         if hidden.is_empty() {
             run.observer.step(1, &note);
         }
@@ -167,6 +158,49 @@ pub fn walk_part(
     }
     run.observer.end();
     Ok(())
+}
+
+/// The passage through a block that nobody has changed.
+fn of_original<'a>(model: &'a Model<'a>, index: usize, parameters: &'a Parameters, run: &'a Run<'a>) -> Passage<'a> {
+    let experts = Holdings::of_original(model, index, parameters.experts(), &run.device.burn);
+    Passage { model, index, parameters, experts, run }
+}
+
+/// What remains of a workbench when the work is done.
+struct Remains {
+    block: Block,
+    original: Option<Parameters>,
+    kept: Option<Vec<usize>>,
+    away: Option<Away>,
+}
+
+impl Remains {
+    /// Sends all hidden states through the block as it stands; gives the outputs of the first windows.
+    fn advance(
+        mut self,
+        model: &Model<'_>,
+        hidden: &mut Hidden,
+        joined: Option<&Hidden>,
+        run: &Run<'_>,
+        note: &str,
+    ) -> Result<Vec<Vec<f32>>> {
+        // Floats are not copied where the block holds nothing else; what is packed becomes floats expert by expert.
+        let original = self.original.filter(|_| !self.block.is_whole());
+        let floats = self.block.experts.as_ref().is_some_and(Experts::floats);
+        let parameters =
+            if floats { Parameters::take(&mut self.block, run.device) } else { Parameters::take_own(&mut self.block, run.device) };
+        let index = self.block.index;
+        let experts = match floats {
+            true => Holdings::of_original(model, index, parameters.experts(), &run.device.burn),
+            false => Holdings {
+                experts: self.block.experts.as_ref(),
+                away: self.away.as_ref(),
+                kept: self.kept.as_deref(),
+                ..Holdings::of_original(model, index, original.as_ref().and_then(Parameters::experts), &run.device.burn)
+            },
+        };
+        Passage { model, index, parameters: &parameters, experts, run }.advance(hidden, joined, note)
+    }
 }
 
 /// A visitor of the walk back.
@@ -198,7 +232,7 @@ pub fn walk_back(
         let needs = visitor.needs(index);
         let mut bench = opened(model, index, hidden, needs, run)?;
         let Some(original) = bench.original.clone() else { continue };
-        let parameters = if bench.block.stays() { bench.parameters() } else { original };
+        let parameters = if bench.block.stays() { bench.parameters()? } else { original };
         let found = slopes::through(model, index, &parameters, hidden, streams, needs > Needs::Nothing, run)?;
         if needs > Needs::Nothing {
             visitor.visit(&mut bench, &found)?;
@@ -210,30 +244,44 @@ pub fn walk_back(
 /// A block on the workbench of the walk back with what it was seen doing: `hidden` are its inputs.
 fn opened<'a>(model: &'a Model<'a>, index: usize, hidden: &'a Hidden, needs: Needs, run: &'a Run<'a>) -> Result<Bench<'a>> {
     let mut block = model.load_block(index)?;
-    let parameters = Parameters::take(&mut block, None, run.device);
-    let original = Some(parameters.clone());
-    let (seen, wanted) = match needs {
+    let parameters = Parameters::take(&mut block, run.device);
+    let (seen, wanted, arrivals) = match needs {
         Needs::Nothing => Default::default(),
-        _ => observe(model, index, &parameters, hidden, needs, run, "")?,
+        _ => observe(&of_original(model, index, &parameters, run), hidden, (needs, false), "")?,
     };
+    let original = Some(parameters.clone());
     parameters.give_back(&mut block);
-    let (arrivals, everywhere) = Default::default();
-    Ok(Bench { model, block, seen, arrivals, everywhere, kept: None, run, hidden, original, streams: None, wanted, settled: false })
+    let (everywhere, kept, away, streams, settled) = Default::default();
+    Ok(Bench { model, block, seen, arrivals, everywhere, kept, away, run, hidden, original, streams, wanted, settled })
 }
 
 /// Memory for what must have been seen of so many tokens, in bytes, beside the block and the hidden states: Gram matrices
 /// of all sites and, for both streams, the stores of the float stream and of the states between sites (what is over their
-/// budget lies on disk), and the sums of the widest site for most windows, those held out, and all.
-pub fn memory_bytes(model: &Model<'_>, tokens: u64, needs: Needs) -> u64 {
+/// budget lies on disk), and the sums of the widest site for most windows, those held out, and all. Of experts, which see their
+/// tokens one after the other, it is the states that they read and give and, where they are read `singly`, the experts at work.
+pub fn memory_bytes(model: &Model<'_>, tokens: u64, needs: Needs, singly: bool) -> u64 {
     let config = &model.config;
-    let (hidden, query, middle) = (config.hidden as u64, config.widest_mixed() as u64, config.widest_middle() as u64);
+    let [hidden, query, dense, experts] = [config.hidden, config.widest_mixed(), config.dense_middle(), config.expert_middle()].map(|width| width as u64);
     let square = |columns: u64| 8 * columns * columns;
-    let gram = if needs >= Needs::Gram { 2 * square(hidden) + square(query) + square(middle) } else { 0 };
-    if needs < Needs::Streams {
-        return gram;
-    }
     let store = |width: u64| Keeping::HALVED.memory_bytes(tokens, width);
-    gram + 4 * store(hidden) + 2 * store(query) + 6 * square(hidden.max(query).max(middle))
+    let mut bytes = if config.mixture.is_some() { 3 * store(hidden) } else { 0 };
+    if singly {
+        // The original, what stands, and what a method makes of both; and what was seen.
+        let sums = match needs {
+            Needs::Nothing | Needs::SquaredNorms => 0,
+            Needs::Gram => 2,
+            Needs::Streams => 6,
+        };
+        let each = 4 * 4 * 3 * hidden * experts + sums * square(hidden.max(experts));
+        bytes += rayon::current_num_threads() as u64 * each;
+    }
+    if needs >= Needs::Gram {
+        bytes += 2 * square(hidden) + square(query) + square(dense.max(experts));
+    }
+    if needs >= Needs::Streams {
+        bytes += 4 * store(hidden) + 2 * store(query) + 6 * square(hidden.max(query).max(dense).max(experts));
+    }
+    bytes
 }
 
 /// The hidden states of the float model beside those of the compressed one.
@@ -257,26 +305,38 @@ impl FloatStream {
     }
 
     /// Computes the outputs of the original block; gives those of the first windows.
-    fn advance(&mut self, model: &Model<'_>, index: usize, parameters: &Parameters, run: &Run<'_>) -> Result<Vec<Vec<f32>>> {
+    fn advance(&mut self, passage: &Passage<'_>) -> Result<Vec<Vec<f32>>> {
+        let mixed = passage.parameters.experts().is_some();
         let mut first = Vec::new();
-        for runs in batches(model, &self.inputs, false, run) {
-            run.check_stop()?;
+        for runs in passage.batches(&self.inputs, false) {
+            passage.run.check_stop()?;
             let inputs = &self.inputs;
             let outputs = inputs.map(&runs, |windows, x| {
-                let (mut mixed, mut joined) = (Vec::new(), Vec::new());
+                let (mut between, mut joined) = (Vec::new(), Vec::new());
                 let seq = inputs.tokens(windows.start);
-                let y = forward_run(model, index, parameters, seq, x, run, &mut |point, x| match point {
-                    Point::Site(Site::Output) => mixed = values(x.clone()),
+                let tap: Tap<'_> = &mut |point, x| match point {
+                    Point::Site(Site::Output) => between = values(x.clone()),
                     Point::Joined => joined = values(x.clone()),
                     _ => {}
-                });
-                Ok((mixed, joined, y))
+                };
+                // Of a mixture the inputs, which then go on from the middle.
+                let y = if mixed {
+                    passage.first_half(seq, x.clone(), tap);
+                    x
+                } else {
+                    passage.whole(seq, x, tap)
+                };
+                Ok((between, joined, y))
             })?;
             for (windows, (mixed, joined, y)) in runs.iter().zip(outputs) {
                 self.between[1].keep(windows.clone(), &mixed, &joined)?;
                 self.targets.write(windows.clone(), &y)?;
                 keep_first(&mut first, windows, y);
             }
+        }
+        if mixed {
+            let silent = Run { observer: &Muted(passage.run.observer), ..*passage.run };
+            return Passage { run: &silent, ..*passage }.advance(&mut self.targets, Some(self.between[1].joined()), "");
         }
         Ok(first)
     }
@@ -295,210 +355,77 @@ impl FloatStream {
     }
 }
 
-/// Runs the original block on its inputs and gathers statistics; hidden states stay as they are.
-fn observe(
-    model: &Model<'_>,
-    index: usize,
-    parameters: &Parameters,
-    hidden: &Hidden,
-    needs: Needs,
-    run: &Run<'_>,
-    note: &str,
-) -> Result<(Seen, Vec<Vec<f32>>)> {
-    let mut seen = Seen::default();
-    let mut outputs = Vec::new();
-    let grams = Mutex::new(BTreeMap::new());
-    for runs in batches(model, hidden, needs >= Needs::Gram, run) {
+/// What was seen, the outputs of the first windows, and of a mixture where tokens went.
+type Watched = (Seen, Vec<Vec<f32>>, Option<Arrivals>);
+
+/// Runs a block on its inputs and gathers statistics; hidden states stay as they are. A mixture runs up to what its experts read:
+/// those see their own tokens one after the other, later, and there are no outputs.
+fn observe(passage: &Passage<'_>, hidden: &Hidden, (needs, everywhere): (Needs, bool), note: &str) -> Result<Watched> {
+    let (parameters, run) = (passage.parameters, passage.run);
+    let (mut seen, mut outputs, grams) = (Seen::default(), Vec::new(), Mutex::new(BTreeMap::new()));
+    let mut source = parameters.experts().map(|_| hidden.like(passage.model.config.hidden, run.scratch)).transpose()?;
+    for runs in passage.batches(hidden, needs >= Needs::Gram) {
         run.check_stop()?;
         let results = hidden.map(&runs, |windows, x| {
             let mut sites = BTreeMap::new();
-            let y = forward_run(model, index, parameters, hidden.tokens(windows.start), x, run, &mut |point, input| {
+            let (spec, x) = (passage.spec(hidden.tokens(windows.start)), passage.tensor(x));
+            let mut watch = |site, input: &Tensor<2>, needs| {
+                sites.insert(site, statistics(site, input, needs, run.device.gpu.as_ref(), &grams));
+            };
+            let tap: Tap<'_> = &mut |point, input| {
                 if let Point::Site(site) = point {
-                    sites.insert(site, statistics(site, input, needs, run.device.gpu.as_ref(), &grams));
+                    watch(site, input, needs);
                 }
-            });
+            };
+            let given = if source.is_some() {
+                let [read, _] = forward::first_half(&spec, parameters, x, tap);
+                watch(Site::Mlp, &forward::mlp_input(&spec, parameters, read.clone()), Needs::SquaredNorms);
+                read
+            } else {
+                forward::block(&spec, parameters, x, tap)
+            };
             let sites = sites.into_iter().map(|(site, statistics)| Ok((site, statistics?))).collect::<Result<BTreeMap<_, _>>>()?;
-            Ok((sites, y))
+            Ok((sites, values(given)))
         })?;
-        for (windows, (sites, y)) in runs.iter().zip(results) {
+        for (windows, (sites, given)) in runs.iter().zip(results) {
             for (site, statistics) in sites {
                 merge(seen.sites.entry(site).or_default(), statistics);
             }
-            keep_first(&mut outputs, windows, y);
+            match &mut source {
+                Some(source) => source.write(windows.clone(), &given)?,
+                None => keep_first(&mut outputs, windows, given),
+            }
         }
         run.observer.step(runs.iter().map(Range::len).sum::<usize>() as u64, note);
     }
     for (site, gram) in grams.into_inner().unwrap_or_else(PoisonError::into_inner) {
         seen.sites.entry(site).or_default().gram = Some(gram.totals()?);
     }
-    Ok((seen, outputs))
+    let arrivals = source.map(|source| {
+        let mut arrivals = passage.routes(&source, everywhere)?;
+        arrivals.keep(source);
+        Ok(arrivals)
+    });
+    Ok((seen, outputs, arrivals.transpose()?))
 }
 
-/// What was seen, where tokens went, and the outputs of the first windows.
-type WatchedMixture = (Seen, Arrivals, Vec<Vec<f32>>);
-
-/// As [`observe`] for a mixture of experts, up to what its experts read: those see their own tokens one after the other, later.
-fn observe_mixture(
-    model: &Model<'_>,
-    index: usize,
-    parameters: &Parameters,
-    hidden: &Hidden,
-    (needs, everywhere): (Needs, bool),
-    run: &Run<'_>,
-    note: &str,
-) -> Result<WatchedMixture> {
-    let (mut seen, mut outputs) = (Seen::default(), Vec::new());
-    let (Some(experts), Some(described)) = (parameters.experts(), &model.config.mixture) else {
-        return Err(Error::run("a mixture without experts"));
-    };
-    let mut arrivals = Arrivals::new(described.experts, everywhere);
-    let mut source = hidden.like(model.config.hidden, run.scratch)?;
-    for runs in batches(model, hidden, needs >= Needs::Gram, run) {
-        run.check_stop()?;
-        let results = hidden.map(&runs, |windows, x| {
-            let mut sites = BTreeMap::new();
-            let spec = Spec::new(&model.config, index, hidden.tokens(windows.start));
-            let x: Tensor<2> = tensor(x, [windows.len() * spec.seq, model.config.hidden], &run.device.burn);
-            let [read, h] = forward::first_half(&spec, parameters, x, &mut |point, input| {
-                if let Point::Site(site) = point {
-                    sites.insert(site, statistics(site, input, needs, None, &Mutex::default()));
-                }
-            });
-            drop(h);
-            let input = forward::mlp_input(&spec, parameters, read.clone());
-            sites.insert(Site::Mlp, statistics(Site::Mlp, &input, Needs::SquaredNorms, None, &Mutex::default()));
-            let sites = sites.into_iter().map(|(site, statistics)| Ok((site, statistics?))).collect::<Result<BTreeMap<_, _>>>()?;
-            Ok((sites, values(experts.logits(&input)), values(read)))
-        })?;
-        for (windows, (sites, logits, read)) in runs.iter().zip(results) {
-            for (site, statistics) in sites {
-                merge(seen.sites.entry(site).or_default(), statistics);
-            }
-            arrivals.add(&logits, &experts.correction, described.rule);
-            source.write(windows.clone(), &read)?;
-            if windows.start < COMPARED {
-                let windows = windows.start..windows.end.min(COMPARED);
-                let seq = hidden.tokens(windows.start);
-                let y = forward_run(model, index, parameters, seq, hidden.read(windows.clone())?, run, &mut |_, _| {});
-                keep_first(&mut outputs, &windows, y);
-            }
-        }
-        run.observer.step(runs.iter().map(Range::len).sum::<usize>() as u64, note);
-    }
-    arrivals.keep(source);
-    Ok((seen, arrivals, outputs))
-}
-
-/// Inputs of all sites of the original block for the first tokens.
-fn first_inputs(
-    model: &Model<'_>,
-    index: usize,
-    parameters: &Parameters,
-    hidden: &Hidden,
-    run: &Run<'_>,
-) -> Result<BTreeMap<Site, Vec<f32>>> {
-    let Some(windows) = runs(model, hidden).into_iter().next() else { return Ok(BTreeMap::new()) };
+/// Inputs of all sites of a block for the first tokens; of a mixture, up to what its experts read.
+fn first_inputs(passage: &Passage<'_>, hidden: &Hidden) -> Result<BTreeMap<Site, Vec<f32>>> {
+    let Some(windows) = passage::runs(passage.model, hidden).into_iter().next() else { return Ok(BTreeMap::new()) };
     let seq = hidden.tokens(windows.start);
     let windows = windows.start..windows.end.min(windows.start + (SAMPLED / seq.max(1)).max(1));
     let mut inputs = BTreeMap::new();
-    forward_run(model, index, parameters, seq, hidden.read(windows)?, run, &mut |point, input| {
+    let tap: Tap<'_> = &mut |point, input| {
         if let Point::Site(site) = point {
             let kept = SAMPLED * input.dims()[1];
             let mut input = values(input.clone());
             input.truncate(kept);
             inputs.insert(site, input);
         }
-    });
+    };
+    let x = hidden.read(windows)?;
+    if passage.parameters.experts().is_some() { passage.first_half(seq, x, tap) } else { passage.whole(seq, x, tap) };
     Ok(inputs)
-}
-
-/// Sends all hidden states through a block, from the middle where its first half is known (`joined`); gives the outputs
-/// of the first windows.
-fn advance(
-    model: &Model<'_>,
-    index: usize,
-    parameters: &Parameters,
-    hidden: &mut Hidden,
-    joined: Option<&Hidden>,
-    run: &Run<'_>,
-    note: &str,
-) -> Result<Vec<Vec<f32>>> {
-    let mut first = Vec::new();
-    for runs in batches(model, hidden, false, run) {
-        run.check_stop()?;
-        let outputs = joined.unwrap_or(hidden).map(&runs, |windows, x| {
-            let seq = hidden.tokens(windows.start);
-            let y = match joined {
-                Some(_) => second_half(model, index, parameters, seq, x, run),
-                None => forward_run(model, index, parameters, seq, x, run, &mut |_, _| {}),
-            };
-            match crate::checkpoint::decode::nonfinite(&y) {
-                Some((_, count)) => Err(Error::input(format!(
-                    "block {index} gives {count} values that are NaN or infinite for window {} or after; the model is damaged or overflows",
-                    windows.start
-                ))),
-                None => Ok(y),
-            }
-        })?;
-        for (windows, y) in runs.iter().zip(outputs) {
-            hidden.write(windows.clone(), &y)?;
-            keep_first(&mut first, windows, y);
-        }
-        run.observer.step(runs.iter().map(Range::len).sum::<usize>() as u64, note);
-    }
-    Ok(first)
-}
-
-/// The outputs of a block for windows of `seq` tokens.
-fn forward_run(model: &Model<'_>, index: usize, parameters: &Parameters, seq: usize, x: Vec<f32>, run: &Run<'_>, tap: Tap<'_>) -> Vec<f32> {
-    let tokens = x.len() / model.config.hidden;
-    let x: Tensor<2> = tensor(x, [tokens, model.config.hidden], &run.device.burn);
-    values(forward::block(&Spec::new(&model.config, index, seq), parameters, x, tap))
-}
-
-/// The outputs of a block whose residual stream after attention is known.
-fn second_half(model: &Model<'_>, index: usize, parameters: &Parameters, seq: usize, h: Vec<f32>, run: &Run<'_>) -> Vec<f32> {
-    let spec = Spec::new(&model.config, index, seq);
-    let tokens = h.len() / model.config.hidden;
-    let h: Tensor<2> = tensor(h, [tokens, model.config.hidden], &run.device.burn);
-    values(forward::second_half(&spec, parameters, h.clone(), h, &mut |_, _| {}))
-}
-
-/// Keeps outputs until those of the windows that are compared are there.
-fn keep_first(kept: &mut Vec<Vec<f32>>, windows: &Range<usize>, output: Vec<f32>) {
-    if windows.start < COMPARED {
-        let each = output.len() / windows.len();
-        kept.push(output[..each * windows.len().min(COMPARED - windows.start)].to_vec());
-    }
-}
-
-/// Windows of so many tokens that all threads work on at once.
-pub fn windows_at_once(model: &Model<'_>, length: usize) -> usize {
-    let each = activation_bytes_of(model, length as u64).max(1);
-    (RUN_BYTES as u64 / each).max(1) as usize * rayon::current_num_threads()
-}
-
-fn activation_bytes_of(model: &Model<'_>, tokens: u64) -> u64 {
-    let config = &model.config;
-    4 * 3 * (config.hidden + config.widest_mixed() + config.widest_middle()) as u64 * tokens
-}
-
-/// Memory for the activations of so many tokens, in bytes: of one run of windows per thread.
-pub fn activation_bytes(model: &Model<'_>, tokens: u64) -> u64 {
-    activation_bytes_of(model, tokens).min((rayon::current_num_threads() * RUN_BYTES) as u64)
-}
-
-/// Runs of windows that share matrix products, cut by their size alone.
-pub(crate) fn runs(model: &Model<'_>, hidden: &Hidden) -> Vec<Range<usize>> {
-    let config = &model.config;
-    let floats_per_token = 3 * (config.hidden + config.widest_mixed() + config.widest_middle());
-    hidden.runs(RUN_BYTES / (4 * floats_per_token))
-}
-
-/// Runs of windows that are worked on at once: one run per thread, or one at all when each needs much memory or a GPU works.
-fn batches(model: &Model<'_>, hidden: &Hidden, single: bool, run: &Run<'_>) -> Vec<Vec<Range<usize>>> {
-    let runs = runs(model, hidden);
-    runs.chunks(if single || run.device.gpu.is_some() { 1 } else { rayon::current_num_threads() }).map(<[_]>::to_vec).collect()
 }
 
 /// Statistics of an input of a site. Where it lies on a GPU its Gram matrix adds up there, in `grams`.

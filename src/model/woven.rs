@@ -64,38 +64,44 @@ fn packed(checkpoint: &Checkpoint, name: &str) -> bool {
     checkpoint.has(&format!("{name}_blocks"))
 }
 
-/// Reads all experts.
+/// Reads gate, up and down of an expert.
 ///
 /// # Errors
 /// When a tensor cannot be read or is not finite.
-pub fn load(checkpoint: &Checkpoint, name: &str, mixture: &Mixture, hidden: usize) -> Result<Vec<[Linear; 3]>> {
-    (0..mixture.experts)
-        .map(|expert| {
-            let [both, down] = layers(mixture, hidden).map(|(layer, shape)| {
-                let own = format!("{name}.{layer}");
-                let bias =
-                    checkpoint.floats(&format!("{own}_bias"), &[mixture.experts, shape[0]], expert * shape[0]..(expert + 1) * shape[0]);
-                Ok::<_, Error>((outputs_of(checkpoint, &own, mixture.experts, expert, shape)?, bias?))
-            });
-            let ((both, both_bias), (down, down_bias)) = (both?, down?);
-            let half = |first: usize| {
-                let rows = (first..both.rows).step_by(2);
-                let data = rows.clone().flat_map(|row| both.row(row).iter().copied()).collect();
-                (Matrix::new(mixture.width, hidden, data), rows.map(|row| both_bias[row]).collect::<Vec<f32>>())
-            };
-            let layer = |part: &str, role: Role, (matrix, bias): (Matrix, Vec<f32>)| Linear {
-                name: format!("{name}.{expert}.{part}"),
-                role,
-                weight: Weight::Dense(matrix),
-                bias: Some(bias),
-            };
-            Ok([
-                layer("gate_proj", Role::Gate, half(0)),
-                layer("up_proj", Role::Up, half(1)),
-                layer("down_proj", Role::Down, (down, down_bias)),
-            ])
-        })
-        .collect()
+pub fn load(checkpoint: &Checkpoint, name: &str, mixture: &Mixture, hidden: usize, expert: usize) -> Result<[Linear; 3]> {
+    let [both, down] =
+        layers(mixture, hidden).map(|(layer, shape)| outputs_of(checkpoint, &format!("{name}.{layer}"), mixture.experts, expert, shape));
+    let (both, down) = (both?, down?);
+    let half = |first: usize| {
+        let data = (first..both.rows).step_by(2).flat_map(|row| both.row(row).iter().copied()).collect();
+        Matrix::new(mixture.width, hidden, data)
+    };
+    let mut linears = hollow(checkpoint, name, mixture, hidden, expert)?;
+    linears.iter_mut().zip([half(0), half(1), down]).for_each(|(linear, matrix)| linear.weight = Weight::Dense(matrix));
+    Ok(linears)
+}
+
+/// As [`load`], without weights.
+///
+/// # Errors
+/// As [`load`].
+pub fn hollow(checkpoint: &Checkpoint, name: &str, mixture: &Mixture, hidden: usize, expert: usize) -> Result<[Linear; 3]> {
+    let [both, down] = layers(mixture, hidden).map(|(layer, [outputs, _])| {
+        checkpoint.floats(&format!("{name}.{layer}_bias"), &[mixture.experts, outputs], expert * outputs..(expert + 1) * outputs)
+    });
+    let (both, down) = (both?, down?);
+    let half = |first: usize| both.iter().skip(first).step_by(2).copied().collect::<Vec<f32>>();
+    let layer = |part: &str, role: Role, [rows, columns]: [usize; 2], bias: Vec<f32>| Linear {
+        name: format!("{name}.{expert}.{part}"),
+        role,
+        weight: Weight::Dense(Matrix { rows, columns, data: Vec::new() }),
+        bias: Some(bias),
+    };
+    Ok([
+        layer("gate_proj", Role::Gate, [mixture.width, hidden], half(0)),
+        layer("up_proj", Role::Up, [mixture.width, hidden], half(1)),
+        layer("down_proj", Role::Down, [hidden, mixture.width], down),
+    ])
 }
 
 /// The weight of an expert, `[outputs, inputs]`.

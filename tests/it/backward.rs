@@ -43,7 +43,7 @@ fn lively(model: &Model<'_>, index: usize) -> Parameters {
             *bias = values(random([bias.len()]) * 0.2);
         }
     }
-    let mut parameters = Parameters::take(&mut block, None, &drawknife::device::Device::cpu());
+    let mut parameters = Parameters::take(&mut block, &drawknife::device::Device::cpu());
     for role in parameters.roles().collect::<Vec<_>>() {
         let [outputs, inputs] = model.shape(index, role);
         parameters.set_weight(role, random([outputs, inputs]) * (1.2 / (inputs as f32).sqrt()));

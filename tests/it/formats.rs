@@ -13,7 +13,7 @@ const PRUNE: &str = "[[stage]]\nmethod = \"magnitude\"\nsparsity = 0.25\n";
 const INTS: &str = "[[stage]]\nmethod = \"round-to-nearest\"\nbits = 4\ngroup = 32\n";
 
 /// A copy of a golden model, in a spelling that GGUF files can hold, with a tokenizer of as many tokens as it has rows of embeddings.
-fn with_tokenizer(case: &str, folder: &Path) -> PathBuf {
+pub fn with_tokenizer(case: &str, folder: &Path) -> PathBuf {
     let to = folder.join(case);
     std::fs::create_dir(&to).unwrap();
     std::fs::copy(golden(case).join("model.safetensors"), to.join("model.safetensors")).unwrap();
@@ -197,7 +197,7 @@ fn packed_checkpoints_are_exported_where_the_other_format_holds_the_same_weights
 }
 
 /// A file of letters that small vocabularies have.
-fn letters(folder: &Path) -> String {
+pub fn letters(folder: &Path) -> String {
     let text = folder.join("letters.txt");
     let letter = |at: usize| char::from(b'A' + (at * 7919 + at * at % 31) as u8 % 26);
     std::fs::write(&text, (0..4000).map(letter).collect::<String>()).unwrap();

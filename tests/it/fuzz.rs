@@ -174,7 +174,7 @@ fn mutated_seeds_neither_break_nor_stop_any_reader() {
         let rate = executions() as f64 / started.elapsed().as_secs_f64();
         eprintln!("{name}: {} executions, {taken} taken, {rate:.0} per second", executions());
     }
-    let memory = drawknife::report::peak_memory().unwrap_or(0);
+    let memory = drawknife::memory::peak().unwrap_or(0);
     eprintln!("peak memory of all tests so far: {} MB", memory >> 20);
 }
 

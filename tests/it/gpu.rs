@@ -15,6 +15,7 @@ use drawknife::model::Model;
 use drawknife::model::backward::{self, Gradients, Wanted, squared_error};
 use drawknife::model::block::{Parameters, Place, Role};
 use drawknife::model::forward::Spec;
+use drawknife::model::holdings::Holdings;
 
 use crate::backward::{difference, golden};
 use crate::command::json;
@@ -159,7 +160,13 @@ fn gradients_on_a_gpu_are_those_of_the_processor_wherever_weights_lie() {
         let target = values(random([14, model.config.hidden]));
         let wanted = Wanted { weights: true, norms: true, input: true, precision: Precision::Single };
         let run = |device: &Device| {
-            let (parameters, mut gradients) = (Parameters::copy(&block, None, device), Gradients::default());
+            let processor = Device::cpu();
+            let device = if block.stays() { &processor } else { device };
+            let (mut parameters, mut gradients) = (Parameters::copy(&block, device), Gradients::default());
+            if let (Some(tensors), Some(experts)) = (parameters.experts_mut(), &block.experts) {
+                let holdings = Holdings::of_original(&model, block.index, None, &device.burn);
+                holdings.fill(tensors, experts.shared.is_some()).unwrap();
+            }
             let loss = backward::block(&spec, &parameters, &x, wanted, &mut gradients, &mut squared_error(&target, 1.0));
             (loss, gradients, parameters.elsewhere())
         };

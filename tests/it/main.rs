@@ -18,5 +18,6 @@ mod kernels;
 mod layering;
 mod methods;
 mod shared;
+mod singly;
 mod tidy;
 mod truth;

@@ -16,7 +16,7 @@ use crate::model::mixture::{Step, Tensors, Which};
 /// The layers of all experts.
 pub(super) fn layers(experts: &Tensors) -> BTreeMap<(Which, Role), Floats> {
     let routed = experts.routed.iter().enumerate().map(|(expert, layers)| (Which::Routed(expert), layers));
-    let all = routed.chain(experts.shared.as_ref().map(|(layers, _)| (Which::Shared, layers)));
+    let all = routed.chain(experts.shared.as_ref().map(|layers| (Which::Shared, layers)));
     let roles = [Role::Gate, Role::Up, Role::Down];
     all.flat_map(|(which, layers)| {
         roles.into_iter().zip(&layers.weights).map(move |(role, weight)| ((which, role), Floats::fetched(weight)))
@@ -26,8 +26,7 @@ pub(super) fn layers(experts: &Tensors) -> BTreeMap<(Which, Role), Floats> {
 
 /// The router, and what scales the shared expert.
 pub(super) fn routers(experts: &Tensors) -> [Option<Floats>; 2] {
-    let gate = experts.shared.as_ref().and_then(|(_, gate)| gate.as_ref());
-    [Some(Floats::fetched(&experts.router)), gate.map(Floats::fetched)]
+    [Some(Floats::fetched(&experts.router)), experts.opening.as_ref().map(Floats::fetched)]
 }
 
 /// What a layer of an expert read, rows of zeros at the end included; nothing where no token came to it.
