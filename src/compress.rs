@@ -51,8 +51,7 @@ use crate::plan::Plan;
 use crate::plan::recipe::Recipe;
 use crate::report::page::{self, Files};
 use crate::report::{
-    Allocated, Audit, BlockReport, ClassSize, Evaluation, LayerReport, Loads, ModelFacts, Report, SCHEMA, Size, Stopwatch, Timing,
-    class_of,
+    Allocated, Audit, BlockReport, ClassSize, Evaluation, LayerReport, Loads, ModelFacts, Report, SCHEMA, Size, Stopwatch, Timing, class_of,
 };
 use crate::run::Run;
 use crate::storage::{Store, write_whole};

@@ -2,6 +2,7 @@
 //! time and the divergence of the whole model from itself taken; and predicted from one walk back, by the slopes of the
 //! loss at the weights. The file that holds it is enough to solve any target afterwards.
 
+mod experts;
 pub mod file;
 pub mod schemes;
 
@@ -15,20 +16,23 @@ use crate::evaluate::slope;
 use crate::evaluate::sweep::Stream;
 use crate::evaluate::{Bos, Protocol};
 use crate::matrix::Matrix;
+use crate::memory;
 use crate::methods;
 use crate::model::bench::Bench;
+use crate::model::block::Slot;
 use crate::model::hidden::{Hidden, Keeping};
-use crate::model::seen::Needs;
-use crate::model::slopes::{Inputs, Slope};
+use crate::model::seen::{Needs, Statistics};
+use crate::model::slopes::{Inputs, Slope, Slopes};
 use crate::model::walk::{BackVisitor, Pass, embed, walk, walk_back, walk_part};
 use crate::model::{Model, Module};
 use crate::plan::recipe::{Calibration, OneOrMany, Recipe};
+use crate::report::bytes;
 use crate::run::{Muted, Run};
 use crate::sensitivity::file::{Candidate, Identity, LayerSensitivity, SCHEMA, Sensitivity};
 use crate::sensitivity::schemes::Scheme;
 use crate::statistics;
 use crate::subject::Subject;
-use crate::weight::Float;
+use crate::weight::{Float, Weight};
 
 /// What to measure.
 #[derive(Debug)]
@@ -105,12 +109,7 @@ pub struct Times {
 /// When the model cannot be computed, or `path` holds another measurement.
 pub fn sensitivity(subject: &Subject, options: &Options, path: Option<&Path>, run: &Run<'_>) -> Result<(Sensitivity, Times)> {
     let model = subject.model()?;
-    if model.config.mixture.is_some() {
-        return Err(Error::input(
-            "a mixture of experts, whose sensitivity this version does not measure; compare whole models with `compare`",
-        )
-        .file(&subject.path));
-    }
+    fits(&model).map_err(|error| error.file(&subject.path))?;
     let windows = &options.windows;
     let mut found = Sensitivity {
         schema: SCHEMA,
@@ -125,8 +124,7 @@ pub fn sensitivity(subject: &Subject, options: &Options, path: Option<&Path>, ru
         found.layers = Sensitivity::open(path)?.resumed(&found, options.exact).map_err(|error| error.file(path))?;
     }
     let blocks = model.config.layers.len();
-    let steps: usize =
-        (0..blocks).map(|block| model.modules(block).len() * options.schemes.len() * work(&model, block, options.exact)).sum();
+    let steps: usize = (0..blocks).map(|block| work(&model, block, options)).sum();
     run.observer.begin("sensitivity", steps as u64);
     let muted = Muted(run.observer);
     let quiet = Run { observer: &muted, ..*run };
@@ -152,9 +150,30 @@ pub fn sensitivity(subject: &Subject, options: &Options, path: Option<&Path>, ru
     Ok((found, times))
 }
 
-/// Steps of the progress of one candidate in a block: the exact measurement goes through all blocks after it and the head.
-fn work(model: &Model<'_>, block: usize, exact: bool) -> usize {
-    if exact { 1 + (model.config.layers.len() - block) } else { 1 }
+/// Refuses a mixture whose gradients memory has no room for: block, gradients, and both sums of them.
+fn fits(model: &Model<'_>) -> Result<()> {
+    let needed = 4 * model.block_bytes();
+    match memory::available() {
+        Some(free) if model.config.mixture.is_some() && needed > free => Err(Error::input(format!(
+            "gradients of a block of experts need about {} of memory, {} are free; compare whole models with `compare`",
+            bytes(needed),
+            bytes(free)
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// Steps of the progress of an exact measurement in a block: it goes through all blocks after it and the head.
+fn exactly(model: &Model<'_>, block: usize, options: &Options) -> usize {
+    if options.exact { model.config.layers.len() - block } else { 0 }
+}
+
+/// Steps of the progress of a block: candidates of layers, and exact measurements, which experts share.
+fn work(model: &Model<'_>, block: usize, options: &Options) -> usize {
+    let modules = model.modules(block);
+    let apart = modules.iter().filter(|module| module.expert.is_none()).count();
+    let measured = apart + usize::from(apart < modules.len());
+    options.schemes.len() * (modules.len() + measured * exactly(model, block, options))
 }
 
 fn identity(subject: &Subject, options: &Options, run: &Run<'_>) -> Result<Identity> {
@@ -189,26 +208,29 @@ impl BackVisitor for Measuring<'_> {
         let modules = model.modules(index);
         let done = modules.iter().all(|module| self.found.layer(&module.name).is_some());
         if done {
-            let steps = modules.len() * self.options.schemes.len() * work(model, index, self.options.exact);
-            self.run.observer.step(steps as u64, &format!("block {index}, known"));
+            self.run.observer.step(work(model, index, self.options) as u64, &format!("block {index}, known"));
         }
         if done { Needs::Nothing } else { self.options.schemes.iter().map(Scheme::needs).max().unwrap_or(Needs::Nothing).max(Needs::Gram) }
     }
 
-    fn visit(&mut self, bench: &mut Bench<'_>, slopes: &[Slope]) -> Result<()> {
+    fn visit(&mut self, bench: &mut Bench<'_>, slopes: &Slopes) -> Result<()> {
         let index = bench.index();
-        let each = work(self.stream.model, index, self.options.exact);
+        let each = 1 + exactly(self.stream.model, index, self.options);
         let mut layers = Vec::new();
-        for module in self.stream.model.modules(index) {
-            let (mut layer, matrices) = self.layer(bench, &module, &joined(&module, slopes))?;
+        let modules = self.stream.model.modules(index);
+        for module in modules.iter().filter(|module| module.expert.is_none()) {
+            let (mut layer, matrices) = self.layer(bench, module, &joined(module, slopes))?;
             if self.options.exact {
                 let started = Instant::now();
-                let effects = self.effects(bench, &module, &matrices)?;
+                let effects = self.effects(index, matrices.len(), |hidden| bench.with_others(module, &matrices, hidden))?;
                 layer.candidates.iter_mut().zip(effects).for_each(|(candidate, effect)| effect.into(candidate));
                 *self.exact += started.elapsed();
             }
             self.run.observer.step((self.options.schemes.len() * each) as u64, &layer.name);
             layers.push(layer);
+        }
+        if modules.len() > layers.len() {
+            layers.extend(self.experts(bench, slopes)?);
         }
         self.found.layers.retain(|layer| layer.block != index);
         self.found.layers.extend(layers);
@@ -227,6 +249,12 @@ struct Effect {
 }
 
 impl Effect {
+    /// A share of it.
+    fn times(self, share: f64) -> Self {
+        let of = |value: Option<f64>| value.map(|value| share * value);
+        Self { kld: share * self.kld, kld_stderr: of(self.kld_stderr), nll: share * self.nll, nll_stderr: of(self.nll_stderr) }
+    }
+
     fn into(self, candidate: &mut Candidate) {
         candidate.kld = Some(self.kld);
         candidate.kld_stderr = self.kld_stderr;
@@ -238,23 +266,43 @@ impl Effect {
 impl Measuring<'_> {
     /// Every scheme on one layer: what is known without another forward and, where they are measured exactly, the weights.
     fn layer(&self, bench: &Bench<'_>, module: &Module, slope: &Slope) -> Result<(LayerSensitivity, Vec<Matrix>)> {
-        let (name, site) = (module.name.clone(), module.site());
-        let original = bench.originals(module)?.ok_or_else(|| Error::run("the original block was not kept").tensor(&name))?;
-        let (shape, float) = (module.shape, Float::BF16);
-        let (mut candidates, mut matrices) = (Vec::new(), Vec::new());
-        for scheme in &self.options.schemes {
+        let (name, site) = (&module.name, module.site());
+        let original = bench.originals(module)?.ok_or_else(|| Error::run("the original block was not kept").tensor(name))?;
+        let statistics = bench.seen.at(site).map_err(|error| error.tensor(name))?;
+        let mut matrices = Vec::new();
+        let candidates = self.candidates(name, &original, slope, statistics, |_, weight| {
+            if self.options.exact {
+                matrices.push(weight.into_matrix());
+            }
+            Ok(())
+        })?;
+        Ok((LayerSensitivity { name: name.clone(), block: bench.index(), shape: module.shape, candidates, shares: false }, matrices))
+    }
+
+    /// Every scheme on one layer; `keep` is given what each made of it, with the number of the scheme.
+    fn candidates(
+        &self,
+        name: &str,
+        original: &Matrix,
+        slope: &Slope,
+        statistics: &Statistics,
+        mut keep: impl FnMut(usize, Weight) -> Result<()>,
+    ) -> Result<Vec<Candidate>> {
+        let (shape, float) = ([original.rows, original.columns], Float::BF16);
+        let mut candidates = Vec::new();
+        for (number, scheme) in self.options.schemes.iter().enumerate() {
             self.quiet.check_stop()?;
             let (Some(storage), Some(bits)) = (scheme.leaves(shape), scheme.bits(shape, float)) else { continue };
-            let statistics = bench.seen.at(site).map_err(|error| error.tensor(&name))?;
-            let matrix = scheme.compress(&name, &original, Some(statistics), float, self.run.device.gpu.as_ref())?.into_matrix();
-            let [gradient, predicted_kld] = predicted(slope, &original, &matrix, self.scored);
+            let weight = scheme.compress(name, original, Some(statistics), float, self.run.device.gpu.as_ref())?;
+            let matrix = weight.to_matrix();
+            let [gradient, predicted_kld] = predicted(slope, original, &matrix, self.scored);
             let share = |[change, total]: [f64; 2]| if total > 0.0 { change / total } else { 0.0 };
             candidates.push(Candidate {
                 scheme: scheme.name.clone(),
                 storage: storage.to_string(),
                 bits,
                 weight_error: share(methods::change(&original.data, &matrix.data)),
-                layer_error: bench.seen.layer_error(site, &original, &matrix).map(share),
+                layer_error: statistics.layer_error(original, &matrix).map(share),
                 gradient,
                 predicted_kld,
                 kld: None,
@@ -262,19 +310,17 @@ impl Measuring<'_> {
                 nll: None,
                 nll_stderr: None,
             });
-            if self.options.exact {
-                matrices.push(matrix);
-            }
+            drop(matrix);
+            keep(number, weight)?;
         }
-        Ok((LayerSensitivity { name, block: bench.index(), shape, candidates }, matrices))
+        Ok(candidates)
     }
 
-    /// The whole model with one layer compressed, for every candidate of a block.
-    fn effects(&self, bench: &Bench<'_>, module: &Module, others: &[Matrix]) -> Result<Vec<Effect>> {
-        let (count, index) = (others.len(), bench.index());
+    /// The whole model for `count` candidates of a block, whose outputs `fill` gives: output c of window w as window w · count + c.
+    fn effects(&self, index: usize, count: usize, fill: impl FnOnce(&mut Hidden) -> Result<()>) -> Result<Vec<Effect>> {
         let lengths: Vec<usize> = self.windows.iter().flat_map(|window| vec![window.len(); count]).collect();
         let mut hidden = Hidden::new(&lengths, self.stream.model.config.hidden, Keeping::EXACT, self.run.scratch)?;
-        bench.with_others(module, others, &mut hidden)?;
+        fill(&mut hidden)?;
         walk_part(self.stream.model, index + 1..self.stream.model.config.layers.len(), (&mut hidden, None), "", self.quiet, &mut Pass)?;
         let own = Stream { model: self.stream.model, hidden };
         let scores = Scores::new(&own, Beside::Stream(self.stream), self.windows, PROTOCOL, self.quiet)?;
@@ -290,11 +336,11 @@ impl Measuring<'_> {
 }
 
 /// The slopes of all roles of a module, one after the other.
-fn joined(module: &Module, slopes: &[Slope]) -> Slope {
+fn joined(module: &Module, slopes: &Slopes) -> Slope {
     let mut whole = Slope::default();
-    for &role in &module.roles {
-        whole.gradient.extend_from_slice(&slopes[role as usize].gradient);
-        whole.squares.extend_from_slice(&slopes[role as usize].squares);
+    for slope in module.roles.iter().filter_map(|&role| slopes.get(&Slot { expert: module.expert, role })) {
+        whole.gradient.extend_from_slice(&slope.gradient);
+        whole.squares.extend_from_slice(&slope.squares);
     }
     whole
 }

@@ -146,6 +146,11 @@ fn ranks(values: &[f64]) -> Vec<f64> {
     ranks
 }
 
+/// A figure with so many digits after the point, or as a power of ten where it has too many before it.
+pub fn shown(value: f64, digits: usize) -> String {
+    if value.abs() < 1e7 { format!("{value:.digits$}") } else { format!("{value:.3e}") }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -177,6 +182,11 @@ mod tests {
             let covered = covered.count();
             assert!((465..=485).contains(&covered), "{covered} of 500 with {windows} windows");
         }
+    }
+
+    #[test]
+    fn figures_stay_short() {
+        assert_eq!([shown(12.345_678, 4), shown(-0.5, 2), shown(1.797e308, 4)], ["12.3457", "-0.50", "1.797e308"]);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use crate::check::{Checked, Outcome};
 use crate::error::shown;
 use crate::gate::Verdict;
+use crate::statistics::shown as figure;
 
 /// Workflow commands: an annotation per broken part or limit, and one for the verdict.
 pub fn annotations(checked: &Checked) -> Vec<String> {
@@ -43,7 +44,7 @@ pub fn markdown(checked: &Checked) -> String {
     }
     if let Some(quality) = &checked.quality {
         let (text, windows, seq) = (cell(&shown(&checked.text)), quality.windows, quality.seq);
-        out.push_str(&format!("\nperplexity {:.4} on {windows} windows of {seq} tokens of {text}\n", quality.perplexity));
+        out.push_str(&format!("\nperplexity {} on {windows} windows of {seq} tokens of {text}\n", figure(quality.perplexity, 4)));
     }
     checked.notes.iter().for_each(|note| out.push_str(&format!("\n{}\n", cell(note))));
     out.push('\n');

@@ -10,6 +10,7 @@ use crate::error::Result;
 use crate::evaluate::{Against, Text};
 use crate::report::bytes;
 use crate::run::Run;
+use crate::statistics::shown as figure;
 use crate::subject::Subject;
 
 /// Layers whose errors are listed.
@@ -71,18 +72,18 @@ fn show(comparison: &Comparison, all: bool) {
 }
 
 fn overview(row: &Row) -> Vec<String> {
-    let plus = |error: Option<f64>, digits: usize| error.map(|error| format!("±{error:.digits$}")).unwrap_or_default();
+    let plus = |error: Option<f64>, digits: usize| error.map(|error| format!("±{}", figure(error, digits))).unwrap_or_default();
     let quality = &row.quality;
     let mut cells = vec![
         format!("{} {}", if row.pareto { "*" } else { " " }, short(&row.name, 18)),
         bytes(row.weights.bytes),
         format!("{:.2}", row.bits_per_weight),
-        format!("{:.2}", quality.perplexity),
+        figure(quality.perplexity, 2),
         plus(quality.nll_stderr.map(|error| error * quality.perplexity), 2),
     ];
     if let Some(against) = &quality.against {
         cells.extend([
-            format!("{:.4}", against.perplexity_ratio),
+            figure(against.perplexity_ratio, 4),
             plus(against.perplexity_ratio_stderr, 4),
             format!("{:.5}", against.kld_mean),
             plus(against.kld_mean_stderr, 5),

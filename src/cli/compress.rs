@@ -25,6 +25,7 @@ use crate::gate::{Gate, Verdict};
 use crate::plan::recipe::{OneOrMany, Override, Recipe, Skip, size};
 use crate::report::{Allocated, Report, bytes};
 use crate::run::Run;
+use crate::statistics::shown as figure;
 use crate::storage::write_whole;
 
 /// What the model that the program carries is called in its card.
@@ -391,15 +392,15 @@ fn show_result(report: &Report, target: &Path, seconds: f64, invocation: &Invoca
 
 /// The quality of a model beside its reference.
 pub fn quality_table(quality: &Quality) -> Vec<String> {
-    let plus = |error: Option<f64>, digits: usize| error.map(|error| format!("± {error:.digits$}")).unwrap_or_default();
+    let plus = |error: Option<f64>, digits: usize| error.map(|error| format!("± {}", figure(error, digits))).unwrap_or_default();
     let mut rows = vec![vec![
         "perplexity".to_string(),
-        format!("{:.4}", quality.perplexity),
+        figure(quality.perplexity, 4),
         plus(quality.nll_stderr.map(|error| error * quality.perplexity), 4),
     ]];
     if let Some(against) = &quality.against {
-        rows.push(vec!["perplexity of the original".into(), format!("{:.4}", against.reference_perplexity)]);
-        rows.push(vec!["ratio".into(), format!("{:.4}", against.perplexity_ratio), plus(against.perplexity_ratio_stderr, 4)]);
+        rows.push(vec!["perplexity of the original".into(), figure(against.reference_perplexity, 4)]);
+        rows.push(vec!["ratio".into(), figure(against.perplexity_ratio, 4), plus(against.perplexity_ratio_stderr, 4)]);
         let bound = if against.kld_is_lower_bound { ", at least" } else { "" };
         rows.push(vec![format!("divergence, mean (nats){bound}"), format!("{:.5}", against.kld_mean), plus(against.kld_mean_stderr, 5)]);
         rows.push(vec![format!("divergence, 99th percentile{bound}"), format!("{:.5}", against.kld_p99), plus(against.kld_p99_stderr, 5)]);

@@ -9,6 +9,7 @@ use crate::error::{Result, tamed};
 use crate::formats::targets::{Engine, loaders};
 use crate::hub;
 use crate::report::{Report, bytes};
+use crate::statistics::shown as figure;
 use crate::storage::Store;
 
 /// Where a model's own card goes.
@@ -67,10 +68,10 @@ fn body(out: &mut String, report: &Report, export: &Export) -> std::fmt::Result 
     if let (Some(quality), Some(evaluation)) = (&report.quality, &report.evaluation) {
         let plus = |error: Option<f64>, digits: usize| error.map(|error| format!(" ± {error:.digits$}")).unwrap_or_default();
         writeln!(out, "| measured on | {}, {} windows of {} tokens |", evaluation.text, quality.windows, quality.seq)?;
-        writeln!(out, "| perplexity | {:.4} |", quality.perplexity)?;
+        writeln!(out, "| perplexity | {} |", figure(quality.perplexity, 4))?;
         if let Some(against) = &quality.against {
-            writeln!(out, "| perplexity of the original | {:.4} |", against.reference_perplexity)?;
-            writeln!(out, "| ratio | {:.4}{} |", against.perplexity_ratio, plus(against.perplexity_ratio_stderr, 4))?;
+            writeln!(out, "| perplexity of the original | {} |", figure(against.reference_perplexity, 4))?;
+            writeln!(out, "| ratio | {}{} |", figure(against.perplexity_ratio, 4), plus(against.perplexity_ratio_stderr, 4))?;
             writeln!(out, "| mean divergence (nats) | {:.5}{} |", against.kld_mean, plus(against.kld_mean_stderr, 5))?;
             writeln!(out, "| same most likely token | {:.2} % |", 100.0 * against.top1_agreement)?;
         }

@@ -13,7 +13,6 @@ use crate::compress::work::Work;
 use crate::compress::writer::Commit;
 use crate::device::Gpu;
 use crate::error::{Error, Result};
-use crate::kernels::quadratic::layer_error;
 use crate::kernels::quantize::Bounds;
 use crate::matrix::Matrix;
 use crate::methods::{self, BlockLayer, Layer, Method, Target, float_output};
@@ -317,6 +316,8 @@ impl Visitor for Compressor<'_> {
         let mut before = bench.output_error()?;
         for number in 0..self.plan.stages.len() {
             bench.settled = false;
+            let share = |number: usize| number as f64 / self.plan.stages.len() as f64;
+            bench.progress.part(share(number), share(number + 1));
             let (curve, notes) = self.stage(number, bench, &mut handed)?;
             let after = bench.output_error()?;
             self.stages.push(StageReport { method: self.plan.stages[number].name.clone(), before, after, notes, curve });
@@ -373,12 +374,8 @@ impl Craft for OnExperts<'_> {
         let mut handed = Handed { bounds: layer.bounds.clone(), ..Handed::default() };
         let weight = std::mem::replace(&mut linear.weight, Weight::Dense(Matrix::new(0, 0, Vec::new())));
         (linear.weight, _) = apply(self.stage, planned, weight, statistics.as_ref(), &mut handed, self.gpu)?;
-        let gram = statistics.as_ref().and_then(|statistics| statistics.gram.as_ref());
-        handed.layer_error = gram.zip(original).map(|(gram, original)| {
-            let nothing = vec![0.0; original.data.len()];
-            let error = |compressed: &[f32]| layer_error(gram, &original.data, compressed, original.columns);
-            ratio([error(&linear.weight.to_matrix().data), error(&nothing)])
-        });
+        let known = statistics.as_ref().zip(original);
+        handed.layer_error = known.and_then(|(seen, original)| seen.layer_error(&original, &linear.weight.to_matrix())).map(ratio);
         Ok(handed)
     }
 }

@@ -114,9 +114,11 @@ impl BlockMethod for NormTweak {
         let mut states: Vec<Adam> = norms.iter().map(|(_, weight)| Adam::new(weight.len())).collect();
         let (mut gradients, mut curve) = (Gradients::default(), Vec::new());
         let width = bench.model.config.hidden;
+        let steps = self.iters * tuned.len();
         for _ in 0..self.iters {
             for &window in &tuned {
                 bench.run.check_stop()?;
+                bench.progress.within(curve.len() as f64 / steps as f64);
                 gradients.clear();
                 let loss = self.loss;
                 curve.push(bench.tweak_into(

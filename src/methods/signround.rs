@@ -282,6 +282,7 @@ impl SignRound {
         }
         for iteration in 0..iterations {
             bench.run.check_stop()?;
+            bench.progress.within(iteration as f64 / iterations as f64);
             fill(&mut parameters, learned);
             gradients.clear();
             let loss = bench.descend_into(&parameters, &sampler.next(self.batch), trim, wanted, &mut gradients)?;

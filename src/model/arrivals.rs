@@ -239,8 +239,10 @@ impl Bench<'_> {
         let room = (self.model.block_bytes() / 4 / each.max(1)).max(1) as usize;
         let at_once = if self.away.is_some() { threads } else { room.min(8 * threads) };
         let mut told = Vec::new();
-        for some in all.chunks_mut(at_once) {
+        let count = all.len().div_ceil(at_once);
+        for (number, some) in all.chunks_mut(at_once).enumerate() {
             self.run.check_stop()?;
+            self.progress.within(number as f64 / count as f64);
             let work = |(which, linears): &mut (Which, &mut [Linear; 3])| self.on_expert(craft, *which, linears, parameters);
             told.extend(some.par_iter_mut().with_max_len(1).map(work).collect::<Result<Vec<_>>>()?.into_iter().flatten());
         }

@@ -118,7 +118,14 @@ mod tests {
             Weight::Dense(matrix),
             Weight::Ints(Ints { zeros: Some(numbers(6)), ..ints.clone() }),
             Weight::Ints(ints),
-            Weight::Trits(Trits { rows: 3, columns: 8, group: 8, codes: numbers(24), scales: vec![[1.0, 0.5]; 3], scale_float: Float::F16 }),
+            Weight::Trits(Trits {
+                rows: 3,
+                columns: 8,
+                group: 8,
+                codes: numbers(24),
+                scales: vec![[1.0, 0.5]; 3],
+                scale_float: Float::F16,
+            }),
             Weight::Split(Split {
                 rows: 3,
                 columns: 8,

@@ -24,6 +24,7 @@ use crate::model::forward::{self, Spec};
 use crate::model::hidden::Hidden;
 use crate::model::holdings::Holdings;
 use crate::model::passage::{COMPARED, Passage};
+use crate::model::progress::Progress;
 use crate::model::seen::Seen;
 use crate::model::{Model, Module, latent, mixture, passage};
 use crate::run::Run;
@@ -117,6 +118,8 @@ pub struct Bench<'a> {
     pub wanted: Vec<Vec<f32>>,
     /// Whether everything before the MLP is still as the last capture saw it.
     pub settled: bool,
+    /// How far the work is.
+    pub progress: Progress<'a>,
 }
 
 /// Judges a block's output beside the original block's and writes the gradient; gives the loss.
@@ -149,12 +152,7 @@ impl Bench<'_> {
             experts: self.block.experts.as_ref(),
             away: self.away.as_ref(),
             kept: self.kept.as_deref(),
-            ..Holdings::of_original(
-                self.model,
-                self.index(),
-                self.original.as_ref().and_then(Parameters::experts),
-                &self.run.device.burn,
-            )
+            ..Holdings::of_original(self.model, self.index(), self.original.as_ref().and_then(Parameters::experts), &self.run.device.burn)
         }
     }
 
@@ -332,12 +330,10 @@ impl Bench<'_> {
     /// window w · (number of weights) + c of `outputs`.
     ///
     /// # Errors
-    /// When hidden states cannot be read or written, or the original block is not there.
+    /// When hidden states cannot be read or written, an output is not finite, or the original block is not there.
     pub fn with_others(&self, module: &Module, others: &[Matrix], outputs: &mut Hidden) -> Result<()> {
-        let original = self.original.as_ref().ok_or_else(|| Error::run("the original block was not kept"))?;
         for (number, matrix) in others.iter().enumerate() {
-            self.run.check_stop()?;
-            let mut parameters = original.clone();
+            let mut parameters = self.original.clone().ok_or_else(|| Error::run("the original block was not kept"))?;
             let mut rest = matrix.data.as_slice();
             for &role in &module.roles {
                 let shape = self.model.shape(self.block.index, role);
@@ -345,17 +341,36 @@ impl Bench<'_> {
                 parameters.set_weight(role, tensor(part.to_vec(), shape, &self.run.device.burn));
                 rest = others;
             }
-            let runs = passage::runs(self.model, self.hidden);
-            let results = self.hidden.map(&runs, |windows, x| Ok(self.forward(&parameters, self.hidden.tokens(windows.start), x)))?;
-            for (windows, y) in runs.into_iter().zip(results) {
-                let each = y.len() / windows.len();
-                for (window, y) in windows.zip(y.chunks(each)) {
-                    let place = window * others.len() + number;
-                    outputs.write(place..place + 1, y)?;
-                }
-            }
+            self.outputs_of(&parameters, self.holdings(), (number, others.len()), outputs)?;
         }
         Ok(())
+    }
+
+    /// As [`Self::with_others`], with other weights of experts, as they were put away.
+    ///
+    /// # Errors
+    /// As [`Self::with_others`].
+    pub fn with_other_experts(&self, others: &[Away], outputs: &mut Hidden) -> Result<()> {
+        let original = self.original.as_ref().ok_or_else(|| Error::run("the original block was not kept"))?;
+        for (number, away) in others.iter().enumerate() {
+            self.outputs_of(original, Holdings { away: Some(away), ..self.holdings() }, (number, others.len()), outputs)?;
+        }
+        Ok(())
+    }
+
+    fn outputs_of(
+        &self,
+        parameters: &Parameters,
+        experts: Holdings<'_>,
+        (number, count): (usize, usize),
+        outputs: &mut Hidden,
+    ) -> Result<()> {
+        let mut states = self.hidden.copy(self.run.scratch)?;
+        Passage { model: self.model, index: self.index(), parameters, experts, run: self.run }.advance(&mut states, None, "")?;
+        (0..states.len()).try_for_each(|window| {
+            let place = window * count + number;
+            outputs.write(place..place + 1, &states.read(window..window + 1)?)
+        })
     }
 
     fn forward(&self, parameters: &Parameters, seq: usize, x: Vec<f32>) -> Vec<f32> {

@@ -424,16 +424,15 @@ impl Parameters {
 
     /// All but the linear layers: norms, biases, and the router of a mixture.
     pub fn frame(block: &Block, device: &burn::tensor::Device) -> Self {
-        let mut parameters = Self::default();
-        parameters.delta = block.delta.clone().map(Arc::new);
-        parameters.sinks = block.sinks.as_deref().map(Arc::from);
+        let (delta, sinks) = (block.delta.clone().map(Arc::new), block.sinks.as_deref().map(Arc::from));
+        let experts = block.experts.as_ref().map(|experts| Tensors::frame(experts, device));
+        let mut parameters = Self { delta, sinks, experts, ..Self::default() };
         for linear in &block.linears {
             parameters.biases[linear.role as usize] = linear.bias.as_ref().map(|bias| tensor(bias.clone(), [bias.len()], device));
         }
         for norm in &block.norms {
             parameters.set_norm(norm.place, tensor(norm.weight.clone(), [norm.weight.len()], device));
         }
-        parameters.experts = block.experts.as_ref().map(|experts| Tensors::frame(experts, device));
         parameters
     }
 

@@ -316,7 +316,14 @@ fn add_branch(spec: &Spec<'_>, parameters: &Parameters, branch: Branch, x: Tenso
 }
 
 /// The residual stream after a branch that gave `projected`.
-pub(super) fn add_given(spec: &Spec<'_>, parameters: &Parameters, place: Place, x: Tensor<2>, projected: Tensor<2>, tap: Tap<'_>) -> Tensor<2> {
+pub(super) fn add_given(
+    spec: &Spec<'_>,
+    parameters: &Parameters,
+    place: Place,
+    x: Tensor<2>,
+    projected: Tensor<2>,
+    tap: Tap<'_>,
+) -> Tensor<2> {
     tap(Point::Branch(place), &projected);
     let normed = norm(spec, parameters, place, projected);
     let factor = spec.config.residual_factor;

@@ -18,6 +18,7 @@ use crate::model::forward::{self, Spec, Tap};
 use crate::model::hidden::{Hidden, Keeping};
 use crate::model::holdings::Holdings;
 use crate::model::mixture::{self, Layers, ROWS, Tensors, Which};
+use crate::model::progress::Progress;
 use crate::run::Run;
 
 /// Memory that the activations of one run of windows may take, in bytes: many small windows share one matrix product,
@@ -88,9 +89,9 @@ impl Passage<'_> {
     /// # Errors
     /// When states cannot be read or written, or an output is not finite, or a signal asks to stop.
     pub fn advance(&self, hidden: &mut Hidden, joined: Option<&Hidden>, note: &str) -> Result<Vec<Vec<f32>>> {
-        let mut progress = Progress::new(hidden.len(), note, self.run);
+        let progress = Progress::new(hidden.len(), note, self.run);
         if self.parameters.experts().is_some() {
-            return self.advance_mixture(hidden, joined, &mut progress);
+            return self.advance_mixture(hidden, joined, &progress);
         }
         let mut first = Vec::new();
         for runs in self.batches(hidden, false) {
@@ -106,12 +107,12 @@ impl Passage<'_> {
                 })
             })?;
             self.arrived(hidden, &runs, outputs, &mut first)?;
-            progress.to(runs.last().map_or(0, |windows| windows.end) as f64 / hidden.len() as f64);
+            progress.within(runs.last().map_or(0, |windows| windows.end) as f64 / hidden.len() as f64);
         }
         Ok(first)
     }
 
-    fn advance_mixture(&self, hidden: &mut Hidden, joined: Option<&Hidden>, progress: &mut Progress<'_>) -> Result<Vec<Vec<f32>>> {
+    fn advance_mixture(&self, hidden: &mut Hidden, joined: Option<&Hidden>, progress: &Progress<'_>) -> Result<Vec<Vec<f32>>> {
         let own;
         let joined = match joined {
             Some(joined) => joined,
@@ -129,7 +130,7 @@ impl Passage<'_> {
             let outputs = joined.map(&runs, |windows, h| self.finish(h, &given, windows))?;
             self.arrived(hidden, &runs, outputs, &mut first)?;
         }
-        progress.to(1.0);
+        progress.within(1.0);
         Ok(first)
     }
 
@@ -212,7 +213,7 @@ impl Passage<'_> {
     }
 
     /// What the experts of a mixture give to all tokens, each times its share, in the order of the experts.
-    fn given(&self, source: &Hidden, arrivals: &Arrivals, progress: &mut Progress<'_>) -> Result<Hidden> {
+    fn given(&self, source: &Hidden, arrivals: &Arrivals, progress: &Progress<'_>) -> Result<Hidden> {
         let described = self.model.config.mixture.ok_or_else(missing)?;
         let rows = self.rows(3 * described.width.max(described.shared.unwrap_or(0)));
         let mut parts: Vec<Part<'_>> = Vec::new();
@@ -238,7 +239,7 @@ impl Passage<'_> {
             for Given { tokens, shares, values } in some.par_iter().map(work).collect::<Result<Vec<_>>>()? {
                 given.add(&tokens, &shares, &values)?;
             }
-            progress.to(0.9 * ((number + 1) * at_once) as f64 / count as f64);
+            progress.within(0.9 * ((number + 1) * at_once) as f64 / count as f64);
         }
         Ok(given)
     }
@@ -269,28 +270,6 @@ impl Passage<'_> {
 
 fn missing() -> Error {
     Error::run("a mixture without experts")
-}
-
-/// Tells how many windows went through a block, by the share of the work that is done.
-struct Progress<'a> {
-    windows: usize,
-    told: usize,
-    note: &'a str,
-    run: &'a Run<'a>,
-}
-
-impl<'a> Progress<'a> {
-    fn new(windows: usize, note: &'a str, run: &'a Run<'a>) -> Self {
-        Self { windows, told: 0, note, run }
-    }
-
-    fn to(&mut self, share: f64) {
-        let now = ((share * self.windows as f64).round() as usize).clamp(self.told, self.windows);
-        if now > self.told {
-            self.run.observer.step((now - self.told) as u64, self.note);
-            self.told = now;
-        }
-    }
 }
 
 /// Keeps outputs until those of the windows that are compared are there.

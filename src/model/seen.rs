@@ -69,6 +69,13 @@ impl Statistics {
         space
     }
 
+    /// ‖X(W − Ŵ)ᵀ‖²_F and ‖XWᵀ‖²_F over all tokens, where their Gram matrix is known.
+    pub fn layer_error(&self, exact: &Matrix, compressed: &Matrix) -> Option<[f64; 2]> {
+        let gram = self.gram.as_ref()?;
+        let nothing = vec![0.0; exact.data.len()];
+        Some([&compressed.data, &nothing].map(|compressed| layer_error(gram, &exact.data, compressed, exact.columns)))
+    }
+
     /// Itself, where everything that was seen is finite.
     pub(super) fn finite(&self, site: Site) -> Result<&Self> {
         match self.squares.iter().position(|square| !square.is_finite()) {
@@ -97,10 +104,8 @@ impl Seen {
     /// ‖X(W − Ŵ)ᵀ‖²_F and ‖XWᵀ‖²_F at a site: over all calibration tokens where their Gram matrix is known, else over
     /// the first ones.
     pub fn layer_error(&self, site: Site, exact: &Matrix, compressed: &Matrix) -> Option<[f64; 2]> {
-        if let Some(gram) = self.sites.get(&site).and_then(|statistics| statistics.gram.as_ref()) {
-            let nothing = vec![0.0; exact.data.len()];
-            let error = |compressed| layer_error(gram, &exact.data, compressed, exact.columns);
-            return Some([error(&compressed.data), error(&nothing)]);
+        if let Some(known) = self.sites.get(&site).and_then(|statistics| statistics.layer_error(exact, compressed)) {
+            return Some(known);
         }
         let inputs = self.inputs.get(&site)?;
         let tokens = inputs.len() / exact.columns.max(1);

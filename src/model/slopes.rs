@@ -1,12 +1,14 @@
 //! What the walk back needs of a block: what it read on the way forward, and from the gradients of its output those of its
 //! weights and of its input.
 
+use std::collections::BTreeMap;
+
 use crate::error::Result;
 use crate::kernels::rough_product::Precision;
 use crate::model::Model;
 use crate::model::backward::{self, Gradients, Wanted, upstream};
 use crate::model::bench::Bench;
-use crate::model::block::{Parameters, Role};
+use crate::model::block::{Parameters, Slot};
 use crate::model::forward::Spec;
 use crate::model::hidden::{Hidden, Keeping};
 use crate::model::seen::Needs;
@@ -40,7 +42,7 @@ impl Visitor for Inputs<'_> {
     }
 }
 
-/// What is known of the weights of a role.
+/// What is known of the weights of a layer.
 #[derive(Debug, Clone, Default)]
 pub struct Slope {
     /// dL/dW over all windows, `[outputs, inputs]`.
@@ -49,8 +51,10 @@ pub struct Slope {
     pub squares: Vec<f32>,
 }
 
-/// Turns the gradients of a block's output into those of its input, window by window; gives the slopes of its weights where
-/// `weights` asks for them.
+/// What is known of the weights of a block's layers.
+pub type Slopes = BTreeMap<Slot, Slope>;
+
+/// Turns the gradients of a block's output into those of its input, window by window; gives the slopes of the weights of `slots`.
 ///
 /// # Errors
 /// When hidden states cannot be read or written, or a signal asks to stop.
@@ -60,13 +64,13 @@ pub fn through(
     parameters: &Parameters,
     hidden: &Hidden,
     streams: &mut [Hidden; 2],
-    weights: bool,
+    slots: &[Slot],
     run: &Run<'_>,
-) -> Result<Vec<Slope>> {
+) -> Result<Slopes> {
     use rayon::prelude::*;
     let mut gradients = Gradients::default();
-    let mut slopes: Vec<Slope> = Role::ALL.iter().map(|_| Slope::default()).collect();
-    let wanted = Wanted { weights, norms: false, input: index > 0, precision: Precision::Single };
+    let mut slopes: Slopes = slots.iter().map(|&slot| (slot, Slope::default())).collect();
+    let wanted = Wanted { weights: !slots.is_empty(), norms: false, input: index > 0, precision: Precision::Single };
     for window in 0..hidden.len() {
         run.check_stop()?;
         let spec = Spec::new(&model.config, index, hidden.tokens(window));
@@ -78,8 +82,8 @@ pub fn through(
             if index > 0 {
                 stream.write(window..window + 1, gradients.input())?;
             }
-            for (slope, role) in slopes.iter_mut().zip(Role::ALL).filter(|_| weights) {
-                let own = gradients.fetched_weight(role);
+            for (&slot, slope) in &mut slopes {
+                let own = gradients.fetched_weight(slot);
                 let total = if number == 0 { &mut slope.gradient } else { &mut slope.squares };
                 total.resize(own.len(), 0.0);
                 let pairs = total.par_iter_mut().zip(own.par_iter()).with_min_len(1 << 13);

@@ -20,8 +20,9 @@ use crate::model::hidden::{Hidden, Keeping};
 use crate::model::holdings::Holdings;
 use crate::model::mixture::Experts;
 use crate::model::passage::{COMPARED, Passage, keep_first};
+use crate::model::progress::Progress;
 use crate::model::seen::{Needs, Seen, Statistics};
-use crate::model::slopes::{self, Slope};
+use crate::model::slopes::{self, Slopes};
 use crate::model::{Model, passage};
 use crate::run::{Muted, Run};
 
@@ -110,7 +111,8 @@ pub fn walk_part(
 ) -> Result<()> {
     let needs = visitor.needs();
     let calibrated = needs > Needs::Nothing && !hidden.is_empty();
-    let passes = if calibrated { 2 } else { 1 };
+    // Observed, worked on, gone through.
+    let passes = if calibrated { 3 } else { 1 };
     run.observer.begin(stage, (blocks.len() * (passes * hidden.len()).max(1)) as u64);
     let mut float = if calibrated && needs == Needs::Streams { Some(FloatStream::new(model, hidden, float, run)?) } else { None };
     for index in blocks {
@@ -121,13 +123,18 @@ pub fn walk_part(
         if calibrated {
             let parameters = Parameters::take(&mut block, run.device);
             let passage = of_original(model, index, &parameters, run);
-            if visitor.observes() > Needs::Nothing {
-                (seen, wanted, arrivals) = observe(&passage, hidden, (visitor.observes(), visitor.everywhere()), &note)?;
+            let mut looking = Progress::new(hidden.len(), &note, run);
+            let observed = visitor.observes() > Needs::Nothing;
+            if observed {
+                looking.part(0.0, if float.is_some() { 0.5 } else { 1.0 });
+                (seen, wanted, arrivals) = observe(&passage, hidden, (visitor.observes(), visitor.everywhere()), &looking)?;
             }
             if let Some(float) = &mut float {
+                looking.part(if observed { 0.5 } else { 0.0 }, 1.0);
                 float.fit(model, index, hidden, run)?;
-                wanted = float.advance(&passage)?;
+                wanted = float.advance(&passage, &looking)?;
             }
+            looking.part(1.0, 1.0);
             if wanted.is_empty() {
                 wanted = passage.of_first(hidden, COMPARED)?;
             }
@@ -140,9 +147,11 @@ pub fn walk_part(
         let streams = float.as_mut().map(FloatStream::lend);
         let away = if calibrated && model.reads_experts_singly() { Some(Away::new(run.scratch)?) } else { None };
         let everywhere = visitor.everywhere();
-        let (kept, settled) = (None, false);
-        let mut bench = Bench { model, block, seen, arrivals, everywhere, kept, away, run, hidden, original, streams, wanted, settled };
+        let (kept, settled, progress) = (None, false, Progress::new(if calibrated { hidden.len() } else { 0 }, &note, run));
+        let mut bench =
+            Bench { model, block, seen, arrivals, everywhere, kept, away, run, hidden, original, streams, wanted, settled, progress };
         visitor.visit(&mut bench)?;
+        bench.progress.part(1.0, 1.0);
         let Bench { block, wanted, settled, original, kept, away, .. } = bench;
         // The MLP of a parallel block reads what stands before attention.
         let middle = settled && !model.config.family.places.parallel;
@@ -208,11 +217,11 @@ pub trait BackVisitor {
     /// What must have been seen at the sites of the block; asked before each block.
     fn needs(&mut self, index: usize) -> Needs;
 
-    /// Looks at a block with the slopes of its weights, by role.
+    /// Looks at a block with the slopes of its weights.
     ///
     /// # Errors
     /// Whatever stops the walk.
-    fn visit(&mut self, bench: &mut Bench<'_>, slopes: &[Slope]) -> Result<()>;
+    fn visit(&mut self, bench: &mut Bench<'_>, slopes: &Slopes) -> Result<()>;
 }
 
 /// Walks back, from the last block to the first. `inputs` are those of every block, `streams` enter with the gradients of two losses
@@ -233,7 +242,9 @@ pub fn walk_back(
         let mut bench = opened(model, index, hidden, needs, run)?;
         let Some(original) = bench.original.clone() else { continue };
         let parameters = if bench.block.stays() { bench.parameters()? } else { original };
-        let found = slopes::through(model, index, &parameters, hidden, streams, needs > Needs::Nothing, run)?;
+        let slots = if needs > Needs::Nothing { bench.block.slots() } else { Vec::new() };
+        let found = slopes::through(model, index, &parameters, hidden, streams, &slots, run)?;
+        drop(parameters);
         if needs > Needs::Nothing {
             visitor.visit(&mut bench, &found)?;
         }
@@ -247,12 +258,12 @@ fn opened<'a>(model: &'a Model<'a>, index: usize, hidden: &'a Hidden, needs: Nee
     let parameters = Parameters::take(&mut block, run.device);
     let (seen, wanted, arrivals) = match needs {
         Needs::Nothing => Default::default(),
-        _ => observe(&of_original(model, index, &parameters, run), hidden, (needs, false), "")?,
+        _ => observe(&of_original(model, index, &parameters, run), hidden, (needs, false), &Progress::new(0, "", run))?,
     };
     let original = Some(parameters.clone());
     parameters.give_back(&mut block);
-    let (everywhere, kept, away, streams, settled) = Default::default();
-    Ok(Bench { model, block, seen, arrivals, everywhere, kept, away, run, hidden, original, streams, wanted, settled })
+    let ((everywhere, kept, away, streams, settled), progress) = (Default::default(), Progress::new(0, "", run));
+    Ok(Bench { model, block, seen, arrivals, everywhere, kept, away, run, hidden, original, streams, wanted, settled, progress })
 }
 
 /// Memory for what must have been seen of so many tokens, in bytes, beside the block and the hidden states: Gram matrices
@@ -261,7 +272,8 @@ fn opened<'a>(model: &'a Model<'a>, index: usize, hidden: &'a Hidden, needs: Nee
 /// tokens one after the other, it is the states that they read and give and, where they are read `singly`, the experts at work.
 pub fn memory_bytes(model: &Model<'_>, tokens: u64, needs: Needs, singly: bool) -> u64 {
     let config = &model.config;
-    let [hidden, query, dense, experts] = [config.hidden, config.widest_mixed(), config.dense_middle(), config.expert_middle()].map(|width| width as u64);
+    let [hidden, query, dense, experts] =
+        [config.hidden, config.widest_mixed(), config.dense_middle(), config.expert_middle()].map(|width| width as u64);
     let square = |columns: u64| 8 * columns * columns;
     let store = |width: u64| Keeping::HALVED.memory_bytes(tokens, width);
     let mut bytes = if config.mixture.is_some() { 3 * store(hidden) } else { 0 };
@@ -305,7 +317,7 @@ impl FloatStream {
     }
 
     /// Computes the outputs of the original block; gives those of the first windows.
-    fn advance(&mut self, passage: &Passage<'_>) -> Result<Vec<Vec<f32>>> {
+    fn advance(&mut self, passage: &Passage<'_>, progress: &Progress<'_>) -> Result<Vec<Vec<f32>>> {
         let mixed = passage.parameters.experts().is_some();
         let mut first = Vec::new();
         for runs in passage.batches(&self.inputs, false) {
@@ -333,6 +345,7 @@ impl FloatStream {
                 self.targets.write(windows.clone(), &y)?;
                 keep_first(&mut first, windows, y);
             }
+            progress.within(runs.last().map_or(0, |windows| windows.end) as f64 / self.inputs.len() as f64 * if mixed { 0.3 } else { 1.0 });
         }
         if mixed {
             let silent = Run { observer: &Muted(passage.run.observer), ..*passage.run };
@@ -360,7 +373,7 @@ type Watched = (Seen, Vec<Vec<f32>>, Option<Arrivals>);
 
 /// Runs a block on its inputs and gathers statistics; hidden states stay as they are. A mixture runs up to what its experts read:
 /// those see their own tokens one after the other, later, and there are no outputs.
-fn observe(passage: &Passage<'_>, hidden: &Hidden, (needs, everywhere): (Needs, bool), note: &str) -> Result<Watched> {
+fn observe(passage: &Passage<'_>, hidden: &Hidden, (needs, everywhere): (Needs, bool), progress: &Progress<'_>) -> Result<Watched> {
     let (parameters, run) = (passage.parameters, passage.run);
     let (mut seen, mut outputs, grams) = (Seen::default(), Vec::new(), Mutex::new(BTreeMap::new()));
     let mut source = parameters.experts().map(|_| hidden.like(passage.model.config.hidden, run.scratch)).transpose()?;
@@ -396,7 +409,7 @@ fn observe(passage: &Passage<'_>, hidden: &Hidden, (needs, everywhere): (Needs, 
                 None => keep_first(&mut outputs, windows, given),
             }
         }
-        run.observer.step(runs.iter().map(Range::len).sum::<usize>() as u64, note);
+        progress.within(runs.last().map_or(0, |windows| windows.end) as f64 / hidden.len() as f64);
     }
     for (site, gram) in grams.into_inner().unwrap_or_else(PoisonError::into_inner) {
         seen.sites.entry(site).or_default().gram = Some(gram.totals()?);
@@ -424,7 +437,11 @@ fn first_inputs(passage: &Passage<'_>, hidden: &Hidden) -> Result<BTreeMap<Site,
         }
     };
     let x = hidden.read(windows)?;
-    if passage.parameters.experts().is_some() { passage.first_half(seq, x, tap) } else { passage.whole(seq, x, tap) };
+    if passage.parameters.experts().is_some() {
+        passage.first_half(seq, x, tap)
+    } else {
+        passage.whole(seq, x, tap)
+    };
     Ok(inputs)
 }
 

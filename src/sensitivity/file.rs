@@ -65,6 +65,9 @@ pub struct LayerSensitivity {
     pub shape: [usize; 2],
     /// What each scheme costs; those that cannot take the layer are left out.
     pub candidates: Vec<Candidate>,
+    /// Whether what was measured exactly is this layer's share of what all experts of the block cost together.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub shares: bool,
 }
 
 /// What storing one layer one way costs.
@@ -173,15 +176,16 @@ impl Sensitivity {
     /// Puts the rows into the order of the blocks.
     pub fn sort(&mut self) {
         let order = |name: &str| crate::model::block::Role::ALL.iter().position(|role| name.ends_with(role.name()));
-        self.layers.sort_by_key(|layer| (layer.block, order(&layer.name)));
+        self.layers.sort_by_key(|layer| (layer.block, order(&layer.name).unwrap_or(usize::MAX)));
     }
 
     /// Marks it as complete and works out the correlations.
     pub fn finish(&mut self) {
         self.complete = true;
         self.sort();
-        let exact: Vec<&Candidate> =
-            self.layers.iter().flat_map(|layer| &layer.candidates).filter(|candidate| candidate.kld.is_some()).collect();
+        // Shares follow a prediction, and say nothing of it.
+        let apart = self.layers.iter().filter(|layer| !layer.shares).flat_map(|layer| &layer.candidates);
+        let exact: Vec<&Candidate> = apart.filter(|candidate| candidate.kld.is_some()).collect();
         let correlation = |of: &dyn Fn(&Candidate) -> f64, scheme: Option<&str>| {
             let chosen = exact.iter().filter(|candidate| scheme.is_none_or(|scheme| candidate.scheme == scheme));
             let (a, b): (Vec<f64>, Vec<f64>) = chosen.map(|candidate| (of(candidate), candidate.kld.unwrap_or(0.0))).unzip();

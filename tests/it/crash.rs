@@ -54,7 +54,8 @@ impl Place {
         std::fs::write(&tokens, (0..12).map(line).collect::<String>()).unwrap();
         let head = format!("version = 1\n[calibration]\nsource = {:?}\nseq = 24\n", tokens.to_str().unwrap());
         let recipe = Recipe::parse(&(head + recipe)).unwrap();
-        let job = Job { model, recipe, engine: None, quality: None, allocation: None, command: Vec::new(), beside: Vec::new(), memory: None };
+        let job =
+            Job { model, recipe, engine: None, quality: None, allocation: None, command: Vec::new(), beside: Vec::new(), memory: None };
         Self { folder, job }
     }
 

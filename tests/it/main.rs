@@ -17,7 +17,7 @@ mod hub;
 mod kernels;
 mod layering;
 mod methods;
+mod mixtures;
 mod shared;
-mod singly;
 mod tidy;
 mod truth;

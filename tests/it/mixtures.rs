@@ -1,4 +1,5 @@
-//! Experts that are read one at a time, because memory has no room for those of a block: the output is the same to the byte.
+//! Mixtures of experts: read one at a time where memory has no room for those of a block, with the same output to the byte, and what
+//! storing them costs.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -11,7 +12,9 @@ use drawknife::evaluate::{Bos, Protocol};
 use drawknife::plan::recipe::Recipe;
 use drawknife::run::{Run, Silent};
 use drawknife::storage::Disk;
+use serde_json::Value;
 
+use crate::command::{compress, json as run_json};
 use crate::formats::{letters, with_tokenizer};
 
 /// What a recipe makes of a model: every file but those that tell of time and place.
@@ -21,7 +24,10 @@ fn compressed(folder: &Path, model: &Path, text: &str, stages: &str, singly: boo
         model: model.to_path_buf(),
         recipe: Recipe::parse(&(head + stages)).unwrap(),
         engine: None,
-        quality: Some(QualityOptions { text: Some(text.into()), protocol: Protocol { seq: 32, max_tokens: Some(512), bos: Bos::Once, second_half: false } }),
+        quality: Some(QualityOptions {
+            text: Some(text.into()),
+            protocol: Protocol { seq: 32, max_tokens: Some(512), bos: Bos::Once, second_half: false },
+        }),
         allocation: None,
         command: Vec::new(),
         beside: Vec::new(),
@@ -69,5 +75,43 @@ fn experts_read_one_at_a_time_give_the_same_bytes() {
         for (name, bytes) in &held {
             assert!(bytes == &read[name], "{case} {stages}: {name} differs");
         }
+    }
+}
+
+#[test]
+fn what_experts_cost_is_shared_out_and_adds_up_to_what_they_cost_together() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = folder.path().join("letters.txt");
+    // As many tokens as ten windows have, so that both verbs see the same.
+    std::fs::write(&text, (0..640usize).map(|at| char::from(b'A' + (at * 7919 + at * at % 31) as u8 % 26)).collect::<String>()).unwrap();
+    let text = text.to_str().unwrap();
+    for (case, gone) in [("qwen2_moe", "model.layers.[12].*"), ("deepseek_v3", "model.layers.0.*")] {
+        let model = with_tokenizer(case, folder.path()).to_str().unwrap().to_string();
+        let path = folder.path().join(format!("{case}.json")).to_str().unwrap().to_string();
+        let own = ["--schemes", "w2,w4", "--calibration", text, "--samples", "10", "--seq", "64"];
+        let found = run_json(&[&["sensitivity", &model, "-o", &path], &own[..]].concat());
+        let layers: Vec<&Value> = found["layers"].as_array().unwrap().iter().filter(|layer| layer["shares"] == true).collect();
+        assert!(layers.len() > 20 && layers.iter().all(|layer| layer["name"].as_str().unwrap().contains("expert")), "{case}");
+        let block = layers.iter().map(|layer| layer["block"].as_u64().unwrap()).find(|block| *block == u64::from(case == "deepseek_v3"));
+        let of_block = layers.iter().filter(|layer| layer["block"].as_u64() == block);
+        let sum: f64 = of_block.map(|layer| layer["candidates"][0]["kld"].as_f64().unwrap()).sum();
+        let recipe = "[[stage]]\nmethod = \"round-to-nearest\"\nbits = 2\ngroup = 128\n";
+        let measured = ["--eval-text", text, "--eval-seq", "64", "--skip", "*self_attn*", "--skip", gone, "--format", "dense"];
+        let (_, done) = compress(folder.path(), &model, &format!("{case}-out"), recipe, &measured);
+        let together = done["report"]["quality"]["kld_mean"].as_f64().unwrap();
+        assert!(sum > 1e-3 && (sum - together).abs() < 1e-6 * sum, "{case}: {sum} {together}");
+        // A target gives all experts of a block the same bits.
+        let target = ["--sensitivity", &path, "--target-bpw", "3.9", "--no-eval"];
+        let recipe = "[[stage]]\nmethod = \"round-to-nearest\"\nbits = 4\ngroup = 128\n";
+        let (_, done) = compress(folder.path(), &model, &format!("{case}-target"), recipe, &target);
+        let mut stored = BTreeMap::new();
+        for layer in
+            done["report"]["layers"].as_array().unwrap().iter().filter(|layer| layer["name"].as_str().unwrap().contains(".experts."))
+        {
+            let block = layer["name"].as_str().unwrap().split('.').nth(2).unwrap().to_string();
+            let bits = layer["storage"].as_str().unwrap().split(' ').next().unwrap().to_string();
+            assert_eq!(stored.entry(block).or_insert(bits.clone()), &bits, "{case}");
+        }
+        assert!(!stored.is_empty());
     }
 }
