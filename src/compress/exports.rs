@@ -122,7 +122,7 @@ impl Export {
         let layers: Vec<Outlined> = plan.layers.iter().map(|layer| own(&layer.outlined)).collect();
         let folder = several.then_some(format.name);
         if format.name == formats::gguf::FORMAT.name {
-            let file = Some(gguf::File::plan(checkpoint, source, &layers, options.gguf_embeddings_8)?);
+            let file = Some(gguf::File::plan(checkpoint, source, &layers, changes, options.gguf_embeddings_8)?);
             return Ok(Self { format, layers, entries: Vec::new(), file, folder, experts: plan.experts });
         }
         let floats = |layer: &&Outlined| !matches!(layer.storage, None | Some(Storage::Dense | Storage::Sparse(_)));
@@ -361,7 +361,7 @@ impl<'a> Sinks<'a> {
                 files.push(Files::create(&layout, &folder, Arc::clone(&work.storage))?);
                 work.storage.sync_folder(&folder)?;
             }
-            let computed = export.file.as_ref().and_then(gguf::File::computed);
+            let computed = export.file.iter().flat_map(gguf::File::computed);
             first.extend(computed.filter(|(name, _)| !layout.is_written(name)).map(|(name, bytes)| (number, name, bytes)));
             let layers = export.layers.iter().enumerate().map(|(at, layer)| (layer.name.as_str(), at)).collect();
             sinks.sinks.push(Sink { export, layout, layers, waiting: gguf::Waiting::new() });
@@ -392,9 +392,9 @@ impl<'a> Sinks<'a> {
                     Some(changed) => changed,
                     None => continue,
                 },
-                None => (name, bytes.to_vec()),
+                None => (name.to_owned(), bytes.to_vec()),
             };
-            self.give(export, name, bytes)?;
+            self.give(export, &name, bytes)?;
         }
         Ok(())
     }
@@ -410,7 +410,7 @@ impl<'a> Sinks<'a> {
             let layer = layer.ok_or_else(|| Error::run("not part of the planned output").tensor(name))?;
             if let Some(file) = &export.file {
                 let (name, bytes) = file.layer(layer, weight)?;
-                self.give(number, name, bytes)?;
+                self.give(number, &name, bytes)?;
                 continue;
             }
             for (entry, bytes) in (export.format.entries)(layer).iter().zip((export.format.encode)(weight, layer.float)) {

@@ -1,24 +1,25 @@
 //! A model as one GGUF file: its keys, the names of its tensors there, and what llama.cpp wants changed in them.
 
+pub mod families;
 pub mod unpack;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::Path;
 
-use regex::Regex;
 use serde_json::Value as Json;
 
 use crate::calibrate::tokens::Tokenizer;
 use crate::checkpoint::decode::{decode, encode};
 use crate::checkpoint::source::Source;
 use crate::checkpoint::{Checkpoint, float_of, read_json};
+use crate::compress::changes::{Change as Other, Changes};
+use crate::compress::gguf::families::{Family, Sliding, renamed};
 use crate::error::{Error, Result, shown};
 use crate::formats::gguf::blocks::{self, Kind};
 use crate::formats::gguf::container::{Tensor, Value, header};
 use crate::formats::gguf::reader::Reader;
 use crate::formats::gguf::{FORMAT, carrier, tokenizer};
 use crate::formats::output::Layout;
-use crate::model::architecture::NormKind;
 use crate::model::config::{Config, model_type};
 use crate::weight::{Float, Outlined, Storage, Weight};
 
@@ -38,12 +39,25 @@ enum Change {
     Paired { heads: usize },
 }
 
+/// A tensor of the file, or the part of one that a tensor of the checkpoint becomes.
 #[derive(Debug)]
 struct Placed {
     tensor: Tensor,
+    /// The expert, where those of a layer lie in one tensor.
+    expert: Option<usize>,
     change: Change,
     /// Number format of the bytes that are carried; nothing for blocks.
     float: Option<Float>,
+}
+
+impl Placed {
+    /// Its place in the layout of the file.
+    fn place(&self) -> String {
+        match self.expert {
+            Some(expert) => format!("{}/{expert}", self.tensor.name),
+            None => self.tensor.name.clone(),
+        }
+    }
 }
 
 /// Everything about the file but the bytes of its tensors.
@@ -53,8 +67,8 @@ pub struct File {
     /// By the name in the checkpoint, in the order of the file.
     tensors: Vec<(String, Placed)>,
     places: HashMap<String, usize>,
-    /// Frequencies' divisors, where rotation is bent.
-    divisors: Option<Vec<f32>>,
+    /// Tensors of rotations.
+    rotations: BTreeMap<&'static str, Vec<f32>>,
     /// What the file does not hold, each a sentence.
     pub notes: Vec<String>,
 }
@@ -62,88 +76,47 @@ pub struct File {
 /// Bytes of rows that wait for the rest of their tensor, by its name.
 pub type Waiting = HashMap<String, Vec<u8>>;
 
-/// llama.cpp's name of an architecture.
-fn architecture(model_type: &str) -> Option<&'static str> {
-    Some(match model_type {
-        "llama" | "mistral" => "llama",
-        "qwen2" => "qwen2",
-        "qwen3" => "qwen3",
-        "gemma2" => "gemma2",
-        "gemma3" | "gemma3_text" => "gemma3",
-        _ => return None,
-    })
-}
-
-/// A tensor's name in the file.
-fn renamed(name: &str, gemma: bool) -> Option<String> {
-    let block = Regex::new(r"^(?:.*\.)?layers\.(\d+)\.(.+)\.(weight|bias)$").expect("a pattern");
-    let Some(found) = block.captures(name) else {
-        return match name.rsplit('.').nth(1)? {
-            "embed_tokens" => Some("token_embd.weight".into()),
-            "norm" => Some("output_norm.weight".into()),
-            "lm_head" => Some("output.weight".into()),
-            _ => None,
-        };
-    };
-    let part = match &found[2] {
-        "self_attn.q_proj" => "attn_q",
-        "self_attn.k_proj" => "attn_k",
-        "self_attn.v_proj" => "attn_v",
-        "self_attn.o_proj" => "attn_output",
-        "self_attn.q_norm" => "attn_q_norm",
-        "self_attn.k_norm" => "attn_k_norm",
-        "mlp.gate_proj" => "ffn_gate",
-        "mlp.up_proj" => "ffn_up",
-        "mlp.down_proj" => "ffn_down",
-        "input_layernorm" => "attn_norm",
-        "post_attention_layernorm" if gemma => "post_attention_norm",
-        "pre_feedforward_layernorm" if gemma => "ffn_norm",
-        "post_feedforward_layernorm" if gemma => "post_ffw_norm",
-        "post_attention_layernorm" => "ffn_norm",
-        _ => return None,
-    };
-    Some(format!("blk.{}.{part}.{}", &found[1], &found[3]))
-}
-
 impl File {
     /// Plans the file for a model and what a plan makes of its layers.
     ///
     /// # Errors
-    /// When llama.cpp has no such architecture or tokenizer.
-    pub fn plan(checkpoint: &Checkpoint, source: &dyn Source, layers: &[Outlined], eight: bool) -> Result<Self> {
+    /// When llama.cpp has no such architecture or tokenizer, or would compute something else.
+    pub fn plan(checkpoint: &Checkpoint, source: &dyn Source, layers: &[Outlined], changes: &Changes, eight: bool) -> Result<Self> {
         let kind = model_type(&checkpoint.config);
-        let arch = architecture(kind).ok_or_else(|| {
-            Error::input(format!(
-                "gguf is written for llama, mistral, qwen2, qwen3, gemma2 and gemma3, not for `{}`; use another --format",
-                shown(kind)
-            ))
+        let family = families::family(kind).ok_or_else(|| {
+            Error::input(format!("gguf is written for {}, not for `{}`; use another --format", families::known(), shown(kind)))
         })?;
         let config = Config::read(&checkpoint.config)?;
-        computes(&config, arch)?;
-        let mut keys = keys(checkpoint, &config, arch)?;
-        keys.extend(tokenizer_keys(checkpoint, &config)?);
+        families::computes(&config, family)?;
         let by_name: HashMap<String, &Outlined> =
             layers.iter().filter(|layer| layer.storage.is_some()).map(|layer| (format!("{}.weight", layer.name), layer)).collect();
-        let rotation = config.layers.first().and_then(|layer| layer.rotation.as_ref());
-        let divisors = rotation.and_then(crate::model::rotation::Rotation::divisors);
-        let mut file = Self { keys, tensors: Vec::new(), places: HashMap::new(), divisors, notes: Vec::new() };
+        let (no_keys, tensors, places, no_notes) = Default::default();
+        let mut file = Self { keys: no_keys, tensors, places, notes: no_notes, rotations: families::rotations(&config) };
         let mut left = Vec::new();
-        let gemma = arch.starts_with("gemma");
         let packed: HashSet<String> = by_name
             .values()
             .flat_map(|layer| source.tensors(checkpoint, &layer.name))
             .filter(|tensor| !tensor.ends_with(".weight"))
             .collect();
         for (name, layer) in by_name.iter().filter(|(name, _)| !checkpoint.has(name)) {
-            let to = renamed(name, gemma).ok_or_else(|| Error::input("has no place in a GGUF file").tensor(name))?;
-            file.add(name, to, &layer.shape, layer.float, Some(layer), &config, arch);
+            let to = renamed(name, family).ok_or_else(|| Error::input("has no place in a GGUF file").tensor(name))?;
+            file.add(name, to, &layer.shape, layer.float, Some(layer), (&config, family));
         }
         for name in checkpoint.names().filter(|name| !packed.contains(*name)) {
-            let (Some(info), Some(to)) = (checkpoint.info(name), renamed(name, gemma)) else {
+            let (Some(info), Some(to)) = (checkpoint.info(name), renamed(name, family)) else {
+                if name.contains(".experts.") {
+                    return Err(Error::input("experts that lie in one tensor and are carried over have no place in a GGUF file; let a method work on them, or use another --format").tensor(name));
+                }
                 left.push(name.to_owned());
                 continue;
             };
-            if to == "output.weight" && config.tied {
+            let mut shape = info.shape.clone();
+            match changes.get(name) {
+                Some(Other::Gone) => continue,
+                Some(Other::Rows(rows)) => shape[0] = *rows,
+                Some(Other::Single) | None => {}
+            }
+            if to.0 == "output.weight" && config.tied {
                 continue;
             }
             let layer = by_name.get(name).copied();
@@ -151,7 +124,7 @@ impl File {
                 .map(|layer| layer.float)
                 .or(float_of(info.dtype))
                 .ok_or_else(|| Error::input(format!("is {:?}, gguf is written from floats", info.dtype)).tensor(name))?;
-            file.add(name, to, &info.shape, float, layer, &config, arch);
+            file.add(name, to, &shape, float, layer, (&config, family));
         }
         let order = |(_, placed): &(String, Placed)| {
             let mut parts = placed.tensor.name.split('.');
@@ -159,6 +132,7 @@ impl File {
             (
                 number.map_or(usize::from(placed.tensor.name != "token_embd.weight") * usize::MAX, |number| number + 1),
                 placed.tensor.name.clone(),
+                placed.expert,
             )
         };
         for (_, placed) in file.tensors.iter_mut().filter(|_| eight) {
@@ -169,13 +143,22 @@ impl File {
         }
         file.tensors.sort_by_key(order);
         file.places = file.tensors.iter().enumerate().map(|(at, (name, _))| (name.clone(), at)).collect();
-        file.notes = notes(&left, layers, &config, arch);
+        file.notes = notes(&left, layers, &config, family);
+        file.keys = keys(checkpoint, &config, family, file.experts()?)?;
+        file.keys.extend(tokenizer_keys(checkpoint, &config)?);
         file.keys.insert("general.file_type".into(), Value::U32(file.mostly().file_type()));
         Ok(file)
     }
 
-    #[expect(clippy::too_many_arguments, reason = "one place that knows all of a tensor")]
-    fn add(&mut self, name: &str, to: String, shape: &[usize], float: Float, layer: Option<&Outlined>, config: &Config, arch: &str) {
+    fn add(
+        &mut self,
+        name: &str,
+        (to, expert): (String, Option<usize>),
+        shape: &[usize],
+        float: Float,
+        layer: Option<&Outlined>,
+        (config, family): (&Config, &Family),
+    ) {
         let heads = match to.rsplit('.').nth(1) {
             Some("attn_q") => config.heads,
             Some("attn_k") => config.kv_heads,
@@ -183,19 +166,36 @@ impl File {
         };
         let norm = to.contains("norm");
         let change = match shape.len() {
-            _ if heads > 0 && arch == "llama" => Change::Paired { heads },
-            1 => Change::Single { plus_one: norm && config.family.norm == NormKind::OnePlus },
+            _ if heads > 0 && family.paired => Change::Paired { heads },
+            1 => Change::Single { plus_one: norm && family.plus_one },
+            _ if families::single(&to) => Change::Single { plus_one: false },
             _ => Change::None,
         };
         let carried = layer.and_then(carrier);
         let kind = match (carried, shape.len()) {
             (Some(kind), _) => kind,
             (None, 1) => Kind::F32,
+            (None, _) if families::single(&to) => Kind::F32,
             (None, _) => Kind::of(layer.map_or(float, |layer| layer.float)),
         };
         let float = if carried.is_some() { None } else { Some(float) };
         let tensor = Tensor { name: to, shape: shape.to_vec(), kind };
-        self.tensors.push((name.to_owned(), Placed { tensor, change, float }));
+        self.tensors.push((name.to_owned(), Placed { tensor, expert, change, float }));
+    }
+
+    /// How many experts every tensor of experts has.
+    fn experts(&self) -> Result<Option<usize>> {
+        let mut counts = BTreeSet::new();
+        for parts in self.tensors.chunk_by(|(_, a), (_, b)| a.tensor.name == b.tensor.name).filter(|parts| parts[0].1.expert.is_some()) {
+            let first = &parts[0].1;
+            let same = |(number, (_, part)): (usize, &(String, Placed))| part.tensor == first.tensor && part.expert == Some(number);
+            if let Some((name, _)) = parts.iter().enumerate().find(|one| !same(*one)).map(|(_, part)| part) {
+                let what = "the experts of a layer lie in one tensor of a GGUF file, and this one is stored in another way than the first; skip all of them or none";
+                return Err(Error::input(what).tensor(name));
+            }
+            counts.insert(parts.len());
+        }
+        Ok(counts.last().copied())
     }
 
     /// The type of most weights in matrices.
@@ -219,26 +219,38 @@ impl File {
         self.tensors.iter().map(|(name, placed)| (name.as_str(), placed.tensor.bytes()))
     }
 
+    /// All tensors, those of experts as one.
     fn listed(&self) -> Vec<Tensor> {
-        let divisors = self.divisors.as_ref().map(|divisors| Tensor {
-            name: "rope_freqs.weight".into(),
-            shape: vec![divisors.len()],
-            kind: Kind::F32,
-        });
-        self.tensors.iter().map(|(_, placed)| placed.tensor.clone()).chain(divisors).collect()
+        let rotations =
+            self.rotations.iter().map(|(name, values)| Tensor { name: (*name).into(), shape: vec![values.len()], kind: Kind::F32 });
+        let whole = |parts: &[(String, Placed)]| {
+            let Placed { tensor, expert, .. } = &parts[0].1;
+            match expert {
+                Some(_) => Tensor { shape: [&[parts.len()], tensor.shape.as_slice()].concat(), ..tensor.clone() },
+                None => tensor.clone(),
+            }
+        };
+        self.tensors.chunk_by(|(_, a), (_, b)| a.tensor.name == b.tensor.name).map(whole).chain(rotations).collect()
     }
 
     /// Lays out the file.
     pub fn layout(&self) -> Layout {
         let tensors = self.listed();
         let (header, offsets) = header(&self.keys, &tensors);
-        let places = tensors.iter().zip(offsets).map(|(tensor, offset)| (tensor.name.clone(), offset, tensor.bytes())).collect();
+        let starts: HashMap<&str, u64> = tensors.iter().map(|tensor| tensor.name.as_str()).zip(offsets).collect();
+        let place = |name: String, tensor: &Tensor, part: usize| {
+            let start = starts.get(tensor.name.as_str()).copied().unwrap_or(0);
+            (name, start + part as u64 * tensor.bytes(), tensor.bytes())
+        };
+        let own = self.tensors.iter().map(|(_, placed)| place(placed.place(), &placed.tensor, placed.expert.unwrap_or(0)));
+        let rotations = tensors.iter().filter(|tensor| self.rotations.contains_key(tensor.name.as_str()));
+        let places = own.chain(rotations.map(|tensor| place(tensor.name.clone(), tensor, 0))).collect();
         Layout::single(FILE, header, places)
     }
 
-    /// The tensor that is in no checkpoint, where there is one, and its bytes.
-    pub fn computed(&self) -> Option<(&'static str, Vec<u8>)> {
-        self.divisors.as_ref().map(|divisors| ("rope_freqs.weight", encode(Float::F32, divisors)))
+    /// The tensors that are in no checkpoint, and their bytes.
+    pub fn computed(&self) -> impl Iterator<Item = (&'static str, Vec<u8>)> + '_ {
+        self.rotations.iter().map(|(name, values)| (*name, encode(Float::F32, values)))
     }
 
     /// Opens the file as a stranger would and compares it with the plan.
@@ -258,8 +270,8 @@ impl File {
     }
 
     /// Takes the next bytes of a tensor, in the number format `float`.
-    /// Gives what becomes of them: a tensor's name and its next bytes.
-    pub fn carry(&self, waiting: &mut Waiting, name: &str, bytes: &[u8], float: Option<Float>) -> Option<(&str, Vec<u8>)> {
+    /// Gives what becomes of them: a place of the layout and its next bytes.
+    pub fn carry(&self, waiting: &mut Waiting, name: &str, bytes: &[u8], float: Option<Float>) -> Option<(String, Vec<u8>)> {
         let (_, placed) = &self.tensors[*self.places.get(name)?];
         let from = float.or(placed.float).unwrap_or(Float::F32);
         let tensor = &placed.tensor;
@@ -295,14 +307,14 @@ impl File {
                 turned
             }
         };
-        Some((&tensor.name, bytes))
+        Some((placed.place(), bytes))
     }
 
-    /// What becomes of the weight of a linear layer: a tensor's name and its bytes.
+    /// What becomes of the weight of a linear layer: a place of the layout and its bytes.
     ///
     /// # Errors
     /// When the file has no place for it.
-    pub fn layer(&self, layer: &Outlined, weight: &Weight) -> Result<(&str, Vec<u8>)> {
+    pub fn layer(&self, layer: &Outlined, weight: &Weight) -> Result<(String, Vec<u8>)> {
         let name = format!("{}.weight", layer.name);
         let Some(&at) = self.places.get(&name) else { return Err(Error::run("has no place in the file").tensor(&name)) };
         let placed = &self.tensors[at].1;
@@ -311,31 +323,12 @@ impl File {
             _ => None,
         };
         let encoded = (FORMAT.encode)(turned.as_ref().unwrap_or(weight), layer.float);
-        Ok((&placed.tensor.name, encoded.concat()))
+        Ok((placed.place(), encoded.concat()))
     }
-}
-
-/// Refuses what llama.cpp computes differently, for its files cannot say it.
-fn computes(config: &Config, arch: &str) -> Result<()> {
-    let gemma = arch.starts_with("gemma");
-    // The largest models of the family go by the width per head.
-    let largest = gemma && [46, 62].contains(&config.layers.len());
-    let size = if largest { config.hidden as f32 / config.heads as f32 } else { config.head_dim as f32 };
-    if (config.scale * size.sqrt() - 1.0).abs() > 1e-4 {
-        let what = format!("llama.cpp scales the scores of {arch} by {}, the model by {}", size.powf(-0.5), config.scale);
-        return Err(Error::input(format!("{what}; a GGUF file would compute something else, use another --format")));
-    }
-    let every = if arch == "gemma2" { 2 } else { 6 };
-    let fixed = |(number, layer): (usize, &crate::model::config::Layer)| layer.window.is_some() == ((number + 1) % every != 0);
-    if gemma && !config.layers.iter().enumerate().all(fixed) {
-        let what = format!("llama.cpp has windows in all but every {every}th layer of {arch}, config.json says otherwise");
-        return Err(Error::input(format!("{what}; a GGUF file would compute something else, use another --format")));
-    }
-    Ok(())
 }
 
 /// What a file does not hold.
-fn notes(left: &[String], layers: &[Outlined], config: &Config, arch: &str) -> Vec<String> {
+fn notes(left: &[String], layers: &[Outlined], config: &Config, family: &Family) -> Vec<String> {
     let mut notes = Vec::new();
     if let Some(first) = left.first() {
         notes.push(format!("gguf has no place for {} ({} such tensors)", shown(first), left.len()));
@@ -345,8 +338,11 @@ fn notes(left: &[String], layers: &[Outlined], config: &Config, arch: &str) -> V
     if let Some(first) = first {
         notes.push(format!("gguf: {count} layers stay floats, for their rows or groups are not whole blocks of 32, or they have 8 bits with zero points (first {first})"));
     }
-    if let Some(window) =
-        config.layers.iter().find_map(|layer| layer.window).filter(|&window| !arch.starts_with("gemma") && window < config.max_positions)
+    if let Some(window) = config
+        .layers
+        .iter()
+        .find_map(|layer| layer.window)
+        .filter(|&window| family.sliding == Sliding::Unknown && window < config.max_positions)
     {
         notes.push(format!("llama.cpp does not know this model's window of {window} tokens: beyond it, it computes something else"));
     }
@@ -360,7 +356,8 @@ pub fn paired(rows: usize, heads: usize) -> impl Iterator<Item = usize> {
 }
 
 /// What the keys say of the model itself.
-fn keys(checkpoint: &Checkpoint, config: &Config, arch: &str) -> Result<BTreeMap<String, Value>> {
+fn keys(checkpoint: &Checkpoint, config: &Config, family: &Family, experts: Option<usize>) -> Result<BTreeMap<String, Value>> {
+    let arch = family.arch;
     let name = crate::hub::name_of(&checkpoint.folder);
     let whole = |number: usize| Value::U32(number as u32);
     let mut keys = BTreeMap::from([
@@ -377,26 +374,29 @@ fn keys(checkpoint: &Checkpoint, config: &Config, arch: &str) -> Result<BTreeMap
     put("feed_forward_length", whole(config.intermediate));
     put("attention.head_count", whole(config.heads));
     put("attention.head_count_kv", whole(config.kv_heads));
-    put("attention.layer_norm_rms_epsilon", Value::F32(config.epsilon as f32));
     put("attention.key_length", whole(config.head_dim));
     put("attention.value_length", whole(config.head_dim));
     put("vocab_size", whole(config.vocabulary));
-    let wanted = config.layers.iter().rev().find(|layer| layer.window.is_none()).or(config.layers.last());
-    if let Some(rotation) = wanted.and_then(|layer| layer.rotation.as_ref()) {
+    if let Some(rotation) = families::turning(config) {
         put("rope.dimension_count", whole(rotation.width()));
         put("rope.freq_base", Value::F32(rotation.theta() as f32));
         if let Some((kind, factor, original)) = rotation.scaling() {
             put("rope.scaling.type", Value::Text(kind.into()));
-            put("rope.scaling.factor", Value::F32(factor as f32));
+            let mut attention = rotation.attention();
+            if kind != "longrope" {
+                put("rope.scaling.factor", Value::F32(factor as f32));
+            }
+            if kind == "yarn" && factor > 1.0 {
+                // What llama.cpp multiplies by itself.
+                attention /= 1.0 + 0.1 * factor.ln();
+            }
+            if (attention - 1.0).abs() > 1e-6 {
+                put("rope.scaling.attn_factor", Value::F32(attention as f32));
+            }
             original.into_iter().for_each(|original| put("rope.scaling.original_context_length", whole(original as usize)));
         }
     }
-    if arch.starts_with("gemma") {
-        let window = config.layers.iter().find_map(|layer| layer.window);
-        window.into_iter().for_each(|window| put("attention.sliding_window", whole(window)));
-        config.attention_cap.into_iter().for_each(|cap| put("attn_logit_softcapping", Value::F32(cap)));
-        config.logits_cap.into_iter().for_each(|cap| put("final_logit_softcapping", Value::F32(cap)));
-    }
+    families::keys(config, family, experts, &mut put);
     Ok(keys)
 }
 
@@ -425,12 +425,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_and_rows_are_those_of_llama_cpp() {
-        assert_eq!(renamed("model.layers.3.self_attn.q_proj.weight", false).unwrap(), "blk.3.attn_q.weight");
-        assert_eq!(renamed("model.layers.3.post_attention_layernorm.weight", true).unwrap(), "blk.3.post_attention_norm.weight");
-        assert_eq!(renamed("model.layers.3.post_attention_layernorm.weight", false).unwrap(), "blk.3.ffn_norm.weight");
-        assert_eq!(renamed("model.norm.weight", false).unwrap(), "output_norm.weight");
-        assert_eq!(renamed("model.rotary_emb.inv_freq", false), None);
+    fn rows_of_heads_go_in_pairs() {
         // Two heads of four rows: halves [0 1] and [2 3] become pairs.
         assert_eq!(paired(8, 2).collect::<Vec<_>>(), [0, 2, 1, 3, 4, 6, 5, 7]);
     }

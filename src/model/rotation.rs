@@ -245,7 +245,8 @@ impl Rotation {
         match self.kind {
             Kind::Linear { factor } => Some(("linear", factor, None)),
             Kind::Yarn { factor, original, .. } => Some(("yarn", factor, Some(original))),
-            Kind::Default | Kind::Dynamic { .. } | Kind::Llama3 { .. } | Kind::Long { .. } => None,
+            Kind::Long { original, .. } => Some(("longrope", 1.0, Some(original))),
+            Kind::Default | Kind::Dynamic { .. } | Kind::Llama3 { .. } => None,
         }
     }
 
@@ -255,6 +256,29 @@ impl Rotation {
         let plain = Self { kind: Kind::Default, ..self.clone() };
         let (bent, plain) = (self.frequencies(1).0, plain.frequencies(1).0);
         Some(plain.iter().zip(&bent).map(|(plain, bent)| plain / bent).collect())
+    }
+
+    /// Divisors of the frequencies for windows up to the original context length, and for longer ones, where both are listed.
+    pub fn long(&self) -> Option<[Vec<f32>; 2]> {
+        let Kind::Long { short, long, .. } = &self.kind else { return None };
+        Some([short, long].map(|list| list.iter().map(|&divisor| divisor as f32).collect()))
+    }
+
+    /// The factor of sines and cosines.
+    pub fn attention(&self) -> f64 {
+        match self.kind {
+            Kind::Yarn { attention, .. } | Kind::Long { attention, .. } => attention,
+            _ => 1.0,
+        }
+    }
+
+    /// What of a stretched rotation few programs know, in words.
+    pub fn unusual(&self) -> Option<&'static str> {
+        match self.kind {
+            Kind::Yarn { fast, slow, .. } if (fast, slow) != (32.0, 1.0) => Some("knows yarn with 32 and 1 turns alone"),
+            Kind::Yarn { truncate: false, .. } => Some("rounds the ends of yarn's ramp, and the model does not"),
+            _ => None,
+        }
     }
 
     /// Inverse frequencies and the attention factor.
@@ -288,11 +312,7 @@ impl Rotation {
                 f / factor * ramp + f * (1.0 - ramp)
             }
         };
-        let attention = match self.kind {
-            Kind::Yarn { attention, .. } | Kind::Long { attention, .. } => attention,
-            _ => 1.0,
-        };
-        (plain.enumerate().map(bend).map(|f| f as f32).collect(), attention as f32)
+        (plain.enumerate().map(bend).map(|f| f as f32).collect(), self.attention() as f32)
     }
 
     /// How far pair `t` is interpolated under yarn, 0 (not) to 1.

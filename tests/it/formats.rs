@@ -29,6 +29,7 @@ pub fn with_tokenizer(case: &str, folder: &Path) -> PathBuf {
     }
     match case {
         "gemma3_text" => drop(map.insert("rope_parameters".into(), json!({"rope_theta": 1e6, "rope_type": "default"}))),
+        "mixtral" => drop(map.insert("sliding_window".into(), Value::Null)),
         "llama3" => map["rope_parameters"]["original_max_position_embeddings"] = json!(8192),
         _ => {}
     }
@@ -46,7 +47,9 @@ pub fn with_tokenizer(case: &str, folder: &Path) -> PathBuf {
 #[test]
 fn a_gguf_file_of_every_family_computes_as_the_checkpoint_does() {
     let folder = tempfile::tempdir().unwrap();
-    for case in ["llama2", "llama3", "llama_linear", "qwen2_untied", "qwen3", "gemma2", "gemma3_text"] {
+    let dense = ["llama2", "llama3", "llama_linear", "qwen2_untied", "qwen3", "gemma2", "gemma3_text"];
+    let more = ["phi3_short", "olmo2", "olmo3", "granite", "glm4", "cohere2", "mixtral", "qwen3_moe_stacked", "olmoe"];
+    for case in dense.into_iter().chain(more) {
         let model = with_tokenizer(case, folder.path());
         let more = ["--format", "gguf,dense", "--no-eval"];
         let (out, _) = compress(folder.path(), model.to_str().unwrap(), &format!("{case}-out"), PRUNE, &more);

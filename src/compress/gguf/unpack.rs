@@ -8,6 +8,7 @@ use serde_json::{Value as Json, json};
 
 use crate::checkpoint::decode::{decode, encode};
 use crate::checkpoint::dtype_of;
+use crate::compress::gguf::families::{FAMILIES, Family, Head, Sliding, restored};
 use crate::compress::gguf::paired;
 use crate::embedded;
 use crate::error::{Error, Result, shown};
@@ -33,62 +34,33 @@ pub fn unpack(path: &Path, folder: &Path) -> Result<()> {
 }
 
 struct Contents {
-    arch: String,
+    family: &'static Family,
+    experts: usize,
     config: Json,
     tokenizer: Option<[Json; 2]>,
-}
-
-/// The name in a checkpoint of a tensor.
-fn renamed(name: &str, gemma: bool) -> Option<String> {
-    let simple = match name {
-        "token_embd.weight" => Some("model.embed_tokens.weight"),
-        "output_norm.weight" => Some("model.norm.weight"),
-        "output.weight" => Some("lm_head.weight"),
-        _ => None,
-    };
-    if let Some(simple) = simple {
-        return Some(simple.into());
-    }
-    let mut parts = name.split('.');
-    let (Some("blk"), Some(number), Some(part), Some(end), None) = (parts.next(), parts.next(), parts.next(), parts.next(), parts.next())
-    else {
-        return None;
-    };
-    let part = match part {
-        "attn_q" => "self_attn.q_proj",
-        "attn_k" => "self_attn.k_proj",
-        "attn_v" => "self_attn.v_proj",
-        "attn_output" => "self_attn.o_proj",
-        "attn_q_norm" => "self_attn.q_norm",
-        "attn_k_norm" => "self_attn.k_norm",
-        "ffn_gate" => "mlp.gate_proj",
-        "ffn_up" => "mlp.up_proj",
-        "ffn_down" => "mlp.down_proj",
-        "attn_norm" => "input_layernorm",
-        "post_attention_norm" => "post_attention_layernorm",
-        "ffn_norm" if gemma => "pre_feedforward_layernorm",
-        "ffn_norm" => "post_attention_layernorm",
-        "post_ffw_norm" => "post_feedforward_layernorm",
-        _ => return None,
-    };
-    number.parse::<u32>().ok()?;
-    Some(format!("model.layers.{number}.{part}.{end}"))
 }
 
 impl Contents {
     fn of(reader: &Reader) -> Result<Self> {
         let arch = reader.text("general.architecture").unwrap_or("?").to_owned();
-        let model_type = match arch.as_str() {
-            "llama" | "qwen2" | "qwen3" | "gemma2" => arch.as_str(),
-            "gemma3" => "gemma3_text",
-            _ => return Err(Error::input(format!("architecture `{}`; read are llama, qwen2, qwen3, gemma2 and gemma3", shown(&arch)))),
-        };
         let key = |name: &str| format!("{arch}.{name}");
         let count = |name: &str| reader.count(&key(name));
+        let experts = count("expert_count").unwrap_or(0) as usize;
+        let windows = count("attention.sliding_window").is_some_and(|window| window > 0);
+        let mut families = FAMILIES.iter().filter(|family| family.arch == arch);
+        let fits = |family: &&Family| {
+            let listed = family.sliding == Sliding::Listed && family.head == Head::Own;
+            (family.renormalized.is_some() == (experts > 0)) && (arch != "olmo2" || listed == windows)
+        };
+        let Some(family) = families.find(fits) else {
+            let mut read: Vec<&str> = FAMILIES.iter().map(|family| family.arch).collect();
+            read.dedup();
+            return Err(Error::input(format!("architecture `{}`; read are {}", shown(&arch), read.join(", "))));
+        };
         let embedding = reader.tensors.iter().find(|(tensor, _)| tensor.name == "token_embd.weight");
         let vocabulary = embedding.and_then(|(tensor, _)| tensor.shape.first().copied());
         let mut config = json!({
-            "model_type": model_type,
+            "model_type": family.model_types[0],
             "vocab_size": vocabulary,
             "hidden_size": count("embedding_length"),
             "intermediate_size": count("feed_forward_length"),
@@ -96,7 +68,6 @@ impl Contents {
             "num_attention_heads": count("attention.head_count"),
             "num_key_value_heads": count("attention.head_count_kv").or(count("attention.head_count")),
             "max_position_embeddings": count("context_length"),
-            "rms_norm_eps": reader.float(&key("attention.layer_norm_rms_epsilon")).map(f64::from),
             "rope_theta": reader.float(&key("rope.freq_base")).map_or(10_000.0, f64::from),
             "tie_word_embeddings": !reader.tensors.iter().any(|(tensor, _)| tensor.name == "output.weight"),
             "bos_token_id": reader.count("tokenizer.ggml.bos_token_id"),
@@ -104,43 +75,22 @@ impl Contents {
         });
         let mut put = |name: &str, value: Option<Json>| value.into_iter().for_each(|value| config[name] = value);
         put("head_dim", count("attention.key_length").map(Json::from));
-        if arch.starts_with("gemma") {
-            put("sliding_window", count("attention.sliding_window").map(Json::from));
-            put("query_pre_attn_scalar", count("attention.key_length").map(Json::from));
-            put("attn_logit_softcapping", reader.float(&key("attn_logit_softcapping")).map(|cap| json!(cap)).or(Some(Json::Null)));
-            put("final_logit_softcapping", reader.float(&key("final_logit_softcapping")).map(|cap| json!(cap)).or(Some(Json::Null)));
-        }
-        if let (Some(kind), Some(factor)) = (reader.text(&key("rope.scaling.type")), reader.float(&key("rope.scaling.factor")))
-            && kind != "none"
-        {
-            let original = count("rope.scaling.original_context_length");
-            put("rope_scaling", Some(json!({"rope_type": kind, "factor": factor, "original_max_position_embeddings": original})));
-        }
-        let divisors = reader.tensors.iter().find(|(tensor, _)| tensor.name == "rope_freqs.weight");
-        if let Some((tensor, start)) = divisors {
-            let mut values = vec![0.0; tensor.shape.iter().product()];
-            decode(Float::F32, &reader.bytes(tensor, *start)?, &mut values);
-            config["rope_scaling"] = bent(&config, &values)?;
-        }
+        described(reader, family, &mut put);
+        turned(reader, &arch, &mut config)?;
         let tokenizer = tokenizer(reader);
-        Ok(Self { arch, config, tokenizer })
+        Ok(Self { family, experts, config, tokenizer })
     }
 
     fn write(mut self, reader: &Reader, folder: &Path) -> Result<()> {
-        let gemma = self.arch.starts_with("gemma");
-        let known: Vec<(String, &Tensor, u64)> = reader
-            .tensors
-            .iter()
-            .filter(|(tensor, _)| tensor.name != "rope_freqs.weight")
-            .map(|(tensor, start)| {
-                let name = renamed(&tensor.name, gemma);
-                name.map(|name| (name, tensor, *start))
-                    .ok_or_else(|| Error::input("not a tensor of this architecture").tensor(&tensor.name))
-            })
-            .collect::<Result<_>>()?;
+        let mut known: Vec<(String, Tensor, u64)> = Vec::new();
+        for (tensor, start) in reader.tensors.iter().filter(|(tensor, _)| !ROTATIONS.contains(&tensor.name.as_str())) {
+            let names = restored(&tensor.name, self.family, self.experts);
+            let names = names.ok_or_else(|| Error::input("not a tensor of this architecture").tensor(&tensor.name))?;
+            known.extend(parts(names, tensor, *start)?);
+        }
         let layers: HashMap<&str, Outlined> =
             known.iter().filter_map(|(name, tensor, _)| Some((name.as_str(), packed(name, tensor)?))).collect();
-        let entry = |(name, tensor, _): &(String, &Tensor, u64)| match layers.get(name.as_str()) {
+        let entry = |(name, tensor, _): &(String, Tensor, u64)| match layers.get(name.as_str()) {
             Some(layer) => (compressed_tensors::FORMAT.entries)(layer),
             None => {
                 vec![Entry { name: name.clone(), dtype: dtype_of(tensor.kind.float().unwrap_or(Float::F32)), shape: tensor.shape.clone() }]
@@ -184,7 +134,7 @@ impl Contents {
             "k_proj" => "num_key_value_heads",
             _ => return None,
         };
-        self.config[key].as_u64().filter(|_| self.arch == "llama").map(|heads| heads as usize)
+        self.config[key].as_u64().filter(|_| self.family.paired).map(|heads| heads as usize)
     }
 
     /// The order of rows that undoes pairs.
@@ -211,7 +161,7 @@ impl Contents {
             let matrix = Weight::Dense(matrix);
             return encode(Float::F32, &self.halved(name, &matrix).unwrap_or(matrix).to_matrix().data);
         };
-        if self.arch.starts_with("gemma") && name.contains("norm") {
+        if self.family.plus_one && name.contains("norm") {
             let mut values = vec![0.0; bytes.len() / float.bytes()];
             decode(float, &bytes, &mut values);
             values.iter_mut().for_each(|value| *value -= 1.0);
@@ -228,10 +178,104 @@ impl Contents {
     }
 }
 
+/// Tensors of rotations.
+const ROTATIONS: [&str; 3] = ["rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"];
+
+/// A tensor under its name in a checkpoint; one of all experts as one for each.
+fn parts(names: Vec<String>, tensor: &Tensor, start: u64) -> Result<Vec<(String, Tensor, u64)>> {
+    let [experts, rows, columns] = match (tensor.shape.as_slice(), names.as_slice()) {
+        (_, [_]) if tensor.shape.len() < 3 => return Ok(names.into_iter().map(|name| (name, tensor.clone(), start)).collect()),
+        (&[experts, rows, columns], names) if experts == names.len() => [experts, rows, columns],
+        (shape, names) => return Err(Error::input(format!("is {shape:?} for {} experts", names.len())).tensor(&tensor.name)),
+    };
+    let part = Tensor { shape: vec![rows, columns], ..tensor.clone() };
+    let starts = (0..experts as u64).map(|expert| start + expert * part.bytes());
+    Ok(names.into_iter().zip(starts).map(|(name, start)| (name, part.clone(), start)).collect())
+}
+
+/// What the keys say of a family beside what they say of all.
+fn described(reader: &Reader, family: &Family, put: &mut dyn FnMut(&str, Option<Json>)) {
+    let key = |name: &str| format!("{}.{name}", family.arch);
+    let whole = |name: &str| reader.count(&key(name)).map(Json::from);
+    let float = |name: &str| reader.float(&key(name)).map(|value| json!(value));
+    put("rms_norm_eps", float("attention.layer_norm_rms_epsilon"));
+    put("layer_norm_eps", float("attention.layer_norm_epsilon"));
+    if let Some(renormalized) = family.renormalized {
+        let mixtral = family.arch == "llama";
+        put(if mixtral { "num_local_experts" } else { "num_experts" }, whole("expert_count"));
+        put("num_experts_per_tok", whole("expert_used_count"));
+        put("norm_topk_prob", Some(json!(renormalized)).filter(|_| !mixtral));
+        put("moe_intermediate_size", whole("expert_feed_forward_length"));
+        put("shared_expert_intermediate_size", whole("expert_shared_feed_forward_length"));
+    }
+    put("sliding_window", whole("attention.sliding_window").or(Some(Json::Null)).filter(|_| family.sliding != Sliding::Unknown));
+    if family.sliding == Sliding::Unknown {
+        put("use_sliding_window", Some(json!(false)));
+        put("sliding_window", Some(Json::Null));
+    }
+    if let (Sliding::Listed, Some(Value::I32s(pattern))) = (family.sliding, reader.keys.get(&key("attention.sliding_window_pattern"))) {
+        let kinds = pattern.iter().map(|&sliding| if sliding != 0 { "sliding_attention" } else { "full_attention" });
+        put("layer_types", Some(kinds.collect()));
+    }
+    let biased = reader.tensors.iter().any(|(tensor, _)| tensor.name == "blk.0.attn_q.bias");
+    match family.arch {
+        "gemma2" | "gemma3" => {
+            put("query_pre_attn_scalar", whole("attention.key_length"));
+            put("attn_logit_softcapping", float("attn_logit_softcapping").or(Some(Json::Null)));
+            put("final_logit_softcapping", float("final_logit_softcapping").or(Some(Json::Null)));
+        }
+        "glm4" => put("attention_bias", Some(json!(biased))),
+        "cohere2" => put("logit_scale", float("logit_scale")),
+        "granite" => {
+            put("logits_scaling", float("logit_scale"));
+            put("attention_multiplier", float("attention.scale"));
+            put("embedding_multiplier", float("embedding_scale"));
+            put("residual_multiplier", float("residual_scale"));
+            put("attention_bias", Some(json!(biased)));
+        }
+        _ => {}
+    }
+}
+
+/// What the file says of rotations.
+fn turned(reader: &Reader, arch: &str, config: &mut Json) -> Result<()> {
+    let key = |name: &str| format!("{arch}.{name}");
+    let listed = |name: &str| -> Result<Option<Vec<f32>>> {
+        let Some((tensor, start)) = reader.tensors.iter().find(|(tensor, _)| tensor.name == name) else { return Ok(None) };
+        let mut values = vec![0.0; tensor.shape.iter().product()];
+        decode(Float::F32, &reader.bytes(tensor, *start)?, &mut values);
+        Ok(Some(values))
+    };
+    let (width, turning) = (reader.count(&key("attention.key_length")), reader.count(&key("rope.dimension_count")));
+    if let (Some(width), Some(turning)) = (width, turning)
+        && turning < width
+    {
+        config["partial_rotary_factor"] = json!(f64::from(turning) / f64::from(width));
+    }
+    let original = reader.count(&key("rope.scaling.original_context_length"));
+    let kind = reader.text(&key("rope.scaling.type")).filter(|kind| *kind != "none");
+    let attention = reader.float(&key("rope.scaling.attn_factor")).map(f64::from);
+    if let (Some(kind), Some(factor)) = (kind, reader.float(&key("rope.scaling.factor")).map(f64::from)) {
+        config["rope_scaling"] = json!({"rope_type": kind, "factor": factor, "original_max_position_embeddings": original});
+        if let Some(attention) = attention.filter(|_| kind == "yarn") {
+            config["rope_scaling"]["attention_factor"] = json!(attention * (1.0 + 0.1 * factor.max(1.0).ln()));
+        }
+    }
+    if let (Some(short), Some(long)) = (listed(ROTATIONS[1])?, listed(ROTATIONS[2])?) {
+        config["original_max_position_embeddings"] = json!(original);
+        config["rope_scaling"] = json!({"rope_type": "longrope", "short_factor": short, "long_factor": long, "attention_factor": attention.unwrap_or(1.0),
+                "original_max_position_embeddings": original});
+    }
+    if let Some(divisors) = listed(ROTATIONS[0])? {
+        config["rope_scaling"] = bent(config, &divisors)?;
+    }
+    Ok(())
+}
+
 /// A linear layer in blocks; embeddings are read as floats.
 fn packed(name: &str, tensor: &Tensor) -> Option<Outlined> {
     let ints = blocks::decode(&[], tensor.kind, [0, 0])?;
-    let layer = name.strip_suffix(".weight").filter(|name| name.contains("_proj"))?;
+    let layer = name.strip_suffix(".weight").filter(|name| name.contains("_proj") || name.contains(".experts."))?;
     let storage = Some(Storage::Ints { bits: ints.bits, group: tensor.kind.weights(), symmetric: true });
     Some(Outlined { name: layer.into(), shape: tensor.shape.as_slice().try_into().ok()?, storage, float: Float::F16 })
 }
