@@ -272,7 +272,8 @@ fn groups(
     };
     let key = |name: &str| match target {
         Target::Sparsity(_) => block(name),
-        _ if fuses => fusion(name).unwrap_or_else(|| name.into()),
+        // Experts are measured together, and GGUF has those of a layer in one tensor.
+        _ if fuses || name.contains(".experts.") => fusion(name).unwrap_or_else(|| name.into()),
         _ => name.into(),
     };
     let mut members: BTreeMap<String, Vec<usize>> = BTreeMap::new();

@@ -180,6 +180,10 @@ fn recipe(arguments: &Compress, invocation: &Invocation) -> Result<Recipe> {
     calibration.all_experts |= arguments.all_experts;
     calibration.seq = arguments.seq.or(calibration.seq);
     calibration.seed = invocation.seed.unwrap_or(calibration.seed);
+    if arguments.gguf_type.is_some() {
+        // Also where every layer falls back to a type that other formats know.
+        recipe.export.format = Some(OneOrMany(vec!["gguf".into()]));
+    }
     if let Some(format) = &arguments.format {
         recipe.export.format = Some(OneOrMany(format.split(',').map(|name| name.trim().to_owned()).collect()));
     }

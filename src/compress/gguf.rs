@@ -21,6 +21,7 @@ use crate::formats::gguf::reader::Reader;
 use crate::formats::gguf::{FORMAT, carrier, tokenizer};
 use crate::formats::output::Layout;
 use crate::model::config::{Config, model_type};
+use crate::model::rotation::Rotation;
 use crate::weight::{Float, Outlined, Storage, Weight};
 
 /// The file's name.
@@ -332,6 +333,11 @@ fn notes(left: &[String], layers: &[Outlined], config: &Config, family: &Family)
     let mut notes = Vec::new();
     if let Some(first) = left.first() {
         notes.push(format!("gguf has no place for {} ({} such tensors)", shown(first), left.len()));
+    }
+    if let Some((_, _, Some(original))) = families::turning(config).filter(|turning| turning.long().is_some()).and_then(Rotation::scaling) {
+        notes.push(format!(
+            "llama.cpp turns as for long texts wherever its context is longer than {original} tokens: give it a --ctx-size up to that for short ones"
+        ));
     }
     let floats = layers.iter().filter(|layer| matches!(layer.storage, Some(Storage::Ints { .. })) && carrier(layer).is_none());
     let (count, first) = (floats.clone().count(), floats.map(|layer| shown(&layer.name)).next());

@@ -210,20 +210,21 @@ pub fn fusion(name: &str) -> Option<String> {
 
 /// Sets of layers that engines fuse but that have different schemes.
 pub fn unfused(layers: &[Outlined]) -> Vec<String> {
-    let mut sets: BTreeMap<String, Vec<Option<Storage>>> = BTreeMap::new();
+    let mut sets: BTreeMap<String, Vec<[Option<Storage>; 2]>> = BTreeMap::new();
     for layer in layers {
         if let Some(set) = fusion(&layer.name) {
             // A scale per row is one scheme, however wide rows are.
-            let scheme = match layer.storage {
+            let by_row = match layer.storage {
                 Some(Storage::Ints { bits, group, symmetric }) if group == layer.shape[1] => {
                     Some(Storage::Ints { bits, group: 0, symmetric })
                 }
                 storage => storage,
             };
-            sets.entry(set).or_default().push(scheme);
+            sets.entry(set).or_default().push([layer.storage, by_row]);
         }
     }
-    sets.into_iter().filter(|(_, storages)| storages.iter().any(|one| one != &storages[0])).map(|(set, _)| set).collect()
+    let alike = |storages: &[[Option<Storage>; 2]]| (0..2).any(|way| storages.iter().all(|one| one[way] == storages[0][way]));
+    sets.into_iter().filter(|(_, storages)| !alike(storages)).map(|(set, _)| set).collect()
 }
 
 /// What each engine does with a format.
@@ -261,6 +262,9 @@ mod tests {
         for (number, layer) in experts.iter_mut().enumerate() {
             layer.name = format!("b.0.mlp.experts.{number}.down_proj");
         }
+        assert!(unfused(&experts).is_empty());
+        // Rows that are one group wide are no scheme of their own.
+        experts[1].shape = [128, 64];
         assert!(unfused(&experts).is_empty());
         experts[2].storage = Some(Storage::Ints { bits: 8, group: 64, symmetric: true });
         assert_eq!(unfused(&experts), ["all experts of b.0.mlp"]);
