@@ -6,6 +6,7 @@
 mod fetch;
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::checkpoint::files::read_file;
 use crate::checkpoint::index;
@@ -60,7 +61,12 @@ pub struct Hub {
     pub token: Option<String>,
     /// Whether the network is left alone.
     pub offline: bool,
+    /// How long the hub may be silent.
+    pub patience: Duration,
 }
+
+/// How long a hub may be silent where nobody says it.
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 impl Hub {
     /// The folder of a model, downloaded first where the cache does not hold it.

@@ -1,11 +1,12 @@
 //! Models that are given by their name on a hub, and what the environment says of the hub.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::cli::arguments::Command;
 use crate::cli::progress::Progress;
 use crate::error::Result;
-use crate::hub::{Hub, Id};
+use crate::hub::{Hub, Id, PATIENCE};
 
 /// Puts the folders of models in place of their names on a hub.
 ///
@@ -48,5 +49,6 @@ fn hub(offline: bool) -> Hub {
         endpoint: word("HF_ENDPOINT"),
         token,
         offline: offline || told,
+        patience: word("HF_HUB_DOWNLOAD_TIMEOUT").and_then(|value| value.trim().parse().ok()).map_or(PATIENCE, Duration::from_secs),
     }
 }

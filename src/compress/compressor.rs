@@ -171,8 +171,10 @@ impl<'a> Compressor<'a> {
             return Ok((applied.curve, applied.block_notes));
         }
         if stage.method.target() == Target::FloatOutput && !layers.is_empty() {
-            for (slot, note) in float_output::by_site(bench, &layers, stage.method.as_ref())? {
-                handed.entry(slot).or_default().notes.push(note);
+            for (slot, told) in float_output::by_site(bench, &layers, stage.method.as_ref())? {
+                let handed = handed.entry(slot).or_default();
+                handed.notes.extend(told.notes);
+                handed.layer_error = told.layer_error.map(ratio);
             }
             return Ok(Default::default());
         }

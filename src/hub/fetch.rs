@@ -1,8 +1,10 @@
 //! The download itself, through the hf-hub crate.
 
+use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant};
 
 use hf_hub::api::Progress;
 use hf_hub::api::sync::{Api, ApiBuilder, ApiError, ApiRepo};
@@ -15,29 +17,96 @@ use crate::run::Observer;
 /// How often a file is tried in a row without a byte of progress.
 const ATTEMPTS: u32 = 5;
 
-/// Tells an observer of the bytes of a file.
-struct Watched<'a> {
-    observer: &'a dyn Observer,
-    begun: bool,
+/// How often whoever waits for the hub looks up.
+const GLANCE: Duration = Duration::from_millis(100);
+
+/// What a thread that asks the hub tells.
+enum News<T> {
+    /// A file of so many bytes begins.
+    Begun(String, u64),
+    /// So many bytes came.
+    Came(u64),
+    /// The file is there.
+    Ended,
+    /// What the library gave; nothing where it failed to understand the hub.
+    Given(Option<Result<T, ApiError>>),
 }
 
-impl Progress for Watched<'_> {
+/// Tells of the bytes of a file.
+struct Watched<T>(Sender<News<T>>);
+
+impl<T> Progress for Watched<T> {
     fn init(&mut self, size: usize, filename: &str) {
-        if !std::mem::replace(&mut self.begun, true) {
-            self.observer.begin(&format!("download {}", shown(filename)), size as u64);
-        }
+        let _ = self.0.send(News::Begun(filename.into(), size as u64));
     }
 
     fn update(&mut self, size: usize) {
-        self.observer.step(size as u64, "");
-        if self.observer.stopped().is_some() {
-            // The library has no other way out of a download; what came stays.
+        if self.0.send(News::Came(size as u64)).is_err() {
+            // Nobody waits any more, and the library has no other way out of a download; what came stays.
             std::panic::resume_unwind(Box::new("stopped"));
         }
     }
 
     fn finish(&mut self) {
-        self.observer.end();
+        let _ = self.0.send(News::Ended);
+    }
+}
+
+/// Whoever waits for the hub, which may fall silent: the library would wait for ever.
+struct Patience<'a> {
+    id: &'a Id,
+    observer: &'a dyn Observer,
+    longest: Duration,
+    /// Whether the hub fell silent.
+    gone: Cell<bool>,
+}
+
+impl Patience<'_> {
+    /// What the library gives, asked in a thread of its own. Its failures are errors, and so is silence.
+    fn ask<T: Send + 'static>(&self, ask: impl FnOnce(Sender<News<T>>) -> Result<T, ApiError> + Send + 'static) -> Result<T> {
+        let (tell, news) = channel();
+        let given = tell.clone();
+        let asking = move || {
+            let _ = given.send(News::Given(catch_unwind(AssertUnwindSafe(|| ask(tell))).ok()));
+        };
+        std::thread::Builder::new()
+            .name("download".into())
+            .spawn(asking)
+            .map_err(|error| Error::run(format!("no thread to ask the hub: {error}")))?;
+        let (mut heard, mut begun) = (Instant::now(), false);
+        loop {
+            self.go_on()?;
+            match news.recv_timeout(GLANCE) {
+                Ok(News::Given(Some(given))) => return given.map_err(|error| failed(self.id, &error)),
+                Ok(News::Given(None)) | Err(RecvTimeoutError::Disconnected) => {
+                    return Err(Error::run(format!("{}: the hub gives an answer that cannot be understood", self.id)));
+                }
+                Ok(News::Begun(name, size)) if !std::mem::replace(&mut begun, true) => {
+                    self.observer.begin(&format!("download {}", shown(&name)), size);
+                }
+                Ok(News::Begun(..)) => {}
+                Ok(News::Came(bytes)) => self.observer.step(bytes, ""),
+                Ok(News::Ended) => self.observer.end(),
+                Err(RecvTimeoutError::Timeout) if heard.elapsed() < self.longest => continue,
+                Err(RecvTimeoutError::Timeout) => {
+                    let what = format!(
+                        "{}: the hub has sent nothing for {} s; what was downloaded is kept, run the same command again (HF_HUB_DOWNLOAD_TIMEOUT says how long to wait)",
+                        self.id,
+                        self.longest.as_secs()
+                    );
+                    self.gone.set(true);
+                    return Err(Error::run(what));
+                }
+            }
+            heard = Instant::now();
+        }
+    }
+
+    fn go_on(&self) -> Result<()> {
+        match self.observer.stopped() {
+            Some(signal) => Err(Error::new(Fault::Interrupted(signal), "stopped; what was downloaded is kept, run the same command again")),
+            None => Ok(()),
+        }
     }
 }
 
@@ -45,8 +114,7 @@ impl Progress for Watched<'_> {
 struct Fetching<'a> {
     id: &'a Id,
     api: Api,
-    repo: ApiRepo,
-    observer: &'a dyn Observer,
+    patience: Patience<'a>,
     folder: PathBuf,
 }
 
@@ -64,24 +132,21 @@ impl Hub {
             builder = builder.with_endpoint(endpoint.trim_end_matches('/').to_string());
         }
         let api = builder.build().map_err(|error| failed(id, &error))?;
-        let repo = api.repo(Repo::with_revision(id.name.clone(), RepoType::Model, id.revision.clone()));
-        let info = caught(id, || repo.info())?;
+        let fetching = Fetching {
+            id,
+            api,
+            patience: Patience { id, observer, longest: self.patience, gone: Cell::new(false) },
+            folder: self.folder(id),
+        };
+        let repo = fetching.repo();
+        let info = fetching.patience.ask(move |_| repo.info())?;
         let names: Vec<&str> = info.siblings.iter().map(|file| file.rfilename.as_str()).collect();
         let names = wanted(&names);
         if !names.contains(&"config.json") || !names.iter().any(|name| name.ends_with(".safetensors")) {
             return Err(Error::input(format!("{id}: the repository holds no config.json with safetensors files beside it")));
         }
-        let fetching = Fetching { id, api, repo, observer, folder: self.folder(id) };
         names.iter().try_for_each(|name| fetching.file(name))?;
         self.cached(id).ok_or_else(|| Error::run(format!("{id}: the repository changed during the download; try again")))
-    }
-}
-
-/// What the library gives, whose failures are errors.
-fn caught<T>(id: &Id, ask: impl FnOnce() -> Result<T, ApiError>) -> Result<T> {
-    match catch_unwind(AssertUnwindSafe(ask)) {
-        Ok(given) => given.map_err(|error| failed(id, &error)),
-        Err(_) => Err(Error::run(format!("{id}: the hub gives an answer that cannot be understood"))),
     }
 }
 
@@ -90,10 +155,12 @@ impl Fetching<'_> {
     fn file(&self, name: &str) -> Result<()> {
         let (mut fruitless, mut before) = (0, 0);
         loop {
-            self.go_on()?;
+            self.patience.go_on()?;
             let (came, error) = match self.attempt(name) {
                 Ok(()) => return Ok(()),
-                Err((_, error)) if error.fault == Fault::Input => return Err(error),
+                Err((_, error)) if matches!(error.fault, Fault::Input | Fault::Interrupted(_)) => return Err(error),
+                // The thread that waits still holds the file.
+                Err((_, error)) if self.patience.gone.get() => return Err(error),
                 Err(failure) => failure,
             };
             fruitless = if came > before { 0 } else { fruitless + 1 };
@@ -105,17 +172,15 @@ impl Fetching<'_> {
         }
     }
 
-    fn go_on(&self) -> Result<()> {
-        match self.observer.stopped() {
-            Some(signal) => Err(Error::new(Fault::Interrupted(signal), "stopped; what was downloaded is kept, run the same command again")),
-            None => Ok(()),
-        }
+    fn repo(&self) -> ApiRepo {
+        self.api.repo(Repo::with_revision(self.id.name.clone(), RepoType::Model, self.id.revision.clone()))
     }
 
     /// Goes on with a file; an error comes with the number of bytes that are there.
     fn attempt(&self, name: &str) -> Result<(), (u64, Error)> {
         let none = |error: Error| (0, error);
-        let metadata = caught(self.id, || self.api.metadata(&self.repo.url(name))).map_err(none)?;
+        let (api, address) = (self.api.clone(), self.repo().url(name));
+        let metadata = self.patience.ask(move |_| api.metadata(&address)).map_err(none)?;
         let (etag, commit, size) = (metadata.etag().to_string(), metadata.commit_hash().to_string(), metadata.size() as u64);
         // Both become parts of paths. A weak tag is the same tag.
         let tag = etag.strip_prefix("W/").unwrap_or(&etag);
@@ -143,8 +208,9 @@ impl Fetching<'_> {
         // Whoever finds this mark looks at the bytes once more.
         std::fs::write(&mark, "").map_err(|error| failed(&mark, error))?;
         if length(&blob) != size {
-            let watched = Watched { observer: self.observer, begun: false };
-            caught(self.id, || self.repo.download_with_progress(name, watched)).map_err(|error| (length(&part), error))?;
+            let (repo, own) = (self.repo(), name.to_owned());
+            let download = move |news| repo.download_with_progress(&own, Watched(news));
+            self.patience.ask(download).map_err(|error| (length(&part), error))?;
         }
         let came = length(&blob);
         let undo = || drop(std::fs::remove_file(&pointer));
@@ -154,7 +220,7 @@ impl Fetching<'_> {
             std::fs::rename(&blob, &part).map_err(|error| (came, Error::io(&blob, &error)))?;
             return Err((came, Error::run(format!("{}: {} ended at byte {came} of {size}", self.id, shown(name)))));
         }
-        let sound = came == size && matches(&blob, tag, || self.go_on()).map_err(|error| (came, error))?;
+        let sound = came == size && matches(&blob, tag, || self.patience.go_on()).map_err(|error| (came, error))?;
         if !sound {
             undo();
             let _ = std::fs::remove_file(&blob).and_then(|()| std::fs::remove_file(&mark));

@@ -177,6 +177,15 @@ impl Site {
     }
 }
 
+/// What is told of a layer.
+#[derive(Debug)]
+pub struct Told {
+    /// What the user should know.
+    pub notes: Vec<String>,
+    /// Of a layer of an expert, whose statistics nobody keeps: sums of squares of the error of its output and of that output.
+    pub layer_error: Option<[f64; 2]>,
+}
+
 /// A method on the layers of experts.
 struct OnExperts<'a> {
     method: &'a dyn Method,
@@ -185,7 +194,7 @@ struct OnExperts<'a> {
 
 impl Craft for OnExperts<'_> {
     type Prepared = Option<Site>;
-    type Told = Vec<String>;
+    type Told = Told;
 
     fn aim(&self) -> Aim {
         Aim::FloatOutput
@@ -202,28 +211,29 @@ impl Craft for OnExperts<'_> {
         }
     }
 
-    fn work(&self, prepared: &Option<Site>, linear: &mut Linear, slot: Slot, original: Option<Matrix>) -> Result<Vec<String>> {
+    fn work(&self, prepared: &Option<Site>, linear: &mut Linear, slot: Slot, original: Option<Matrix>) -> Result<Told> {
         let layer = BlockLayer::find(self.layers, slot);
         let missing = || Error::run("the original block was not kept");
         let (prepared, original, layer) =
             (prepared.as_ref().ok_or_else(missing)?, original.ok_or_else(missing)?, layer.ok_or_else(missing)?);
-        prepared.on_layer(self.method, linear, &original, layer, None)
+        let notes = prepared.on_layer(self.method, linear, &original, layer, None)?;
+        let layer_error = prepared.all.capture.statistics.layer_error(&original, &linear.weight.to_matrix());
+        Ok(Told { notes, layer_error })
     }
 }
 
 /// Applies a method to layers of a block, which come in the order of their slots, site after site, each seeing what the layers
-/// before it now give. Gives notes by layer.
+/// before it now give.
 ///
 /// # Errors
 /// As the method, or when hidden states cannot be read.
-pub fn by_site(bench: &mut Bench<'_>, layers: &[BlockLayer], method: &dyn Method) -> Result<Vec<(Slot, String)>> {
-    let mut notes = Vec::new();
+pub fn by_site(bench: &mut Bench<'_>, layers: &[BlockLayer], method: &dyn Method) -> Result<Vec<(Slot, Told)>> {
+    let mut told = Vec::new();
     let gpu = bench.run.device.gpu.as_ref();
     for site in block::Site::ALL {
         if bench.block.experts.is_some() && site == block::Site::Mlp {
             bench.arrive()?;
-            let told = bench.on_experts(&OnExperts { method, layers })?;
-            notes.extend(told.into_iter().flat_map(|(slot, notes)| notes.into_iter().map(move |note| (slot, note))));
+            told.extend(bench.on_experts(&OnExperts { method, layers })?);
             break;
         }
         if !bench.reads(site) {
@@ -239,12 +249,12 @@ pub fn by_site(bench: &mut Bench<'_>, layers: &[BlockLayer], method: &dyn Method
             bench.run.check_stop()?;
             let original = bench.original(one.slot)?.ok_or_else(|| Error::run("the original block was not kept").tensor(&one.name))?;
             let linear = bench.linear(one.slot).ok_or_else(|| Error::run("not part of the block").tensor(&one.name))?;
-            let told = prepared.on_layer(method, linear, &original, one, gpu).map_err(|error| error.tensor(&one.name))?;
-            notes.extend(told.into_iter().map(|note| (one.slot, note)));
+            let notes = prepared.on_layer(method, linear, &original, one, gpu).map_err(|error| error.tensor(&one.name))?;
+            told.push((one.slot, Told { notes, layer_error: None }));
         }
     }
     bench.settled = true;
-    Ok(notes)
+    Ok(told)
 }
 
 /// Applies a method with the statistics of some windows, aimed at the corrected weight.

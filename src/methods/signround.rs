@@ -230,7 +230,8 @@ impl SignRound {
             layers.iter().map(|layer| bench.block.linear(layer.slot).and_then(|linear| mask(&linear.weight).cloned())).collect();
         if self.start() == Init::ClosedForm {
             let closed = ClosedForm { bits: self.bits, group: self.group, symmetric: self.symmetric, ..ClosedForm::default() };
-            applied.notes = float_output::by_site(bench, layers, &closed)?;
+            let told = float_output::by_site(bench, layers, &closed)?;
+            applied.notes = told.into_iter().flat_map(|(slot, told)| told.notes.into_iter().map(move |note| (slot, note))).collect();
         }
         let mut learned = Vec::new();
         for (layer, mask) in layers.iter().zip(masks) {

@@ -254,6 +254,7 @@ fn experts_are_rounded_by_what_comes_to_them_and_learned_and_the_same_for_any_nu
         let layers = found["report"]["layers"].as_array().unwrap();
         let corrected = |layer: &&Value| layer["notes"].to_string().contains("target corrected by");
         assert_eq!(layers.iter().filter(corrected).count(), layers.len(), "{case}");
+        assert!(layers.iter().all(|layer| layer["layer_error"].as_f64().is_some_and(|error| error > 0.0 && error < 0.5)), "{case}");
         assert!(closed == run("closed-again", "\"closed-form\"", &["--threads", "1"]).0, "{case}");
         assert!(learned == run("learned-again", signround, &["--threads", "1"]).0, "{case}");
     }

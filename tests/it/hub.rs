@@ -16,6 +16,8 @@ struct State {
     files: BTreeMap<String, Vec<u8>>,
     /// Files of which one answer ends half-way, and how it ends: with fewer bytes than announced, or as if those were all.
     cut: BTreeMap<String, bool>,
+    /// Files of which an answer stops half-way, and the connection stays.
+    silent: Vec<String>,
     /// Files that come with another byte.
     wrong: Vec<String>,
     /// What was asked for: a path, and the first byte of the range.
@@ -65,7 +67,13 @@ fn serve(mut stream: TcpStream, state: &Mutex<State>) {
         Some(false) => (body.len() / 2, body.len() / 2),
         None => (body.len(), body.len()),
     };
+    let silent = body.len() > 1 && state.silent.contains(&name);
+    let sent = if silent { sent / 2 } else { sent };
+    drop(state);
     answer(&mut stream, "206 Partial Content", &content, announced, &body[..sent]);
+    if silent {
+        std::thread::sleep(Duration::from_secs(20));
+    }
 }
 
 fn sha256(bytes: &[u8]) -> String {
@@ -82,7 +90,11 @@ impl Hub {
         let files = files.map(|file| (file.file_name().into_string().unwrap(), std::fs::read(file.path()).unwrap())).collect();
         let state = Arc::new(Mutex::new(State { files, ..State::default() }));
         let shared = Arc::clone(&state);
-        std::thread::spawn(move || listener.incoming().flatten().for_each(|stream| serve(stream, &shared)));
+        let each = move |stream| {
+            let shared = Arc::clone(&shared);
+            drop(std::thread::spawn(move || serve(stream, &shared)));
+        };
+        std::thread::spawn(move || listener.incoming().flatten().for_each(each));
         Self { address, state, cache: tempfile::tempdir().unwrap() }
     }
 
@@ -92,7 +104,12 @@ impl Hub {
 
     fn run(&self, arguments: &[&str]) -> Output {
         let mut command = Command::new(env!("CARGO_BIN_EXE_drawknife"));
-        command.args(arguments).env("HF_ENDPOINT", &self.address).env("HF_HOME", self.cache.path()).current_dir(self.cache.path());
+        command
+            .args(arguments)
+            .env("HF_ENDPOINT", &self.address)
+            .env("HF_HOME", self.cache.path())
+            .env("HF_HUB_DOWNLOAD_TIMEOUT", "2")
+            .current_dir(self.cache.path());
         for name in ["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN", "HF_HUB_OFFLINE"] {
             command.env_remove(name);
         }
@@ -151,6 +168,23 @@ fn a_connection_that_ends_half_way_is_gone_on_with() {
         drop(state);
         assert!(hub.blobs().iter().all(|name| !name.ends_with("part")), "{:?}", hub.blobs());
     }
+}
+
+#[test]
+fn a_hub_that_falls_silent_is_not_waited_for_and_gone_on_with_later() {
+    let hub = Hub::new();
+    hub.state().silent.push("model.safetensors".into());
+    let started = Instant::now();
+    let error = hub.inspect(&[]).unwrap_err();
+    let seconds = started.elapsed().as_secs_f64();
+    assert!(
+        error.starts_with("Some(1)") && error.contains("the hub has sent nothing for 2 s") && error.trim().lines().count() == 1,
+        "{error}"
+    );
+    assert!((2.0..10.0).contains(&seconds), "{seconds}");
+    hub.state().silent.clear();
+    assert_eq!(hub.inspect(&[]).unwrap()["blocks"], 3);
+    assert!(hub.state().asked.iter().any(|(path, first)| path.ends_with("model.safetensors") && *first > 0), "{:?}", hub.state().asked);
 }
 
 #[test]
