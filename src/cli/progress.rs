@@ -1,14 +1,14 @@
 //! A progress bar for what takes longer than two seconds, and the signals that stop a run.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
 
+use crate::cli::allocator;
 use crate::compress::work::{Work, worth_keeping};
 use crate::error::{Error, Fault, Result};
 use crate::run::Observer;
@@ -19,11 +19,16 @@ const NOTICE: Duration = Duration::from_millis(1600);
 /// How long a stage takes before its bar appears.
 const PATIENCE: Duration = Duration::from_secs(2);
 
+/// How often free memory is handed back.
+const TRIM_EVERY: Duration = Duration::from_secs(5);
+
 /// Shows progress and notices signals.
 #[derive(Debug)]
 pub struct Progress {
     shown: bool,
     bar: Mutex<Option<(ProgressBar, Instant)>>,
+    /// When free memory was last handed back.
+    trimmed: Mutex<Instant>,
     signal: Arc<AtomicUsize>,
 }
 
@@ -44,7 +49,7 @@ impl Progress {
         // A file-size limit shall be an error of the write, not the end of the program.
         signal_hook::flag::register(SIGXFSZ, Arc::new(AtomicBool::new(false))).map_err(|error| Error::run(format!("signals: {error}")))?;
         watch(Arc::clone(&signal));
-        Ok(Self { shown, bar: Mutex::new(None), signal })
+        Ok(Self { shown, bar: Mutex::new(None), trimmed: Mutex::new(Instant::now()), signal })
     }
 
     fn with_bar(&self, work: impl FnOnce(&mut Option<(ProgressBar, Instant)>)) {
@@ -128,6 +133,11 @@ impl Observer for Progress {
             bar.set_message(crate::error::shown(note));
             bar.inc(steps);
         });
+        let mut trimmed = self.trimmed.lock().unwrap_or_else(PoisonError::into_inner);
+        if trimmed.elapsed() > TRIM_EVERY {
+            allocator::trim();
+            *trimmed = Instant::now();
+        }
     }
 
     fn end(&self) {

@@ -81,14 +81,31 @@ impl Part {
         Some([solved(inputs)?, solved(residual)?])
     }
 
+    /// D H of some rows of `columns`, in single precision.
+    fn pushed(&self, rows: &[f32], columns: usize) -> Vec<f32> {
+        let gram: Vec<f32> = self.capture.statistics.gram.iter().flatten().map(|&value| value as f32).collect();
+        let mut pushed = vec![0.0; rows.len()];
+        let sizes = Sizes { m: rows.len() / columns.max(1), n: columns, k: columns };
+        product(sizes, &mut pushed, columns, false, 1.0, View::rows(rows, columns), View::rows(&gram, columns), true);
+        pushed
+    }
+
+    /// Sums of squares of the error of a layer's output and of that output, for a weight that integers stand for: those errors are
+    /// spread over all inputs, so that single precision does.
+    fn error(&self, weight: &Matrix, got: &Matrix) -> Option<[f64; 2]> {
+        self.capture.statistics.gram.as_ref()?;
+        let difference: Vec<f32> = got.data.iter().zip(&weight.data).map(|(got, weight)| got - weight).collect();
+        Some([&difference, &weight.data].map(|rows| {
+            let pushed = self.pushed(rows, weight.columns);
+            rows.iter().zip(&pushed).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>().max(0.0)
+        }))
+    }
+
     /// The loss of a compressed weight up to a constant.
     fn loss(&self, weight: &Matrix, got: &Matrix, sides: &[Vec<f32>; 2]) -> f64 {
         let n = weight.columns;
         let difference: Vec<f32> = got.data.iter().zip(&weight.data).map(|(got, weight)| got - weight).collect();
-        let gram: Vec<f32> = self.capture.statistics.gram.iter().flatten().map(|&value| value as f32).collect();
-        let mut pushed = vec![0.0; difference.len()];
-        let sizes = Sizes { m: weight.rows, n, k: n };
-        product(sizes, &mut pushed, n, false, 1.0, View::rows(&difference, n), View::rows(&gram, n), true);
+        let pushed = self.pushed(&difference, n);
         let row = |row: usize| -> f64 {
             let range = row * n..(row + 1) * n;
             range.map(|i| f64::from(difference[i]) * (f64::from(pushed[i]) - 2.0 * (f64::from(sides[0][i]) + f64::from(sides[1][i])))).sum()
@@ -217,7 +234,7 @@ impl Craft for OnExperts<'_> {
         let (prepared, original, layer) =
             (prepared.as_ref().ok_or_else(missing)?, original.ok_or_else(missing)?, layer.ok_or_else(missing)?);
         let notes = prepared.on_layer(self.method, linear, &original, layer, None)?;
-        let layer_error = prepared.all.capture.statistics.layer_error(&original, &linear.weight.to_matrix());
+        let layer_error = prepared.all.error(&original, &linear.weight.to_matrix());
         Ok(Told { notes, layer_error })
     }
 }
