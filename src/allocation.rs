@@ -105,7 +105,8 @@ pub fn allocate(job: &mut Job, wish: &recipe::Allocate, work: Option<&Work>, run
                 _ => "w2,w3,w4,w8".into(),
             };
             let text = Windows { source: "builtin:mix".into(), samples: 16, seq: 256, seed: run.seed };
-            let options = Options::new(&subject, Scheme::parse_all(&names, METHOD)?, METHOD, false, text)?;
+            let options =
+                Options { memory: job.memory, ..Options::new(&subject, Scheme::parse_all(&names, METHOD)?, METHOD, false, text)? };
             match work.map(|work| work.kept(FILE)).transpose()?.flatten() {
                 Some(kept) => Sensitivity::parse(&kept)?,
                 None => {

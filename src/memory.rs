@@ -16,7 +16,10 @@ pub fn total() -> Option<u64> {
     field("/proc/meminfo", "MemTotal:")
 }
 
-/// Memory that programs could still take without others going to disk, in bytes.
+/// Memory that this program could still take without others going to disk, or beyond the limit that its group has, in bytes.
 pub fn available() -> Option<u64> {
-    field("/proc/meminfo", "MemAvailable:")
+    let number = |name: &str| std::fs::read_to_string(format!("/sys/fs/cgroup/{name}")).ok()?.trim().parse::<u64>().ok();
+    let group = number("memory.max").map(|most| most.saturating_sub(number("memory.current").unwrap_or(0)));
+    let system = field("/proc/meminfo", "MemAvailable:");
+    system.into_iter().chain(group).min()
 }

@@ -90,7 +90,7 @@ impl<'a> Model<'a> {
     /// One line naming the first tensor that is missing or wrong.
     pub fn open(checkpoint: &'a Checkpoint, source: &'a dyn Source) -> Result<Self> {
         let config = Config::read(&checkpoint.config).map_err(|error| error.file(&checkpoint.folder))?;
-        let prefix = PREFIXES.iter().find(|prefix| checkpoint.has(&format!("{prefix}norm.weight"))).unwrap_or(&PREFIXES[0]).to_string();
+        let prefix = prefix(checkpoint).to_string();
         let own = format!("{prefix}embed_tokens.weight");
         let separate = if checkpoint.has("lm_head.weight") {
             "lm_head.weight".to_string()
@@ -469,6 +469,11 @@ impl<'a> Model<'a> {
         let own: u64 = roles.into_iter().map(|role| self.shape(index, role)).map(|[rows, columns]| rows as u64 * columns as u64).sum();
         own + mixture.filter(|_| !singly).map_or(0, |(mixture, _)| mixture.entries(self.config.hidden))
     }
+}
+
+/// What stands before the names of the decoder's tensors.
+pub fn prefix(checkpoint: &Checkpoint) -> &'static str {
+    PREFIXES.iter().find(|prefix| checkpoint.has(&format!("{prefix}norm.weight"))).unwrap_or(&PREFIXES[0])
 }
 
 /// Whether a checkpoint is one whose decoder can be computed, as far as its configuration and its names tell. What is not is

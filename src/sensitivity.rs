@@ -47,6 +47,8 @@ pub struct Options {
     pub windows: Vec<Vec<u32>>,
     /// Where they come from, in words.
     pub source: String,
+    /// Memory that the measurement may have, in bytes; what is free where nothing is said.
+    pub memory: Option<u64>,
 }
 
 /// Which windows of calibration text to measure on.
@@ -86,7 +88,7 @@ impl Options {
         if length < 2 {
             return Err(Error::input("the calibration text gives no window of two tokens; give more text"));
         }
-        Ok(Self { schemes, method: method.into(), exact, windows, source: packed.counts.sources.join(", ") })
+        Ok(Self { schemes, method: method.into(), exact, windows, source: packed.counts.sources.join(", "), memory: None })
     }
 }
 
@@ -109,7 +111,7 @@ pub struct Times {
 /// When the model cannot be computed, or `path` holds another measurement.
 pub fn sensitivity(subject: &Subject, options: &Options, path: Option<&Path>, run: &Run<'_>) -> Result<(Sensitivity, Times)> {
     let model = subject.model()?;
-    fits(&model).map_err(|error| error.file(&subject.path))?;
+    fits(&model, options.memory).map_err(|error| error.file(&subject.path))?;
     let windows = &options.windows;
     let mut found = Sensitivity {
         schema: SCHEMA,
@@ -151,11 +153,11 @@ pub fn sensitivity(subject: &Subject, options: &Options, path: Option<&Path>, ru
 }
 
 /// Refuses a mixture whose gradients memory has no room for: block, gradients, and both sums of them.
-fn fits(model: &Model<'_>) -> Result<()> {
+fn fits(model: &Model<'_>, memory: Option<u64>) -> Result<()> {
     let needed = 4 * model.block_bytes();
-    match memory::available() {
+    match memory.or_else(memory::available) {
         Some(free) if model.config.mixture.is_some() && needed > free => Err(Error::input(format!(
-            "gradients of a block of experts need about {} of memory, {} are free; compare whole models with `compare`",
+            "gradients of a block of experts need about {} of memory, there are {}; compare whole models with `compare`",
             bytes(needed),
             bytes(free)
         ))),

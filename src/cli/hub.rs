@@ -49,6 +49,12 @@ fn hub(offline: bool) -> Hub {
         endpoint: word("HF_ENDPOINT"),
         token,
         offline: offline || told,
-        patience: word("HF_HUB_DOWNLOAD_TIMEOUT").and_then(|value| value.trim().parse().ok()).map_or(PATIENCE, Duration::from_secs),
+        patience: word("HF_HUB_DOWNLOAD_TIMEOUT").map_or(PATIENCE, |value| patience(&value)),
     }
+}
+
+/// Seconds as other programs read them; what is no time to wait counts as not said.
+fn patience(value: &str) -> Duration {
+    let seconds = value.trim().parse::<f64>().ok().filter(|seconds| *seconds > 0.0);
+    seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()).unwrap_or(PATIENCE)
 }

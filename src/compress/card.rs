@@ -66,7 +66,7 @@ fn body(out: &mut String, report: &Report, export: &Export) -> std::fmt::Result 
     writeln!(out, "| weights | {} -> {} |", bytes(size.bytes_before), bytes(export.bytes()))?;
     writeln!(out, "| bits per weight in compressed layers | {:.3} |", size.bits_per_weight)?;
     if let (Some(quality), Some(evaluation)) = (&report.quality, &report.evaluation) {
-        let plus = |error: Option<f64>, digits: usize| error.map(|error| format!(" ± {error:.digits$}")).unwrap_or_default();
+        let plus = |error: Option<f64>, digits: usize| error.map(|error| format!(" ± {}", figure(error, digits))).unwrap_or_default();
         writeln!(out, "| measured on | {}, {} windows of {} tokens |", evaluation.text, quality.windows, quality.seq)?;
         writeln!(out, "| perplexity | {} |", figure(quality.perplexity, 4))?;
         if let Some(against) = &quality.against {

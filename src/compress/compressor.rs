@@ -165,6 +165,8 @@ impl<'a> Compressor<'a> {
         layers.sort_by_key(|layer| layer.slot);
         if let Some(method) = stage.method.block() {
             let applied = method.apply_block(bench, &layers)?;
+            // What was told of layers before is no longer true of them.
+            handed.values_mut().for_each(|handed| handed.layer_error = None);
             for (slot, note) in applied.notes {
                 handed.entry(slot).or_default().notes.push(note);
             }

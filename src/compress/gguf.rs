@@ -20,6 +20,7 @@ use crate::formats::gguf::container::{Tensor, Value, header};
 use crate::formats::gguf::reader::Reader;
 use crate::formats::gguf::{FORMAT, carrier, tokenizer};
 use crate::formats::output::Layout;
+use crate::model;
 use crate::model::config::{Config, model_type};
 use crate::model::rotation::Rotation;
 use crate::weight::{Float, Outlined, Storage, Weight};
@@ -88,7 +89,10 @@ impl File {
             Error::input(format!("gguf is written for {}, not for `{}`; use another --format", families::known(), shown(kind)))
         })?;
         let config = Config::read(&checkpoint.config)?;
-        families::computes(&config, family)?;
+        let prefix = model::prefix(checkpoint);
+        let renamed = |name: &str| renamed(name, family, prefix, config.layers.len());
+        let head = checkpoint.names().any(|name| renamed(name).is_some_and(|(to, _)| to == "output.weight"));
+        families::computes(&config, family, head)?;
         let by_name: HashMap<String, &Outlined> =
             layers.iter().filter(|layer| layer.storage.is_some()).map(|layer| (format!("{}.weight", layer.name), layer)).collect();
         let (no_keys, tensors, places, no_notes) = Default::default();
@@ -100,12 +104,14 @@ impl File {
             .filter(|tensor| !tensor.ends_with(".weight"))
             .collect();
         for (name, layer) in by_name.iter().filter(|(name, _)| !checkpoint.has(name)) {
-            let to = renamed(name, family).ok_or_else(|| Error::input("has no place in a GGUF file").tensor(name))?;
+            let to = renamed(name).ok_or_else(|| Error::input("has no place in a GGUF file").tensor(name))?;
             file.add(name, to, &layer.shape, layer.float, Some(layer), (&config, family));
         }
         for name in checkpoint.names().filter(|name| !packed.contains(*name)) {
-            let (Some(info), Some(to)) = (checkpoint.info(name), renamed(name, family)) else {
-                if name.contains(".experts.") {
+            let (Some(info), Some(to)) = (checkpoint.info(name), renamed(name)) else {
+                let number =
+                    name.strip_prefix(prefix).and_then(|own| own.strip_prefix("layers.")?.split('.').next()?.parse::<usize>().ok());
+                if name.contains(".experts.") && number.is_some_and(|number| number < config.layers.len()) {
                     return Err(Error::input("experts that lie in one tensor and are carried over have no place in a GGUF file; let a method work on them, or use another --format").tensor(name));
                 }
                 left.push(name.to_owned());
@@ -117,8 +123,10 @@ impl File {
                 Some(Other::Rows(rows)) => shape[0] = *rows,
                 Some(Other::Single) | None => {}
             }
-            if to.0 == "output.weight" && config.tied {
-                continue;
+            let bias = to.0.strip_suffix(".bias").and_then(|to| to.rsplit('.').next());
+            if let Some(part) = bias.filter(|part| !family.biases.contains(part)) {
+                let what = format!("llama.cpp has no place for biases of {part} in {}; use another --format", family.arch);
+                return Err(Error::input(what).tensor(name));
             }
             let layer = by_name.get(name).copied();
             let float = layer

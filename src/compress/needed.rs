@@ -20,11 +20,13 @@ pub struct Needed {
     pub states_bytes: u64,
     /// Whether experts are read one at a time, because memory has no room for those of a block.
     pub singly: bool,
+    /// Whether the model has experts.
+    pub mixed: bool,
 }
 
 impl Default for Needed {
     fn default() -> Self {
-        Self { memory_bytes: LEAST, states_bytes: 0, singly: false }
+        Self { memory_bytes: LEAST, states_bytes: 0, singly: false, mixed: false }
     }
 }
 
@@ -52,8 +54,8 @@ impl Needed {
         };
         let limit = limit.or_else(|| memory::available().map(|bytes| bytes / 10 * 9));
         let mixed = model.config.layers.iter().any(|layer| layer.mixed);
-        let singly = mixed && whole(plan).is_none() && limit.is_some_and(|limit| bytes(false) > limit);
-        Self { memory_bytes: bytes(singly), states_bytes, singly }
+        let singly = mixed && whole(plan).is_none() && bytes(true) < bytes(false) && limit.is_some_and(|limit| bytes(false) > limit);
+        Self { memory_bytes: bytes(singly), states_bytes, singly, mixed }
     }
 
     /// Refuses what needs more memory than it may have.
@@ -63,7 +65,7 @@ impl Needed {
     pub fn fits(&self, limit: Option<u64>, plan: &Plan) -> Result<()> {
         let Some(limit) = limit.filter(|&limit| self.memory_bytes > limit) else { return Ok(()) };
         let bytes = crate::report::bytes;
-        let learns = whole(plan).map_or(String::new(), |name| {
+        let learns = whole(plan).filter(|_| self.mixed).map_or(String::new(), |name| {
             format!("method {name} works on a block as a whole, where others, as in preset w4, take experts one at a time; ")
         });
         Err(Error::input(format!(

@@ -230,7 +230,10 @@ impl SignRound {
             layers.iter().map(|layer| bench.block.linear(layer.slot).and_then(|linear| mask(&linear.weight).cloned())).collect();
         if self.start() == Init::ClosedForm {
             let closed = ClosedForm { bits: self.bits, group: self.group, symmetric: self.symmetric, ..ClosedForm::default() };
+            // Learning takes longer by far.
+            let [from, to] = bench.progress.split(0.1);
             let told = float_output::by_site(bench, layers, &closed)?;
+            bench.progress.part(from, to);
             applied.notes = told.into_iter().flat_map(|(slot, told)| told.notes.into_iter().map(move |note| (slot, note))).collect();
         }
         let mut learned = Vec::new();

@@ -17,7 +17,6 @@ use crate::model::block::{Linear, Parameters, Site, Slot};
 use crate::model::capture::{Capture, Sums};
 use crate::model::forward::{self, Spec};
 use crate::model::hidden::Hidden;
-use crate::model::holdings::Holdings;
 use crate::model::mixture::{self, Experts, Layers, Which};
 use crate::model::passage::Passage;
 use crate::model::seen::{Needs, Statistics};
@@ -335,7 +334,7 @@ impl Bench<'_> {
             return Err(missing());
         };
         let (parameters, float) = (parameters.ok_or_else(missing)?, float.ok_or_else(missing)?);
-        let own = Holdings { device: &parameters.home(), ..self.holdings() }.standing(which, linears)?;
+        let own = self.holdings().standing(which, linears)?;
         let parallel = self.model.config.family.places.parallel;
         let spec = Spec::new(&self.model.config, self.index(), 1);
         let readers = [

@@ -152,7 +152,7 @@ impl Bench<'_> {
             experts: self.block.experts.as_ref(),
             away: self.away.as_ref(),
             kept: self.kept.as_deref(),
-            ..Holdings::of_original(self.model, self.index(), self.original.as_ref().and_then(Parameters::experts), &self.run.device.burn)
+            ..Holdings::of_original(self.model, self.index(), self.original.as_ref().and_then(Parameters::experts), self.run.device)
         }
     }
 
@@ -243,7 +243,7 @@ impl Bench<'_> {
         let device = if self.block.stays() { &processor } else { self.run.device };
         let mut parameters = Parameters::copy(&self.block, device);
         if let (Some(tensors), Some(experts)) = (parameters.experts_mut(), &self.block.experts) {
-            Holdings { device: &device.burn, ..self.holdings() }.fill(tensors, experts.shared.is_some())?;
+            Holdings { device, ..self.holdings() }.fill(tensors, experts.shared.is_some())?;
         }
         Ok(parameters)
     }

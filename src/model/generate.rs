@@ -192,7 +192,7 @@ impl<'a> Weights<'a> {
         if let (true, Some(experts), Some(described)) =
             (self.model.reads_experts_singly(), parameters.experts_mut(), self.model.config.mixture)
         {
-            Holdings::of_original(self.model, index, None, &self.run.device.burn).fill(experts, described.shared.is_some())?;
+            Holdings::of_original(self.model, index, None, self.run.device).fill(experts, described.shared.is_some())?;
         }
         if take_room(&mut self.room, self.model.block_bytes()) {
             self.blocks[index] = Some(parameters.clone());

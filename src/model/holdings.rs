@@ -1,8 +1,7 @@
 //! Where the layers of a block's experts are: in the block, in the original's tensors, in a temporary file, or only in the checkpoint.
 //! Whoever works on experts one after the other asks here, and needs no more memory than for those.
 
-use burn::tensor::Device;
-
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::kernels::{tensor, values};
 use crate::matrix::Matrix;
@@ -26,7 +25,7 @@ pub struct Holdings<'a> {
     pub original: Option<&'a Tensors>,
     /// The experts that were kept, by their numbers in the checkpoint, where some were removed.
     pub kept: Option<&'a [usize]>,
-    /// Where tensors are made.
+    /// Where they are computed; an expert that has no room there lies on the processor.
     pub device: &'a Device,
 }
 
@@ -52,11 +51,12 @@ impl<'a> Holdings<'a> {
     /// # Errors
     /// When a weight cannot be read.
     pub fn standing(&self, which: Which, linears: &[Linear; 3]) -> Result<Layers> {
+        let home = self.home(linears.each_ref().map(|linear| linear.weight.shape()));
         let mut original: Option<Layers> = None;
         let mut weights = Vec::new();
         for (place, linear) in linears.iter().enumerate() {
             let shape = linear.weight.shape();
-            let of = |matrix: Matrix| tensor(matrix.data, shape, self.device);
+            let of = |matrix: Matrix| tensor(matrix.data, shape, &home);
             let put = if mixture::absent(&linear.weight) { self.put_away(Slot::of(which, linear.role))? } else { None };
             weights.push(match put {
                 Some(put) => of(put),
@@ -70,7 +70,14 @@ impl<'a> Holdings<'a> {
             });
         }
         let weights = weights.try_into().map_err(|_| missing())?;
-        Ok(Layers { weights, biases: linears.each_ref().map(|linear| mixture::bias(linear, self.device)) })
+        Ok(Layers { weights, biases: linears.each_ref().map(|linear| mixture::bias(linear, &home)) })
+    }
+
+    /// Where the tensors of an expert lie whose layers have these shapes: the same for all ways to hold it.
+    fn home(&self, shapes: [[usize; 2]; 3]) -> burn::tensor::Device {
+        let bytes = shapes.map(|[rows, columns]| 4 * (rows * columns) as u64);
+        let fits = bytes.iter().sum::<u64>() <= self.device.room_for_weights() && bytes.iter().all(|&bytes| self.device.binds(bytes));
+        if self.device.gpu.is_none() || fits { self.device.burn.clone() } else { burn::tensor::Device::flex() }
     }
 
     fn put_away(&self, slot: Slot) -> Result<Option<Matrix>> {
@@ -83,8 +90,12 @@ impl<'a> Holdings<'a> {
     /// When a weight cannot be read.
     pub fn original(&self, which: Which) -> Result<Layers> {
         match self.original.and_then(|original| original.layers(which)) {
-            Some(layers) => Ok(layers.clone()),
-            None => Ok(Layers::take(&mut self.model.load_expert(self.index, self.numbered(which))?, self.device)),
+            Some(layers) => Ok(layers.on(&self.home(layers.weights.each_ref().map(|weight| weight.dims())))),
+            None => {
+                let mut linears = self.model.load_expert(self.index, self.numbered(which))?;
+                let home = self.home(linears.each_ref().map(|linear| linear.weight.shape()));
+                Ok(Layers::take(&mut linears, &home))
+            }
         }
     }
 

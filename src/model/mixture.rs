@@ -15,7 +15,7 @@ use crate::model::architecture::{Family, Mixed, MixedLayers, Renormalized, Routi
 use crate::model::block::{Linear, Role, Site, floats};
 use crate::model::config::Keys;
 use crate::model::forward::{Point, Tap};
-use crate::weight::Weight;
+use crate::weight::{Sparse, Weight};
 
 /// What the layers of an expert do, in order.
 const LAYERS: [Role; 3] = [Role::Gate, Role::Up, Role::Down];
@@ -256,16 +256,28 @@ impl Layers {
         Self { weights, biases }
     }
 
-    /// Columns in the middle.
-    pub fn width(&self) -> usize {
-        self.weights[0].dims()[0]
+    /// The same on a device.
+    #[must_use]
+    pub fn on(&self, device: &Device) -> Self {
+        if self.weights.iter().all(|weight| weight.device() == *device) {
+            return self.clone();
+        }
+        Self {
+            weights: self.weights.each_ref().map(|weight| moved(weight, device)),
+            biases: self.biases.each_ref().map(|bias| bias.as_ref().map(|bias| moved(bias, device))),
+        }
     }
+}
+
+/// A tensor on another device.
+fn moved<const D: usize>(tensor: &Tensor<D>, device: &Device) -> Tensor<D> {
+    crate::kernels::tensor(values(tensor.clone()), tensor.dims(), device)
 }
 
 /// A product plus a bias, which may lie elsewhere.
 fn added(product: Tensor<2>, bias: &Tensor<1>) -> Tensor<2> {
     let device = product.device();
-    let bias = if bias.device() == device { bias.clone() } else { tensor(values(bias.clone()), bias.dims(), &device) };
+    let bias = if bias.device() == device { bias.clone() } else { moved(bias, &device) };
     product + bias.unsqueeze()
 }
 
@@ -276,7 +288,8 @@ pub(super) fn bias(linear: &Linear, device: &Device) -> Option<Tensor<1>> {
 
 /// Whether a block does not hold the floats of a weight, because they are still those of the original.
 pub fn absent(weight: &Weight) -> bool {
-    matches!(weight, Weight::Dense(matrix) if matrix.data.is_empty() && matrix.rows * matrix.columns > 0)
+    let (Weight::Dense(matrix) | Weight::Sparse(Sparse { matrix, .. })) = weight else { return false };
+    matrix.data.is_empty() && matrix.rows * matrix.columns > 0
 }
 
 /// The tensors that the forward of a mixture needs.

@@ -285,7 +285,7 @@ pub(crate) fn runs(model: &Model<'_>, hidden: &Hidden) -> Vec<Range<usize>> {
     hidden.runs(RUN_BYTES / (4 * floats_per_token(model)))
 }
 
-/// Floats of the activations of a token: of a mixture those beside its experts, which take their own tokens.
+/// Floats of the activations of a token, by which runs are cut; of a mixture as if its experts came along.
 fn floats_per_token(model: &Model<'_>) -> usize {
     let config = &model.config;
     3 * (config.hidden + config.widest_mixed() + config.widest_middle())

@@ -27,6 +27,14 @@ impl<'a> Progress<'a> {
         self.within(0.0);
     }
 
+    /// Leaves the first share of the present part to what follows; gives the rest of it, for [`Self::part`].
+    pub fn split(&mut self, share: f64) -> [f64; 2] {
+        let [from, to] = self.part;
+        let middle = (to - from).mul_add(share, from);
+        self.part = [from, middle];
+        [middle, to]
+    }
+
     /// So large a share of the present part is done.
     pub fn within(&self, share: f64) {
         let [from, to] = self.part;

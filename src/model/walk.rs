@@ -171,7 +171,7 @@ pub fn walk_part(
 
 /// The passage through a block that nobody has changed.
 fn of_original<'a>(model: &'a Model<'a>, index: usize, parameters: &'a Parameters, run: &'a Run<'a>) -> Passage<'a> {
-    let experts = Holdings::of_original(model, index, parameters.experts(), &run.device.burn);
+    let experts = Holdings::of_original(model, index, parameters.experts(), run.device);
     Passage { model, index, parameters, experts, run }
 }
 
@@ -200,12 +200,12 @@ impl Remains {
             if floats { Parameters::take(&mut self.block, run.device) } else { Parameters::take_own(&mut self.block, run.device) };
         let index = self.block.index;
         let experts = match floats {
-            true => Holdings::of_original(model, index, parameters.experts(), &run.device.burn),
+            true => Holdings::of_original(model, index, parameters.experts(), run.device),
             false => Holdings {
                 experts: self.block.experts.as_ref(),
                 away: self.away.as_ref(),
                 kept: self.kept.as_deref(),
-                ..Holdings::of_original(model, index, original.as_ref().and_then(Parameters::experts), &run.device.burn)
+                ..Holdings::of_original(model, index, original.as_ref().and_then(Parameters::experts), run.device)
             },
         };
         Passage { model, index, parameters: &parameters, experts, run }.advance(hidden, joined, note)

@@ -48,7 +48,9 @@ fn rendered(name: &str, template: &str, files: &Files, charts: Value) -> Result<
     environment.set_trim_blocks(true);
     environment.set_lstrip_blocks(true);
     environment.add_filter("bytes", |value: f64| bytes(value as u64));
-    environment.add_filter("fixed", |value: Option<f64>, digits: usize| value.map_or("–".into(), |value| format!("{value:.digits$}")));
+    environment.add_filter("fixed", |value: Option<f64>, digits: usize| {
+        value.map_or("–".into(), |value| crate::statistics::shown(value, digits))
+    });
     environment.add_filter("percent", |value: Option<f64>, digits: usize| {
         value.map_or("–".into(), |value| format!("{:.digits$} %", 100.0 * value))
     });

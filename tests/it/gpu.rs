@@ -164,7 +164,7 @@ fn gradients_on_a_gpu_are_those_of_the_processor_wherever_weights_lie() {
             let device = if block.stays() { &processor } else { device };
             let (mut parameters, mut gradients) = (Parameters::copy(&block, device), Gradients::default());
             if let (Some(tensors), Some(experts)) = (parameters.experts_mut(), &block.experts) {
-                let holdings = Holdings::of_original(&model, block.index, None, &device.burn);
+                let holdings = Holdings::of_original(&model, block.index, None, device);
                 holdings.fill(tensors, experts.shared.is_some()).unwrap();
             }
             let loss = backward::block(&spec, &parameters, &x, wanted, &mut gradients, &mut squared_error(&target, 1.0));
@@ -240,5 +240,29 @@ fn products_with_halves_have_the_gradients_of_products() {
                 assert!(got.len() == exact.len() && off < 2e-3 && off > 0.0, "{tokens} {inputs} {outputs} {wanted:?}: {off}");
             }
         }
+    }
+}
+
+#[test]
+fn mixtures_are_worked_on_and_measured_with_a_gpu_as_without() {
+    if device().is_none() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let text = crate::formats::letters(folder.path());
+    let model = crate::formats::with_tokenizer("qwen2_moe", folder.path()).to_str().unwrap().to_string();
+    let own = ["--calibration", text.as_str(), "--samples", "12", "--seq", "32"];
+    let recipe = "[[stage]]\nmethod = \"closed-form\"\nbits = 4\ngroup = 8\n[[stage]]\nmethod = \"norm-tweak\"\n".to_string();
+    let measured = ["--eval-text", text.as_str(), "--eval-tokens", "1024", "--eval-seq", "64"];
+    let found = ["cpu", "gpu"].map(|device| {
+        let path = folder.path().join(format!("{device}.json")).to_str().unwrap().to_string();
+        let costs = json(&[&["sensitivity", &model, "-o", &path, "--schemes", "w4", "--device", device], &own[..]].concat());
+        let costs = costs["layers"].as_array().unwrap().iter().map(|layer| layer["candidates"][0]["kld"].as_f64().unwrap()).sum::<f64>();
+        let more = [&own[..], &measured[..], &["--device", device]].concat();
+        let (_, done) = crate::command::compress(folder.path(), &model, &format!("{device}-out"), &recipe, &more);
+        [costs, done["report"]["quality"]["kld_mean"].as_f64().unwrap()]
+    });
+    for (with, without) in found[1].iter().zip(found[0]) {
+        assert!((with - without).abs() < 0.05 * without, "{found:?}");
     }
 }

@@ -115,3 +115,17 @@ fn what_experts_cost_is_shared_out_and_adds_up_to_what_they_cost_together() {
         assert!(!stored.is_empty());
     }
 }
+
+#[test]
+fn experts_that_are_pruned_already_are_measured_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = letters(folder.path());
+    let model = with_tokenizer("qwen2_moe", folder.path()).to_str().unwrap().to_string();
+    let recipe = "[[stage]]\nmethod = \"wanda\"\npattern = \"2:4\"\n";
+    let own = ["--calibration", text.as_str(), "--samples", "4", "--seq", "32"];
+    let more = [&own[..], &["--no-eval", "--format", "tritplane"]].concat();
+    let (out, _) = compress(folder.path(), &model, "pruned", recipe, &more);
+    let path = folder.path().join("sensitivity.json").to_str().unwrap().to_string();
+    let found = run_json(&[&["sensitivity", out.to_str().unwrap(), "-o", &path, "--schemes", "w4"], &own[..]].concat());
+    assert_eq!(found["complete"], true);
+}

@@ -9,6 +9,7 @@ use regex::Regex;
 
 use crate::error::{Error, Result};
 use crate::formats::gguf::container::Value;
+use crate::kernels::gated::Activation;
 use crate::model::config::{Config, Layer};
 use crate::model::rotation::Rotation;
 
@@ -53,6 +54,8 @@ pub struct Family {
     pub sliding: Sliding,
     /// Whether it knows divisors of frequencies: `rope_freqs`.
     pub divisors: bool,
+    /// The layers that it knows biases of, by their names there.
+    pub biases: &'static [&'static str],
     /// Of a mixture, whether the shares of the experts of a token add up to one.
     pub renormalized: Option<bool>,
 }
@@ -72,6 +75,9 @@ const AROUND_GLM: &[(&str, &str)] = &[
     ("post_mlp_layernorm", "post_ffw_norm"),
 ];
 
+const QKV: &[&str] = &["attn_q", "attn_k", "attn_v"];
+const ALL: &[&str] = &["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"];
+
 const QWEN2: Family = Family {
     arch: "qwen2",
     model_types: &["qwen2"],
@@ -81,25 +87,33 @@ const QWEN2: Family = Family {
     head: Head::Either,
     sliding: Sliding::Unknown,
     divisors: false,
+    biases: QKV,
     renormalized: None,
 };
 
-const GEMMA2: Family =
-    Family { arch: "gemma2", model_types: &["gemma2"], norms: AROUND, plus_one: true, sliding: Sliding::AllButEvery(2), ..QWEN2 };
+const GEMMA2: Family = Family {
+    arch: "gemma2",
+    model_types: &["gemma2"],
+    norms: AROUND,
+    plus_one: true,
+    sliding: Sliding::AllButEvery(2),
+    biases: &[],
+    ..QWEN2
+};
 
 /// Every family that a file is written and read for.
 pub const FAMILIES: &[Family] = &[
-    Family { arch: "llama", model_types: &["llama", "mistral"], paired: true, divisors: true, ..QWEN2 },
+    Family { arch: "llama", model_types: &["llama", "mistral"], paired: true, divisors: true, biases: ALL, ..QWEN2 },
     Family { arch: "llama", model_types: &["mixtral"], paired: true, divisors: true, renormalized: Some(true), ..QWEN2 },
     QWEN2,
     Family { arch: "qwen3", model_types: &["qwen3"], ..QWEN2 },
     GEMMA2,
     Family { arch: "gemma3", model_types: &["gemma3_text", "gemma3"], sliding: Sliding::AllButEvery(6), ..GEMMA2 },
-    Family { arch: "phi3", model_types: &["phi3"], ..QWEN2 },
-    Family { arch: "olmo2", model_types: &["olmo2"], norms: AFTER, head: Head::Own, ..QWEN2 },
-    Family { arch: "olmo2", model_types: &["olmo3"], norms: AFTER, head: Head::Own, sliding: Sliding::Listed, ..QWEN2 },
+    Family { arch: "phi3", model_types: &["phi3"], biases: &[], ..QWEN2 },
+    Family { arch: "olmo2", model_types: &["olmo2"], norms: AFTER, head: Head::Own, biases: &[], ..QWEN2 },
+    Family { arch: "olmo2", model_types: &["olmo3"], norms: AFTER, head: Head::Own, sliding: Sliding::Listed, biases: &[], ..QWEN2 },
     Family { arch: "smollm3", model_types: &["smollm3"], paired: true, ..QWEN2 },
-    Family { arch: "granite", model_types: &["granite"], paired: true, divisors: true, ..QWEN2 },
+    Family { arch: "granite", model_types: &["granite"], paired: true, divisors: true, biases: ALL, ..QWEN2 },
     Family { arch: "glm4", model_types: &["glm4"], norms: AROUND_GLM, ..QWEN2 },
     Family {
         arch: "cohere2",
@@ -107,11 +121,12 @@ pub const FAMILIES: &[Family] = &[
         norms: &[("input_layernorm", "attn_norm")],
         head: Head::Tied,
         sliding: Sliding::Listed,
+        biases: &[],
         ..QWEN2
     },
     Family { arch: "qwen2moe", model_types: &["qwen2_moe"], head: Head::Own, renormalized: Some(false), ..QWEN2 },
     Family { arch: "qwen3moe", model_types: &["qwen3_moe"], renormalized: Some(true), ..QWEN2 },
-    Family { arch: "olmoe", model_types: &["olmoe"], head: Head::Own, renormalized: Some(false), ..QWEN2 },
+    Family { arch: "olmoe", model_types: &["olmoe"], head: Head::Own, biases: &[], renormalized: Some(false), ..QWEN2 },
 ];
 
 /// What parts of a block are called: here and there.
@@ -149,7 +164,7 @@ const EXPERTS: &[(&str, &str, &str)] = &[
     ("block_sparse_moe", "w2", "ffn_down_exps"),
 ];
 
-static BLOCK: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"^(?:.*\.)?layers\.(\d+)\.(.+)\.(weight|bias)$").expect("a pattern"));
+static BLOCK: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"^layers\.(\d+)\.(.+)\.(weight|bias)$").expect("a pattern"));
 static EXPERT: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"^(\w+)\.experts\.(\d+)\.(\w+)$").expect("a pattern"));
 
 /// The family of a `model_type`.
@@ -162,18 +177,23 @@ pub fn known() -> String {
     FAMILIES.iter().map(|family| family.model_types[0]).collect::<Vec<_>>().join(", ")
 }
 
-/// A tensor's name in a file, and which of the experts it is of whose tensors lie in one there.
-pub fn renamed(name: &str, family: &Family) -> Option<(String, Option<usize>)> {
+/// A tensor's name in a file, and which of the experts it is of whose tensors lie in one there. Here it stands below `prefix`, in
+/// one of so many blocks: what other parts of a larger model have does not count.
+pub fn renamed(name: &str, family: &Family, prefix: &str, blocks: usize) -> Option<(String, Option<usize>)> {
+    if name == "lm_head.weight" || name.strip_suffix("lm_head.weight").is_some_and(|start| !start.is_empty() && prefix.starts_with(start)) {
+        return Some(("output.weight".into(), None));
+    }
+    let name = name.strip_prefix(prefix)?;
     let Some(found) = BLOCK.captures(name) else {
-        let simple = match name.rsplit('.').nth(1)? {
-            "embed_tokens" => "token_embd.weight",
-            "norm" => "output_norm.weight",
-            "lm_head" => "output.weight",
+        let simple = match name {
+            "embed_tokens.weight" => "token_embd.weight",
+            "norm.weight" => "output_norm.weight",
             _ => return None,
         };
         return Some((simple.into(), None));
     };
     let (number, part, end) = (&found[1], &found[2], &found[3]);
+    number.parse::<usize>().ok().filter(|&number| number < blocks)?;
     if let Some(expert) = EXPERT.captures(part) {
         let (_, _, to) = EXPERTS.iter().find(|(mixture, layer, _)| expert[1] == **mixture && expert[3] == **layer)?;
         return Some((format!("blk.{number}.{to}.{end}"), Some(expert[2].parse().ok()?)));
@@ -218,13 +238,18 @@ pub fn single(name: &str) -> bool {
     matches!(name.rsplit('.').nth(1), Some(ROUTER | SHARED_GATE))
 }
 
-/// Refuses what llama.cpp computes differently, for its files cannot say it.
+/// Refuses what llama.cpp computes differently, for its files cannot say it. `head` is whether the model has a matrix of logits of
+/// its own.
 ///
 /// # Errors
 /// One line with what is different.
-pub fn computes(config: &Config, family: &Family) -> Result<()> {
+pub fn computes(config: &Config, family: &Family, head: bool) -> Result<()> {
     let arch = family.arch;
     let refuse = |what: String| Err(Error::input(format!("{what}; a GGUF file would compute something else, use another --format")));
+    let activation = if arch.starts_with("gemma") { Activation::GeluTanh } else { Activation::Silu };
+    if config.activation != activation {
+        return refuse(format!("llama.cpp has the activation {activation:?} in {arch}, the model {:?}", config.activation));
+    }
     let gemma = arch.starts_with("gemma");
     // The largest models of the family go by the width per head.
     let largest = gemma && [46, 62].contains(&config.layers.len());
@@ -238,7 +263,7 @@ pub fn computes(config: &Config, family: &Family) -> Result<()> {
     {
         return refuse(format!("llama.cpp has windows in all but every {every}th layer of {arch}, config.json says otherwise"));
     }
-    match (family.head, config.tied) {
+    match (family.head, !head) {
         (Head::Own, true) => {
             return refuse(format!("llama.cpp wants a matrix of logits beside the embedding of {arch}, and here it is the same"));
         }
@@ -246,6 +271,15 @@ pub fn computes(config: &Config, family: &Family) -> Result<()> {
             return refuse(format!("llama.cpp takes the embedding of {arch} for the logits, and here it is another matrix"));
         }
         _ => {}
+    }
+    if config.mixture.is_some_and(|mixture| mixture.experts > 1024) {
+        return refuse("llama.cpp has 1024 experts at most".into());
+    }
+    if arch == "olmoe" && config.heads != config.kv_heads {
+        return refuse("llama.cpp has as many keys as queries in olmoe".into());
+    }
+    if family.sliding == Sliding::Listed && config.layers.iter().all(|layer| layer.window.is_none()) {
+        return refuse(format!("llama.cpp has windows in some layers of {}, the model has none", family.model_types[0]));
     }
     if family.renormalized.is_some() && !config.layers.iter().all(|layer| layer.mixed) {
         return refuse(format!("llama.cpp has experts in every layer of {arch}, config.json says otherwise"));
@@ -281,6 +315,9 @@ fn turns(config: &Config, family: &Family) -> Option<String> {
     let rotations = || config.layers.iter().filter_map(|layer| layer.rotation.as_ref());
     if rotations().any(|rotation| rotation.divisors().is_some()) && !family.divisors {
         return Some(format!("llama.cpp has no divisors of frequencies for {arch}"));
+    }
+    if rotations().any(|rotation| rotation.width() != config.head_dim) && !["phi3", "glm4"].contains(&arch) {
+        return Some(format!("llama.cpp turns whole heads of {arch}, the model a part of them"));
     }
     if rotations().any(|rotation| rotation.long().is_some()) && arch != "phi3" {
         return Some(format!("llama.cpp is given no lists of divisors for {arch}"));
@@ -326,6 +363,10 @@ pub fn keys(config: &Config, family: &Family, experts: Option<usize>, put: &mut 
         let pattern = config.layers.iter().map(|layer| i32::from(layer.window.is_some())).collect();
         put("attention.sliding_window_pattern", Value::I32s(pattern));
     }
+    let local = config.layers.iter().find(|layer| layer.window.is_some()).and_then(|layer| layer.rotation.as_ref());
+    if let Some(local) = local.filter(|_| family.arch == "gemma3") {
+        put("rope.freq_base_swa", Value::F32(local.theta() as f32));
+    }
     match family.arch {
         "cohere2" => put("logit_scale", Value::F32(config.logits_factor)),
         "granite" => {
@@ -365,13 +406,17 @@ mod tests {
 
     #[test]
     fn names_are_those_of_llama_cpp_and_back() {
-        let named = |name: &str, model_type: &str| renamed(name, family(model_type).unwrap());
+        let named = |name: &str, model_type: &str| renamed(name, family(model_type).unwrap(), "model.", 4);
         let whole = |name: &str, model_type: &str| named(name, model_type).unwrap().0;
         assert_eq!(whole("model.layers.3.self_attn.q_proj.weight", "llama"), "blk.3.attn_q.weight");
         assert_eq!(whole("model.layers.3.post_attention_layernorm.weight", "gemma2"), "blk.3.post_attention_norm.weight");
         assert_eq!(whole("model.layers.3.post_attention_layernorm.weight", "glm4"), "blk.3.ffn_norm.weight");
         assert_eq!(whole("model.norm.weight", "qwen2"), "output_norm.weight");
-        assert_eq!(named("model.rotary_emb.inv_freq", "llama"), None);
+        assert_eq!(whole("lm_head.weight", "qwen2"), "output.weight");
+        let others = ["model.rotary_emb.inv_freq", "vision.layers.0.self_attn.q_proj.weight", "model.layers.4.mlp.up_proj.weight"];
+        for other in others.into_iter().chain(["mtp.layers.0.mlp.up_proj.weight", "model.norm.bias", "vision.norm.weight"]) {
+            assert_eq!(named(other, "llama"), None, "{other}");
+        }
         assert_eq!(
             named("model.layers.0.block_sparse_moe.experts.7.w3.weight", "mixtral"),
             Some(("blk.0.ffn_up_exps.weight".into(), Some(7)))
@@ -380,7 +425,7 @@ mod tests {
             let all = family.norms.iter().chain(PARTS).map(|(_, to)| format!("blk.2.{to}.weight"));
             for name in all.chain(EXPERTS.iter().map(|(.., to)| format!("blk.2.{to}.weight"))) {
                 for (expert, here) in restored(&name, family, 3).unwrap().into_iter().enumerate() {
-                    let (there, part) = renamed(&here, family).unwrap();
+                    let (there, part) = renamed(&here, family, "model.", 4).unwrap();
                     assert_eq!((there, part.unwrap_or(0)), (name.clone(), expert), "{here}");
                 }
             }

@@ -46,6 +46,9 @@ impl Contents {
         let key = |name: &str| format!("{arch}.{name}");
         let count = |name: &str| reader.count(&key(name));
         let experts = count("expert_count").unwrap_or(0) as usize;
+        if experts > MOST_EXPERTS {
+            return Err(Error::input(format!("{experts} experts; at most {MOST_EXPERTS} are read")));
+        }
         let windows = count("attention.sliding_window").is_some_and(|window| window > 0);
         let mut families = FAMILIES.iter().filter(|family| family.arch == arch);
         let fits = |family: &&Family| {
@@ -77,6 +80,8 @@ impl Contents {
         put("head_dim", count("attention.key_length").map(Json::from));
         described(reader, family, &mut put);
         turned(reader, &arch, &mut config)?;
+        // What the file does not say is left to the family.
+        config.as_object_mut().into_iter().for_each(|config| config.retain(|key, value| !value.is_null() || NULLS.contains(&key.as_str())));
         let tokenizer = tokenizer(reader);
         Ok(Self { family, experts, config, tokenizer })
     }
@@ -178,12 +183,21 @@ impl Contents {
     }
 }
 
+/// Keys of which null says something else than silence.
+const NULLS: [&str; 3] = ["sliding_window", "attn_logit_softcapping", "final_logit_softcapping"];
+
+/// Most experts of a layer.
+const MOST_EXPERTS: usize = 1 << 14;
+
 /// Tensors of rotations.
 const ROTATIONS: [&str; 3] = ["rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"];
 
 /// A tensor under its name in a checkpoint; one of all experts as one for each.
 fn parts(names: Vec<String>, tensor: &Tensor, start: u64) -> Result<Vec<(String, Tensor, u64)>> {
     let [experts, rows, columns] = match (tensor.shape.as_slice(), names.as_slice()) {
+        (&[width], [name]) if name.ends_with(".shared_expert_gate.weight") => {
+            return Ok(vec![(name.clone(), Tensor { shape: vec![1, width], ..tensor.clone() }, start)]);
+        }
         (_, [_]) if tensor.shape.len() < 3 => return Ok(names.into_iter().map(|name| (name, tensor.clone(), start)).collect()),
         (&[experts, rows, columns], names) if experts == names.len() => [experts, rows, columns],
         (shape, names) => return Err(Error::input(format!("is {shape:?} for {} experts", names.len())).tensor(&tensor.name)),
@@ -213,11 +227,27 @@ fn described(reader: &Reader, family: &Family, put: &mut dyn FnMut(&str, Option<
         put("use_sliding_window", Some(json!(false)));
         put("sliding_window", Some(Json::Null));
     }
-    if let (Sliding::Listed, Some(Value::I32s(pattern))) = (family.sliding, reader.keys.get(&key("attention.sliding_window_pattern"))) {
-        let kinds = pattern.iter().map(|&sliding| if sliding != 0 { "sliding_attention" } else { "full_attention" });
-        put("layer_types", Some(kinds.collect()));
+    let kind = |sliding: bool| json!(if sliding { "sliding_attention" } else { "full_attention" });
+    let layers = reader.count(&key("block_count")).unwrap_or(0).min(1 << 16);
+    match (family.sliding, reader.keys.get(&key("attention.sliding_window_pattern"))) {
+        (Sliding::Listed, Some(Value::I32s(pattern))) => {
+            put("layer_types", Some(pattern.iter().map(|&sliding| kind(sliding != 0)).collect()))
+        }
+        (Sliding::Listed, Some(Value::U32(every @ 1..))) => {
+            put("layer_types", Some((0..layers).map(|layer| kind(layer % every < every - 1)).collect()));
+        }
+        _ => {}
     }
-    let biased = reader.tensors.iter().any(|(tensor, _)| tensor.name == "blk.0.attn_q.bias");
+    let has = |part: &str| reader.tensors.iter().any(|(tensor, _)| tensor.name == format!("blk.0.{part}.bias"));
+    let biased = has("attn_q");
+    if ["qwen2", "qwen2moe"].contains(&family.arch) {
+        put("qkv_bias", Some(json!(biased)));
+    } else if biased {
+        put("attention_bias", Some(json!(true)));
+    }
+    if has("ffn_up") {
+        put("mlp_bias", Some(json!(true)));
+    }
     match family.arch {
         "gemma2" | "gemma3" => {
             put("query_pre_attn_scalar", whole("attention.key_length"));
@@ -242,15 +272,21 @@ fn turned(reader: &Reader, arch: &str, config: &mut Json) -> Result<()> {
     let key = |name: &str| format!("{arch}.{name}");
     let listed = |name: &str| -> Result<Option<Vec<f32>>> {
         let Some((tensor, start)) = reader.tensors.iter().find(|(tensor, _)| tensor.name == name) else { return Ok(None) };
+        if tensor.kind != Kind::F32 {
+            return Err(Error::input(format!("is {:?}, it must be floats of 32 bits", tensor.kind)).tensor(name));
+        }
         let mut values = vec![0.0; tensor.shape.iter().product()];
         decode(Float::F32, &reader.bytes(tensor, *start)?, &mut values);
         Ok(Some(values))
     };
     let (width, turning) = (reader.count(&key("attention.key_length")), reader.count(&key("rope.dimension_count")));
-    if let (Some(width), Some(turning)) = (width, turning)
-        && turning < width
-    {
-        config["partial_rotary_factor"] = json!(f64::from(turning) / f64::from(width));
+    let whole = width.map_or(1.0, f64::from);
+    let part = turning.map_or(1.0, |turning| f64::from(turning) / whole);
+    if part < 1.0 || ["phi3", "glm4"].contains(&arch) {
+        config["partial_rotary_factor"] = json!(part);
+    }
+    if let Some(local) = reader.float(&key("rope.freq_base_swa")).filter(|_| arch == "gemma3") {
+        config["rope_local_base_freq"] = json!(f64::from(local));
     }
     let original = reader.count(&key("rope.scaling.original_context_length"));
     let kind = reader.text(&key("rope.scaling.type")).filter(|kind| *kind != "none");
@@ -268,6 +304,18 @@ fn turned(reader: &Reader, arch: &str, config: &mut Json) -> Result<()> {
     }
     if let Some(divisors) = listed(ROTATIONS[0])? {
         config["rope_scaling"] = bent(config, &divisors)?;
+    }
+    if config["model_type"] == "olmo3" {
+        // Layers with windows turn at the same base, and unstretched.
+        let theta = config["rope_theta"].clone();
+        let mut full =
+            config.get("rope_scaling").filter(|scaling| scaling.is_object()).cloned().unwrap_or_else(|| json!({"rope_type": "default"}));
+        full["rope_theta"] = theta.clone();
+        config["rope_parameters"] = json!({"full_attention": full, "sliding_attention": {"rope_type": "default", "rope_theta": theta}});
+        config.as_object_mut().into_iter().for_each(|config| {
+            config.shift_remove("rope_scaling");
+            config.shift_remove("rope_theta");
+        });
     }
     Ok(())
 }
@@ -291,7 +339,9 @@ fn bent(config: &Json, divisors: &[f32]) -> Result<Json> {
             return Ok(rule);
         }
     }
-    Err(Error::input("its rotation is bent by a rule that is not Llama 3's").tensor("rope_freqs.weight"))
+    // Another rule: what it gives is known as well.
+    Ok(json!({"rope_type": "longrope", "short_factor": divisors, "long_factor": divisors, "attention_factor": 1.0,
+        "original_max_position_embeddings": config["max_position_embeddings"]}))
 }
 
 /// tokenizer.json and tokenizer_config.json, where the file has a tokenizer of a kind that this program writes.

@@ -107,7 +107,8 @@ impl<R: Read> Beginning<R> {
                 let bytes = self.bytes(width.checked_mul(count).ok_or("a list longer than any file")?)?;
                 let (words, _) = bytes.as_chunks::<4>();
                 Ok(match kind {
-                    5 => Some(Value::I32s(words.iter().map(|word| i32::from_le_bytes(*word)).collect())),
+                    7 => Some(Value::I32s(bytes.iter().map(|&truth| i32::from(truth != 0)).collect())),
+                    4 | 5 => Some(Value::I32s(words.iter().map(|word| i32::from_le_bytes(*word)).collect())),
                     6 => Some(Value::F32s(words.iter().map(|word| f32::from_le_bytes(*word)).collect())),
                     _ => None,
                 })
@@ -236,7 +237,7 @@ fn read(beginning: &mut Beginning<impl Read>) -> Result<Contents, String> {
         let kind = kind.ok_or_else(|| format!("tensor {} has type {number}, which this version does not read", shown(&name)))?;
         let entries = shape.iter().try_fold(1usize, |product, &size| product.checked_mul(size)).filter(|&entries| entries < 1 << 44);
         let whole = shape.last().is_some_and(|columns| columns.is_multiple_of(kind.weights()));
-        let sensible = shape.iter().all(|&size| size < 1 << 44);
+        let sensible = shape.iter().all(|&size| size > 0 && size < 1 << 44);
         if entries.is_none() || !whole || !sensible {
             return Err(format!("tensor {} of shape {shape:?} is not whole blocks of {}", shown(&name), kind.weights()));
         }
