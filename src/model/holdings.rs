@@ -90,7 +90,7 @@ impl<'a> Holdings<'a> {
     /// When a weight cannot be read.
     pub fn original(&self, which: Which) -> Result<Layers> {
         match self.original.and_then(|original| original.layers(which)) {
-            Some(layers) => Ok(layers.on(&self.home(layers.weights.each_ref().map(|weight| weight.dims())))),
+            Some(layers) => Ok(layers.on(&self.home(layers.weights.each_ref().map(burn::tensor::Tensor::dims)))),
             None => {
                 let mut linears = self.model.load_expert(self.index, self.numbered(which))?;
                 let home = self.home(linears.each_ref().map(|linear| linear.weight.shape()));

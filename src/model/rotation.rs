@@ -264,6 +264,11 @@ impl Rotation {
         Some([short, long].map(|list| list.iter().map(|&divisor| divisor as f32).collect()))
     }
 
+    /// Whether neighbouring columns turn together, rather than those of two halves.
+    pub fn interleaved(&self) -> bool {
+        self.interleaved
+    }
+
     /// The factor of sines and cosines.
     pub fn attention(&self) -> f64 {
         match self.kind {

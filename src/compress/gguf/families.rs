@@ -257,7 +257,7 @@ pub fn computes(config: &Config, family: &Family, head: bool) -> Result<()> {
     if arch != "granite" && (config.scale * size.sqrt() - 1.0).abs() > 1e-4 {
         return refuse(format!("llama.cpp scales the scores of {arch} by {}, the model by {}", size.powf(-0.5), config.scale));
     }
-    let fixed = |every: usize| move |(number, layer): (usize, &Layer)| layer.window.is_some() == !(number + 1).is_multiple_of(every);
+    let fixed = |every: usize| move |(number, layer): (usize, &Layer)| layer.window.is_some() != (number + 1).is_multiple_of(every);
     if let Sliding::AllButEvery(every) = family.sliding
         && !config.layers.iter().enumerate().all(fixed(every))
     {
@@ -295,7 +295,7 @@ pub fn computes(config: &Config, family: &Family, head: bool) -> Result<()> {
         return refuse(format!("llama.cpp has heads of {arch} that are as wide as the states together"));
     }
     if arch == "smollm3" {
-        let turns = |(number, layer): (usize, &Layer)| layer.rotation.is_some() == !(number + 1).is_multiple_of(4);
+        let turns = |(number, layer): (usize, &Layer)| layer.rotation.is_some() != (number + 1).is_multiple_of(4);
         if !config.layers.iter().enumerate().all(turns) || config.layers.iter().any(|layer| layer.window.is_some()) {
             return refuse(
                 "llama.cpp turns all but every 4th layer of smollm3 and has no windows there, config.json says otherwise".into(),
@@ -321,6 +321,10 @@ fn turns(config: &Config, family: &Family) -> Option<String> {
     }
     if rotations().any(|rotation| rotation.long().is_some()) && arch != "phi3" {
         return Some(format!("llama.cpp is given no lists of divisors for {arch}"));
+    }
+    let neighbours = ["glm4", "cohere2"].contains(&arch);
+    if rotations().any(|rotation| rotation.interleaved() != neighbours) {
+        return Some(format!("llama.cpp turns {} of {arch} together, the model others", if neighbours { "neighbours" } else { "halves" }));
     }
     if let Some(what) = rotations().find_map(Rotation::unusual) {
         return Some(format!("llama.cpp {what}"));
@@ -397,7 +401,7 @@ pub fn rotations(config: &Config) -> BTreeMap<&'static str, Vec<f32>> {
 /// The rotation that keys speak of: that of layers that see everything, where there are such.
 pub fn turning(config: &Config) -> Option<&Rotation> {
     let turning = || config.layers.iter().filter(|layer| layer.rotation.is_some());
-    turning().find(|layer| layer.window.is_none()).or_else(|| turning().last()).and_then(|layer| layer.rotation.as_ref())
+    turning().find(|layer| layer.window.is_none()).or_else(|| turning().next_back()).and_then(|layer| layer.rotation.as_ref())
 }
 
 #[cfg(test)]

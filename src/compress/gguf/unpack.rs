@@ -231,7 +231,7 @@ fn described(reader: &Reader, family: &Family, put: &mut dyn FnMut(&str, Option<
     let layers = reader.count(&key("block_count")).unwrap_or(0).min(1 << 16);
     match (family.sliding, reader.keys.get(&key("attention.sliding_window_pattern"))) {
         (Sliding::Listed, Some(Value::I32s(pattern))) => {
-            put("layer_types", Some(pattern.iter().map(|&sliding| kind(sliding != 0)).collect()))
+            put("layer_types", Some(pattern.iter().map(|&sliding| kind(sliding != 0)).collect()));
         }
         (Sliding::Listed, Some(Value::U32(every @ 1..))) => {
             put("layer_types", Some((0..layers).map(|layer| kind(layer % every < every - 1)).collect()));
