@@ -135,6 +135,16 @@ impl File {
                 .ok_or_else(|| Error::input(format!("is {:?}, gguf is written from floats", info.dtype)).tensor(name))?;
             file.add(name, to, &shape, float, layer, (&config, family));
         }
+        file.arrange(eight);
+        file.notes = notes(&left, layers, &config, family);
+        file.keys = keys(checkpoint, &config, family, file.experts()?)?;
+        file.keys.extend(tokenizer_keys(checkpoint, &config)?);
+        file.keys.insert("general.file_type".into(), Value::U32(file.mostly().file_type()));
+        Ok(file)
+    }
+
+    /// Puts the tensors into the order of the file; with `eight` those of tokens become blocks of 8-bit codes.
+    fn arrange(&mut self, eight: bool) {
         let order = |(_, placed): &(String, Placed)| {
             let mut parts = placed.tensor.name.split('.');
             let number = parts.nth(1).and_then(|number| number.parse::<usize>().ok());
@@ -144,19 +154,14 @@ impl File {
                 placed.expert,
             )
         };
-        for (_, placed) in file.tensors.iter_mut().filter(|_| eight) {
+        for (_, placed) in self.tensors.iter_mut().filter(|_| eight) {
             let whole = placed.tensor.shape.last().is_some_and(|columns| columns.is_multiple_of(Kind::Q8_0.weights()));
             if whole && placed.float.is_some() && ["token_embd.weight", "output.weight"].contains(&placed.tensor.name.as_str()) {
                 (placed.tensor.kind, placed.change) = (Kind::Q8_0, Change::Eight);
             }
         }
-        file.tensors.sort_by_key(order);
-        file.places = file.tensors.iter().enumerate().map(|(at, (name, _))| (name.clone(), at)).collect();
-        file.notes = notes(&left, layers, &config, family);
-        file.keys = keys(checkpoint, &config, family, file.experts()?)?;
-        file.keys.extend(tokenizer_keys(checkpoint, &config)?);
-        file.keys.insert("general.file_type".into(), Value::U32(file.mostly().file_type()));
-        Ok(file)
+        self.tensors.sort_by_key(order);
+        self.places = self.tensors.iter().enumerate().map(|(at, (name, _))| (name.clone(), at)).collect();
     }
 
     fn add(

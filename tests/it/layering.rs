@@ -21,7 +21,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("plan", &["calibrate", "checkpoint", "error", "methods", "model", "weight"]),
     ("evaluate", &["calibrate", "error", "kernels", "model", "run", "statistics"]),
     ("gate", &["error", "evaluate", "plan", "statistics"]),
-    ("report", &["calibrate", "error", "evaluate", "gate", "model", "plan"]),
+    ("report", &["calibrate", "error", "evaluate", "gate", "model", "plan", "statistics"]),
     (
         "compress",
         &[

@@ -237,7 +237,10 @@ fn read(beginning: &mut Beginning<impl Read>) -> Result<Contents, String> {
         let kind = kind.ok_or_else(|| format!("tensor {} has type {number}, which this version does not read", shown(&name)))?;
         let entries = shape.iter().try_fold(1usize, |product, &size| product.checked_mul(size)).filter(|&entries| entries < 1 << 44);
         let whole = shape.last().is_some_and(|columns| columns.is_multiple_of(kind.weights()));
-        let sensible = shape.iter().all(|&size| size > 0 && size < 1 << 44);
+        let sensible = shape.iter().all(|&size| size < 1 << 44);
+        if shape.contains(&0) {
+            return Err(format!("tensor {} of shape {shape:?} holds nothing", shown(&name)));
+        }
         if entries.is_none() || !whole || !sensible {
             return Err(format!("tensor {} of shape {shape:?} is not whole blocks of {}", shown(&name), kind.weights()));
         }
@@ -266,8 +269,7 @@ fn apart(listed: &[(Tensor, u64)]) -> Result<(), String> {
     if let Some((twice, _)) = listed.iter().find(|(tensor, _)| !names.insert(tensor.name.as_str())) {
         return Err(format!("tensor {} occurs twice", shown(&twice.name)));
     }
-    let mut places: Vec<(u64, &Tensor)> =
-        listed.iter().filter(|(tensor, _)| tensor.bytes() > 0).map(|(tensor, at)| (*at, tensor)).collect();
+    let mut places: Vec<(u64, &Tensor)> = listed.iter().map(|(tensor, at)| (*at, tensor)).collect();
     places.sort_by_key(|(at, _)| *at);
     let mut pairs = places.iter().zip(places.iter().skip(1));
     match pairs.find(|((at, tensor), (next, _))| at.saturating_add(tensor.bytes()) > *next) {
@@ -376,7 +378,8 @@ mod tests {
             (one(&[33], 2, 0, 99), "whole blocks of 32"),
             (one(&[1 << 44], 0, 0, 12), "whole blocks"),
             (one(&[1 << 43, 1 << 43], 0, 0, 12), "whole blocks"),
-            (one(&[0, 1 << 44], 0, 0, 12), "whole blocks"),
+            (one(&[0, 1 << 44], 0, 0, 12), "holds nothing"),
+            (raw(3, [2, 1], key, &[("t", &[0], 0, 4), ("u", &[3], 0, 0)], 24), "holds nothing"),
             (one(&[3], 0, 32, 12), "beyond the end"),
             (one(&[3], 0, u64::MAX, 12), "beyond the end"),
             (raw(3, [2, 1], key, &[("t", &[3], 0, 0), ("u", &[3], 0, 8)], 32), "begins inside"),
@@ -386,7 +389,6 @@ mod tests {
         }
         assert_eq!(reason(&one(&[1; 4], 0, 0, 4)), Ok(()));
         assert_eq!(reason(&raw(3, [2, 1], key, &[("t", &[3], 0, 0), ("u", &[3], 0, 12)], 24)), Ok(()), "side by side");
-        assert_eq!(reason(&raw(3, [2, 1], key, &[("t", &[0], 0, 4), ("u", &[3], 0, 0)], 24)), Ok(()), "nothing shares nothing");
     }
 
     #[test]
