@@ -91,6 +91,8 @@ fn compress(job: Job, arguments: &Compress, invocation: &Invocation, run: &Run<'
     let mut destination = Destination::claim(&target(arguments)?, &job.model, claim)?;
     let target = destination.target().to_path_buf();
     works_in(&destination.work.path);
+    let scratch = scratch(&destination.work.path);
+    let run = &Run { scratch: &scratch, ..*run };
     let dependencies = manifest::dependencies(&job, &Checkpoint::open(&job.model)?, run.device)?;
     if destination.begin(&dependencies)? {
         return finished_before(&target, invocation);
@@ -117,6 +119,15 @@ fn compress(job: Job, arguments: &Compress, invocation: &Invocation, run: &Run<'
         show_result(&report, &target, seconds, invocation);
     }
     check_gates(&report.gates)
+}
+
+/// Where what outgrows memory lies: in the temporary folder, but beside the output where that folder lies in memory itself and nobody
+/// has named one.
+fn scratch(work: &Path) -> PathBuf {
+    const IN_MEMORY: i128 = 0x0102_1994;
+    let folder = std::env::temp_dir();
+    let in_memory = rustix::fs::statfs(&folder).is_ok_and(|system| i128::from(system.f_type) == IN_MEMORY);
+    if in_memory && std::env::var_os("TMPDIR").is_none() { work.to_path_buf() } else { folder }
 }
 
 /// Everything before the work: a target is spread over the layers, inputs are checked, and limits held against what is needed.

@@ -10,7 +10,7 @@ use crate::cli::arguments::Inspect;
 use crate::cli::text::{say, say_json, table};
 use crate::compress::gguf::unpack::Unpacked;
 use crate::compress::layers::candidates;
-use crate::error::{Result, shown, shown_path};
+use crate::error::{Error, Result, shown, shown_path};
 use crate::formats;
 use crate::model::config::Config;
 use crate::model::{self, Model, config};
@@ -22,12 +22,13 @@ use crate::report::bytes;
 /// When the folder is not a sound checkpoint.
 pub fn run(arguments: &Inspect, invocation: &Invocation) -> Result<()> {
     let unpacked = Unpacked::open(&arguments.model, &std::env::temp_dir())?;
-    let checkpoint = Checkpoint::open(unpacked.folder())?;
+    let named = |error: Error| if unpacked.folder() == arguments.model { error } else { error.file(&arguments.model) };
+    let checkpoint = Checkpoint::open(unpacked.folder()).map_err(named)?;
     let known = model::computes(&checkpoint);
     let quantized = formats::quantization(&checkpoint).and_then(|config| config["quant_method"].as_str()).map(shown);
     let source = formats::open(&checkpoint);
     let model = match &source {
-        Ok(source) if known => Some(Model::open(&checkpoint, source.as_ref())?),
+        Ok(source) if known => Some(Model::open(&checkpoint, source.as_ref()).map_err(named)?),
         _ => None,
     };
     let linears =
