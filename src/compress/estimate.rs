@@ -38,6 +38,9 @@ const SHORTEST: f64 = 0.5;
 /// What starts, ends and is written besides, in seconds.
 const OVERHEAD: f64 = 0.1;
 
+/// How much longer operations take where hundreds of small layers each see few tokens; as measured, between 2.0 and 2.5.
+const OF_EXPERTS: f64 = 2.2;
+
 /// Iterations of learned rounding in the two trials that tell what one costs.
 const TRIAL_ITERATIONS: [i64; 2] = [4, 16];
 
@@ -72,10 +75,10 @@ pub fn estimate(prepared: &Prepared, preparing: f64, run: &Run<'_>) -> Result<Es
     let tokens = |windows: &[Vec<u32>]| windows.iter().map(Vec::len).sum::<usize>();
     let calibration = prepared.calibration.as_ref().map_or(&[][..], |packed: &Packed| &packed.windows);
     let evaluation = prepared.evaluation.as_ref().map_or(&[][..], |(windows, _)| windows);
-    let per_token = 2.0 * model.block_bytes() as f64 / 4.0;
+    let per_token = 2.0 * met(model);
     let widest = columns(model).into_iter().fold(1.0, f64::max);
-    let trial_cost = 8.0 * per_token * TRIAL_TOKENS.min(tokens(calibration)) as f64 + 4.0 * widest.powi(3);
-    let whole = 2.0 * prepared.facts.parameters as f64 * 2.0 * 512.0;
+    let trial_cost = 8.0 * per_token * TRIAL_TOKENS.min(tokens(calibration)) as f64 + 4.0 * widest.powi(3) * more_sites(model);
+    let whole = 2.0 * (prepared.facts.parameters as f64 - passed_by(model)) * 2.0 * 512.0;
     if trial_cost > TRIAL_OPERATIONS || whole > TRIAL_OPERATIONS || prepared.generation.is_some() {
         let seconds = trial.counted(model, needs, tokens(calibration), tokens(evaluation));
         return Ok(Estimate { seconds: preparing + moving + seconds, memory_bytes: prepared.needed.memory_bytes, tried: false });
@@ -219,7 +222,7 @@ impl Trial<'_> {
     /// Seconds by counting: forwards, Gram matrices and factors of the calibrated stages, learned iterations, and quality.
     fn counted(&self, model: &Model<'_>, needs: Needs, calibration: usize, evaluation: usize) -> f64 {
         let rate = product_rate();
-        let (blocks, weights) = (model.config.layers.len() as f64, model.block_bytes() as f64 / 4.0);
+        let (blocks, weights) = (model.config.layers.len() as f64, met(model));
         let columns = columns(model);
         let forwards = match needs {
             Needs::Nothing => 0.0,
@@ -233,20 +236,52 @@ impl Trial<'_> {
             Needs::Streams => 3.0,
         };
         let gathered = calibration as f64 * (forwards * 2.0 * weights + grams * sites);
-        let solved: f64 = if needs >= Needs::Gram { columns.iter().map(|columns| 4.0 * columns.powi(3)).sum() } else { 0.0 };
+        // What methods do with a layer beside factors of its inputs, by rows times the square of columns; as measured.
+        let rounds = match needs {
+            Needs::Nothing | Needs::SquaredNorms => 0.0,
+            Needs::Gram => 5.0,
+            Needs::Streams => 20.0,
+        };
+        let factors: f64 = if needs >= Needs::Gram { columns.iter().map(|columns| 4.0 * columns.powi(3)).sum() } else { 0.0 };
+        let layers = few(model).into_iter().map(|module| module.shape[0] as f64 * (module.shape[1] as f64).powi(2)).sum::<f64>();
+        let solved = (factors + rounds * layers) * more_sites(model);
         let length = self.prepared.calibration.as_ref().and_then(|packed| packed.windows.first()).map_or(2048, Vec::len) as f64;
         let learning = self.iterations().unwrap_or(0) as f64 * 8.0 * length * 6.0 * weights;
-        let measured = 2.0 * evaluation as f64 * 2.0 * self.prepared.facts.parameters as f64;
-        (blocks * (gathered + solved + learning) + measured) / rate
+        let measured = 2.0 * evaluation as f64 * 2.0 * (self.prepared.facts.parameters as f64 - passed_by(model));
+        let slower = if model.config.mixture.is_some() { OF_EXPERTS } else { 1.0 };
+        (blocks * (gathered + solved + learning) + measured) * slower / rate
     }
 }
 
-/// Columns that the sites of the first block have; of experts, those of as many as a token goes to.
-fn columns(model: &Model<'_>) -> Vec<f64> {
-    let mut sites = BTreeSet::new();
+/// Weights of the largest block that a token meets: of experts those that it goes to.
+fn met(model: &Model<'_>) -> f64 {
+    let mixed = model.config.mixture.map_or(0, |mixture| mixture.rule.chosen * mixture.width + mixture.shared.unwrap_or(0));
+    model.block_bytes_at_once(true) as f64 / 4.0 + (3 * model.config.hidden * mixed) as f64
+}
+
+/// Weights of all experts that a token does not go to.
+fn passed_by(model: &Model<'_>) -> f64 {
+    let blocks = model.config.layers.iter().filter(|layer| layer.mixed).count();
+    let others = model.config.mixture.map_or(0, |mixture| (mixture.experts - mixture.rule.chosen) * mixture.width);
+    (3 * model.config.hidden * blocks * others) as f64
+}
+
+/// How many times as many sites are solved for as a token meets.
+fn more_sites(model: &Model<'_>) -> f64 {
+    model.config.mixture.map_or(1.0, |mixture| mixture.experts as f64 / mixture.rule.chosen as f64)
+}
+
+/// Layers of the first block; of experts, those of as many as a token goes to.
+fn few(model: &Model<'_>) -> Vec<Module> {
     let chosen = model.config.mixture.map_or(0, |mixture| mixture.rule.chosen);
     let few = |module: &Module| !matches!(module.expert, Some(Which::Routed(expert)) if expert >= chosen);
-    let modules = model.modules(0).into_iter().filter(few);
+    model.modules(0).into_iter().filter(few).collect()
+}
+
+/// Columns that the sites of [`few`] layers have.
+fn columns(model: &Model<'_>) -> Vec<f64> {
+    let mut sites = BTreeSet::new();
+    let modules = few(model).into_iter();
     modules.filter(|module| sites.insert((module.expert, module.site()))).map(|module| module.shape[1] as f64).collect()
 }
 
