@@ -56,6 +56,14 @@ pub struct Family {
     pub divisors: bool,
     /// The layers that it knows biases of, by their names there.
     pub biases: &'static [&'static str],
+    /// Whether gate and up are one matrix.
+    pub fused: bool,
+    /// Whether neighbours turn together here too, rather than halves.
+    pub neighbours: bool,
+    /// Whether a part of a head may turn.
+    pub partial: bool,
+    /// Whether all heads together must be as wide as the states.
+    pub square: bool,
     /// Of a mixture, whether the shares of the experts of a token add up to one.
     pub renormalized: Option<bool>,
 }
@@ -88,6 +96,10 @@ const QWEN2: Family = Family {
     sliding: Sliding::Unknown,
     divisors: false,
     biases: QKV,
+    fused: false,
+    neighbours: false,
+    partial: false,
+    square: false,
     renormalized: None,
 };
 
@@ -101,6 +113,8 @@ const GEMMA2: Family = Family {
     ..QWEN2
 };
 
+const OLMO2: Family = Family { arch: "olmo2", model_types: &["olmo2"], norms: AFTER, head: Head::Own, biases: &[], square: true, ..QWEN2 };
+
 /// Every family that a file is written and read for.
 pub const FAMILIES: &[Family] = &[
     Family { arch: "llama", model_types: &["llama", "mistral"], paired: true, divisors: true, biases: ALL, ..QWEN2 },
@@ -109,12 +123,12 @@ pub const FAMILIES: &[Family] = &[
     Family { arch: "qwen3", model_types: &["qwen3"], ..QWEN2 },
     GEMMA2,
     Family { arch: "gemma3", model_types: &["gemma3_text", "gemma3"], sliding: Sliding::AllButEvery(6), ..GEMMA2 },
-    Family { arch: "phi3", model_types: &["phi3"], biases: &[], ..QWEN2 },
-    Family { arch: "olmo2", model_types: &["olmo2"], norms: AFTER, head: Head::Own, biases: &[], ..QWEN2 },
-    Family { arch: "olmo2", model_types: &["olmo3"], norms: AFTER, head: Head::Own, sliding: Sliding::Listed, biases: &[], ..QWEN2 },
+    Family { arch: "phi3", model_types: &["phi3"], biases: &[], fused: true, partial: true, square: true, ..QWEN2 },
+    OLMO2,
+    Family { model_types: &["olmo3"], sliding: Sliding::Listed, ..OLMO2 },
     Family { arch: "smollm3", model_types: &["smollm3"], paired: true, ..QWEN2 },
     Family { arch: "granite", model_types: &["granite"], paired: true, divisors: true, biases: ALL, ..QWEN2 },
-    Family { arch: "glm4", model_types: &["glm4"], norms: AROUND_GLM, ..QWEN2 },
+    Family { arch: "glm4", model_types: &["glm4"], norms: AROUND_GLM, fused: true, neighbours: true, partial: true, ..QWEN2 },
     Family {
         arch: "cohere2",
         model_types: &["cohere2"],
@@ -122,11 +136,13 @@ pub const FAMILIES: &[Family] = &[
         head: Head::Tied,
         sliding: Sliding::Listed,
         biases: &[],
+        neighbours: true,
+        square: true,
         ..QWEN2
     },
-    Family { arch: "qwen2moe", model_types: &["qwen2_moe"], head: Head::Own, renormalized: Some(false), ..QWEN2 },
+    Family { arch: "qwen2moe", model_types: &["qwen2_moe"], head: Head::Own, square: true, renormalized: Some(false), ..QWEN2 },
     Family { arch: "qwen3moe", model_types: &["qwen3_moe"], renormalized: Some(true), ..QWEN2 },
-    Family { arch: "olmoe", model_types: &["olmoe"], head: Head::Own, biases: &[], renormalized: Some(false), ..QWEN2 },
+    Family { arch: "olmoe", model_types: &["olmoe"], head: Head::Own, biases: &[], square: true, renormalized: Some(false), ..QWEN2 },
 ];
 
 /// What parts of a block are called: here and there.
@@ -223,11 +239,10 @@ pub fn restored(name: &str, family: &Family, experts: usize) -> Option<Vec<Strin
     if let Some((mixture, layer, _)) = EXPERTS.iter().find(|(mixture, _, to)| *to == part && (*mixture == "block_sparse_moe") == mixtral) {
         return Some((0..experts).map(|expert| format!("model.layers.{number}.{mixture}.experts.{expert}.{layer}.{end}")).collect());
     }
-    let fused = family.arch == "phi3" || family.arch == "glm4";
     let fits = |(from, to): &&(&str, &str)| {
         *to == part
             && (part != ROUTER || from.starts_with("block_sparse_moe") == mixtral)
-            && (part != "ffn_up" || (*from == "mlp.gate_up_proj") == fused)
+            && (part != "ffn_up" || (*from == "mlp.gate_up_proj") == family.fused)
     };
     let (from, _) = family.norms.iter().chain(PARTS).find(fits)?;
     Some(vec![format!("model.layers.{number}.{from}.{end}")])
@@ -290,8 +305,7 @@ pub fn computes(config: &Config, family: &Family, head: bool) -> Result<()> {
         let (wanted, found) = if wanted { ("made to", "do not") } else { ("not made to", "do") };
         return refuse(format!("llama.cpp's shares of the experts of {arch} are {wanted} add up to one, the model's {found}"));
     }
-    let heads = config.heads * config.head_dim == config.hidden;
-    if !heads && ["phi3", "olmo2", "cohere2", "qwen2moe", "olmoe"].contains(&arch) {
+    if family.square && config.heads * config.head_dim != config.hidden {
         return refuse(format!("llama.cpp has heads of {arch} that are as wide as the states together"));
     }
     if arch == "smollm3" {
@@ -316,15 +330,15 @@ fn turns(config: &Config, family: &Family) -> Option<String> {
     if rotations().any(|rotation| rotation.divisors().is_some()) && !family.divisors {
         return Some(format!("llama.cpp has no divisors of frequencies for {arch}"));
     }
-    if rotations().any(|rotation| rotation.width() != config.head_dim) && !["phi3", "glm4"].contains(&arch) {
+    if rotations().any(|rotation| rotation.width() != config.head_dim) && !family.partial {
         return Some(format!("llama.cpp turns whole heads of {arch}, the model a part of them"));
     }
     if rotations().any(|rotation| rotation.long().is_some()) && arch != "phi3" {
         return Some(format!("llama.cpp is given no lists of divisors for {arch}"));
     }
-    let neighbours = ["glm4", "cohere2"].contains(&arch);
-    if rotations().any(|rotation| rotation.interleaved() != neighbours) {
-        return Some(format!("llama.cpp turns {} of {arch} together, the model others", if neighbours { "neighbours" } else { "halves" }));
+    if rotations().any(|rotation| rotation.interleaved() != family.neighbours) {
+        let turned = if family.neighbours { "neighbours" } else { "halves" };
+        return Some(format!("llama.cpp turns {turned} of {arch} together, the model others"));
     }
     if let Some(what) = rotations().find_map(Rotation::unusual) {
         return Some(format!("llama.cpp {what}"));

@@ -79,7 +79,7 @@ impl Contents {
         let mut put = |name: &str, value: Option<Json>| value.into_iter().for_each(|value| config[name] = value);
         put("head_dim", count("attention.key_length").map(Json::from));
         described(reader, family, &mut put);
-        turned(reader, &arch, &mut config)?;
+        turned(reader, family, &mut config)?;
         // What the file does not say is left to the family.
         config.as_object_mut().into_iter().for_each(|config| config.retain(|key, value| !value.is_null() || NULLS.contains(&key.as_str())));
         let tokenizer = tokenizer(reader);
@@ -268,7 +268,8 @@ fn described(reader: &Reader, family: &Family, put: &mut dyn FnMut(&str, Option<
 }
 
 /// What the file says of rotations.
-fn turned(reader: &Reader, arch: &str, config: &mut Json) -> Result<()> {
+fn turned(reader: &Reader, family: &Family, config: &mut Json) -> Result<()> {
+    let arch = family.arch;
     let key = |name: &str| format!("{arch}.{name}");
     let listed = |name: &str| -> Result<Option<Vec<f32>>> {
         let Some((tensor, start)) = reader.tensors.iter().find(|(tensor, _)| tensor.name == name) else { return Ok(None) };
@@ -282,7 +283,7 @@ fn turned(reader: &Reader, arch: &str, config: &mut Json) -> Result<()> {
     let (width, turning) = (reader.count(&key("attention.key_length")), reader.count(&key("rope.dimension_count")));
     let whole = width.map_or(1.0, f64::from);
     let part = turning.map_or(1.0, |turning| f64::from(turning) / whole);
-    if part < 1.0 || ["phi3", "glm4"].contains(&arch) {
+    if part < 1.0 || family.partial {
         config["partial_rotary_factor"] = json!(part);
     }
     if let Some(local) = reader.float(&key("rope.freq_base_swa")).filter(|_| arch == "gemma3") {
@@ -468,4 +469,36 @@ pub fn file_of(path: &Path) -> Option<std::path::PathBuf> {
     }
     let file = path.join(super::FILE);
     (file.is_file() && !path.join("config.json").exists()).then_some(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::formats::gguf::container::header;
+
+    /// Why a file with these keys and tensors, all zeros, is not unpacked.
+    fn refused(keys: &[(&str, Value)], tensors: &[(&str, &[usize], Kind)]) -> String {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.gguf");
+        let arch = ("general.architecture", Value::Text("qwen3moe".into()));
+        let keys = keys.iter().cloned().chain([arch]).map(|(key, value)| (key.to_owned(), value)).collect();
+        let tensor = |(name, shape, kind): &(&str, &[usize], Kind)| Tensor { name: (*name).into(), shape: shape.to_vec(), kind: *kind };
+        let tensors: Vec<Tensor> = tensors.iter().map(tensor).collect();
+        let (mut bytes, offsets) = header(&keys, &tensors);
+        let end = offsets.iter().zip(&tensors).map(|(offset, tensor)| offset + tensor.bytes()).max();
+        bytes.resize(bytes.len().max(end.unwrap_or(0) as usize), 0);
+        std::fs::write(&path, bytes).unwrap();
+        unpack(&path, folder.path()).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn numbers_of_experts_and_lists_of_rotations_are_held_against_the_file() {
+        let count = |experts: u32| ("qwen3moe.expert_count", Value::U32(experts));
+        assert!(refused(&[count(4_000_000_000)], &[]).contains("4000000000 experts; at most 16384 are read"));
+        let stacked: (&str, &[usize], Kind) = ("blk.0.ffn_up_exps.weight", &[2, 3, 4], Kind::F32);
+        assert!(refused(&[count(16384)], &[stacked]).contains("is [2, 3, 4] for 16384 experts"));
+        let divisors: (&str, &[usize], Kind) = ("rope_freqs.weight", &[4], Kind::F16);
+        assert!(refused(&[count(2)], &[divisors]).contains("is F16, it must be floats of 32 bits"));
+        assert!(refused(&[], &[]).contains("architecture `qwen3moe`"), "a mixture without experts");
+    }
 }
