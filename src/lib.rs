@@ -26,9 +26,13 @@
 //!
 //! Statistics hang on input *sites*, not on matrices: queries, keys and values read one input, and every expert of a mixture has
 //! sites of its own. Those of experts are not gathered side by side: what the mixture reads is kept with where its tokens went
-//! ([`model::arrivals`]), and a few experts at a time take their own tokens out of it. What a checkpoint stores as one matrix and the forward reads as several is a [`model::Module`]: it is split
-//! when a block is loaded and put together when it is written. Recipes that need no
-//! calibration never run a forward: they stream layer by layer, from stored bytes to packed integers.
+//! ([`model::arrivals`]), and a few experts at a time take their own tokens out of it. Hidden states go through a block by its
+//! [`model::passage`]: in a mixture expert after expert, each with its tokens of all windows. Where memory has no room for the experts
+//! of a block, each is read when it is needed ([`model::holdings`]), and what was made of it is put away ([`model::away`]).
+//!
+//! What a checkpoint stores as one matrix and the forward reads as several is a [`model::Module`]: it is split when a block is loaded
+//! and put together when it is written. Recipes that need no calibration never run a forward: they stream layer by layer, from
+//! stored bytes to packed integers.
 //!
 //! # Code map
 //!
@@ -42,7 +46,7 @@
 //!           │                                  └─► device    the processor or a GPU: adapters, buffers, launches
 //!           ├─► formats ─► checkpoint                   no tensors here
 //!           └─► calibrate ─► checkpoint                 text to windows of tokens; chat templates run in a child process
-//! everything ─► weight · matrix · lanes · error         plain data and plain loops; statistics: intervals and ranks; memory
+//! everything ─► weight · matrix · lanes · error         plain data and plain loops; statistics: intervals and ranks; memory: the system's word
 //! compress · formats ─► storage                         what changes a disk
 //! untrusted ─► what reads bytes of others               for fuzzers
 //! ```
@@ -65,7 +69,8 @@
 //!   windows cut into runs by their size alone. Matrix products may round differently on another kind of processor.
 //! - A kernel on a GPU is one valid file in `shaders/`, its launch `kernels/<op>/gpu.rs` and its twin `kernels/<op>.rs`;
 //!   [`kernels::self_test`] compares the two on every adapter. On a GPU sums are formed in another order.
-//! - A tensor's bytes are in memory while somebody holds them and no longer; one block is resident at a time.
+//! - A tensor's bytes are in memory while somebody holds them and no longer; one block is resident at a time, or less of it where its
+//!   experts are read one at a time, to the same bytes.
 //! - The destination appears complete or not at all. Work on it lies beside it in a hidden folder ([`compress::work`]) whose journal
 //!   is the only word on what is done; every change of the disk on the way goes through [`storage::Store`], which tests fail
 //!   and cut off at every step.
