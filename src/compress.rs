@@ -188,11 +188,6 @@ impl Prepared {
         Ok(Self { job, plan, exports, changes, facts, size, calibration, generation, evaluation, needed, notes, checkpoint })
     }
 
-    /// The model as the work goes through it.
-    pub(crate) fn model<'a>(&'a self, source: &'a dyn Source) -> Result<Model<'a>> {
-        model_of(&self.checkpoint, source, &self.plan, self.needed)
-    }
-
     /// Does the work, or what is left of it, and puts the finished folder into place. The destination must have begun with
     /// [`manifest::dependencies`] of this job, which are given again here.
     ///
@@ -336,6 +331,7 @@ impl Prepared {
     }
 }
 
+/// The model as the work goes through it.
 fn model_of<'a>(checkpoint: &'a Checkpoint, source: &'a dyn Source, plan: &Plan, needed: Needed) -> Result<Model<'a>> {
     Ok(Model::open(checkpoint, source)?.with_experts(plan.experts).with_experts_read_singly(needed.singly))
 }

@@ -7,9 +7,9 @@ use std::time::Instant;
 
 use crate::calibrate::corpus::Packed;
 use crate::checkpoint::source::{Source, Through};
-use crate::compress::Prepared;
 use crate::compress::compressor::Compressor;
 use crate::compress::exports::Sinks;
+use crate::compress::{Prepared, model_of};
 use crate::error::Result;
 use crate::evaluate;
 use crate::formats;
@@ -70,7 +70,7 @@ pub fn estimate(prepared: &Prepared, preparing: f64, run: &Run<'_>) -> Result<Es
         return Ok(Estimate { seconds, memory_bytes: trial.memory(0), tried: true });
     }
     let source = Through::restored(formats::open(&prepared.checkpoint)?);
-    let model = &prepared.model(&source)?;
+    let model = &model_of(&prepared.checkpoint, &source, &prepared.plan, prepared.needed)?;
     let needs = crate::compress::needs(&prepared.job.recipe, &prepared.plan);
     let tokens = |windows: &[Vec<u32>]| windows.iter().map(Vec::len).sum::<usize>();
     let calibration = prepared.calibration.as_ref().map_or(&[][..], |packed: &Packed| &packed.windows);
