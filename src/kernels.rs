@@ -48,6 +48,7 @@ use burn_flex::{Flex, FlexTensor};
 
 use crate::device::Shader;
 pub use crate::lanes::{dot_lanes, maximum, sum_lanes, vectorized};
+use crate::matrix::Matrix;
 
 /// All compute shaders.
 pub static SHADERS: [&Shader; 26] = [
@@ -109,6 +110,12 @@ impl Floats {
 /// A tensor that takes over the values.
 pub fn tensor<const D: usize>(values: Vec<f32>, shape: [usize; D], device: &Device) -> Tensor<D> {
     Tensor::from_data(TensorData::new(values, shape), device)
+}
+
+/// A matrix of the values of a tensor.
+pub fn matrix(tensor: &Tensor<2>) -> Matrix {
+    let [rows, columns] = tensor.dims();
+    Matrix::new(rows, columns, values(tensor.clone()))
 }
 
 /// The values of a tensor, row-major; without a copy when nobody else holds it.

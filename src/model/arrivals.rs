@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use crate::error::{Error, Result};
 use crate::kernels::gram::{add_column_squares, add_gram};
 use crate::kernels::routing::{Routed, Rule, route};
-use crate::kernels::{Floats, tensor, values};
+use crate::kernels::{Floats, matrix, tensor, values};
 use crate::matrix::Matrix;
 use crate::model::bench::{Bench, HELD_OUT};
 use crate::model::block::{Linear, Parameters, Site, Slot};
@@ -18,7 +18,6 @@ use crate::model::capture::{Capture, Sums};
 use crate::model::forward::{self, Spec};
 use crate::model::hidden::Hidden;
 use crate::model::mixture::{self, Experts, Layers, Which};
-use crate::model::passage::Passage;
 use crate::model::seen::{Needs, Statistics};
 use crate::weight::Weight;
 
@@ -204,8 +203,7 @@ impl Bench<'_> {
     /// # Errors
     /// When hidden states cannot be read.
     pub(super) fn routed(&self, source: &Hidden, parameters: &Parameters) -> Result<Arrivals> {
-        let (model, index, experts, run) = (self.model, self.index(), self.holdings(), self.run);
-        Passage { model, index, parameters, experts, run }.routes(source, self.everywhere)
+        self.passage(parameters).routes(source, self.everywhere)
     }
 
     /// Lets a craft work on the layers of experts, some experts side by side; gives what it tells of layers, in their order.
@@ -276,10 +274,7 @@ impl Bench<'_> {
             for (linear, place) in linears[places.clone()].iter_mut().zip(places) {
                 let slot = Slot::of(which, linear.role);
                 if craft.wants(slot) {
-                    let original = float.as_ref().map(|float| {
-                        let [rows, columns] = linear.weight.shape();
-                        Matrix::new(rows, columns, values(float.weights[place].clone()))
-                    });
+                    let original = float.as_ref().map(|float| matrix(&float.weights[place]));
                     if let (true, Some(original)) = (mixture::absent(&linear.weight), &original) {
                         linear.weight = Weight::Dense(original.clone());
                     }
@@ -290,8 +285,7 @@ impl Bench<'_> {
         }
         if let Some(away) = &self.away {
             for linear in linears.iter_mut().filter(|linear| !mixture::absent(&linear.weight)) {
-                let [rows, columns] = linear.weight.shape();
-                let hollow = Weight::Dense(Matrix { rows, columns, data: Vec::new() });
+                let hollow = mixture::hollow(linear.weight.shape());
                 away.put(Slot::of(which, linear.role), std::mem::replace(&mut linear.weight, hollow))?;
             }
         }

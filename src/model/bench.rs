@@ -13,7 +13,7 @@ use burn::tensor::Tensor;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::kernels::rough_product::Precision;
-use crate::kernels::{tensor, values};
+use crate::kernels::{matrix, tensor, values};
 use crate::matrix::Matrix;
 use crate::model::arrivals::Arrivals;
 use crate::model::away::Away;
@@ -156,6 +156,11 @@ impl Bench<'_> {
         }
     }
 
+    /// The passage through the block with these tensors and the experts as they stand.
+    pub(super) fn passage<'s>(&'s self, parameters: &'s Parameters) -> Passage<'s> {
+        Passage { model: self.model, index: self.index(), parameters, experts: self.holdings(), run: self.run }
+    }
+
     /// The original weight of a layer; nothing where the original was not kept.
     ///
     /// # Errors
@@ -165,10 +170,7 @@ impl Bench<'_> {
         if slot.expert.is_some() {
             return self.holdings().original_weight(slot).map(Some);
         }
-        Ok(original.at(slot).map(|weight| {
-            let [rows, columns] = weight.dims();
-            Matrix::new(rows, columns, values(weight.clone()))
-        }))
+        Ok(original.at(slot).map(matrix))
     }
 
     /// The original weight of all roles of a module, one after the other.
@@ -227,8 +229,7 @@ impl Bench<'_> {
             return Ok(None);
         }
         let parameters = Parameters::take_own(&mut self.block, self.run.device);
-        let (model, index, experts, run) = (self.model, self.index(), self.holdings(), self.run);
-        let outputs = Passage { model, index, parameters: &parameters, experts, run }.of_first(self.hidden, COMPARED);
+        let outputs = self.passage(&parameters).of_first(self.hidden, COMPARED);
         parameters.give_back(&mut self.block);
         Ok(relative_error(&self.wanted, &outputs?))
     }
@@ -366,7 +367,7 @@ impl Bench<'_> {
         outputs: &mut Hidden,
     ) -> Result<()> {
         let mut states = self.hidden.copy(self.run.scratch)?;
-        Passage { model: self.model, index: self.index(), parameters, experts, run: self.run }.advance(&mut states, None, "")?;
+        Passage { experts, ..self.passage(parameters) }.advance(&mut states, None, &Progress::new(0, "", self.run))?;
         (0..states.len()).try_for_each(|window| {
             let place = window * count + number;
             outputs.write(place..place + 1, &states.read(window..window + 1)?)

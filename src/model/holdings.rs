@@ -3,7 +3,7 @@
 
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::kernels::{tensor, values};
+use crate::kernels::{matrix, tensor};
 use crate::matrix::Matrix;
 use crate::model::Model;
 use crate::model::away::Away;
@@ -106,8 +106,7 @@ impl<'a> Holdings<'a> {
     pub fn original_weight(&self, slot: Slot) -> Result<Matrix> {
         let which = slot.expert.ok_or_else(missing)?;
         if let Some(weight) = self.original.and_then(|original| original.weight(which, slot.role)) {
-            let [rows, columns] = weight.dims();
-            return Ok(Matrix::new(rows, columns, values(weight.clone())));
+            return Ok(matrix(weight));
         }
         Ok(self.model.load_of_expert(self.index, self.numbered(which), slot.role)?.weight.into_matrix())
     }

@@ -5,7 +5,7 @@ use crate::matrix::Matrix;
 use crate::model::architecture::{Lying, Mixing};
 use crate::model::block::{Block, Linear, Norm, Place, Role};
 use crate::model::delta::{self, Delta};
-use crate::model::mixture::{Experts, Router, Which};
+use crate::model::mixture::{self, Experts, Router, Which};
 use crate::model::{Model, Module, woven};
 use crate::weight::Weight;
 
@@ -116,9 +116,8 @@ impl Model<'_> {
 
     /// A layer of an expert without its weight.
     fn hollow(&self, module: Module) -> Result<Linear> {
-        let [rows, columns] = module.shape;
         let (bias, role) = (self.load_bias(&module)?, module.roles.first().copied().unwrap_or(Role::Down));
-        Ok(Linear { name: module.name, role, weight: Weight::Dense(Matrix { rows, columns, data: Vec::new() }), bias })
+        Ok(Linear { name: module.name, role, weight: mixture::hollow(module.shape), bias })
     }
 
     fn load_bias(&self, module: &Module) -> Result<Option<Vec<f32>>> {

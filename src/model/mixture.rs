@@ -286,7 +286,12 @@ pub(super) fn bias(linear: &Linear, device: &Device) -> Option<Tensor<1>> {
     linear.bias.as_ref().map(|bias| tensor(bias.clone(), [bias.len()], device))
 }
 
-/// Whether a block does not hold the floats of a weight, because they are still those of the original.
+/// A weight of this shape that lies elsewhere: [`absent`] here.
+pub fn hollow([rows, columns]: [usize; 2]) -> Weight {
+    Weight::Dense(Matrix { rows, columns, data: Vec::new() })
+}
+
+/// Whether a block does not hold the numbers of a weight, because they are those of the original, or were put away.
 pub fn absent(weight: &Weight) -> bool {
     let (Weight::Dense(matrix) | Weight::Sparse(Sparse { matrix, .. })) = weight else { return false };
     matrix.data.is_empty() && matrix.rows * matrix.columns > 0

@@ -23,7 +23,7 @@ use crate::run::Run;
 
 /// Memory that the activations of one run of windows may take, in bytes: many small windows share one matrix product,
 /// which reads the weights once.
-pub(super) const RUN_BYTES: usize = 32 << 20;
+const RUN_BYTES: usize = 32 << 20;
 
 /// Windows whose block outputs are compared before and after the visit.
 pub(super) const COMPARED: usize = 2;
@@ -88,10 +88,9 @@ impl Passage<'_> {
     ///
     /// # Errors
     /// When states cannot be read or written, or an output is not finite, or a signal asks to stop.
-    pub fn advance(&self, hidden: &mut Hidden, joined: Option<&Hidden>, note: &str) -> Result<Vec<Vec<f32>>> {
-        let progress = Progress::new(hidden.len(), note, self.run);
+    pub fn advance(&self, hidden: &mut Hidden, joined: Option<&Hidden>, progress: &Progress<'_>) -> Result<Vec<Vec<f32>>> {
         if self.parameters.experts().is_some() {
-            return self.advance_mixture(hidden, joined, &progress);
+            return self.advance_mixture(hidden, joined, progress);
         }
         let mut first = Vec::new();
         for runs in self.batches(hidden, false) {
@@ -177,8 +176,7 @@ impl Passage<'_> {
         for window in 0..lengths.len() {
             few.write(window..window + 1, &hidden.read(window..window + 1)?)?;
         }
-        let silent = Run { observer: &crate::run::Muted(self.run.observer), ..*self.run };
-        Passage { run: &silent, ..*self }.advance(&mut few, None, "")
+        self.advance(&mut few, None, &Progress::new(0, "", self.run))
     }
 
     /// Where the tokens of states that a mixture reads go.

@@ -24,7 +24,7 @@ use crate::model::progress::Progress;
 use crate::model::seen::{Needs, Seen, Statistics};
 use crate::model::slopes::{self, Slopes};
 use crate::model::{Model, passage};
-use crate::run::{Muted, Run};
+use crate::run::Run;
 
 /// Tokens whose inputs are kept to tell the errors of layers where no Gram matrix is gathered.
 const SAMPLED: usize = 512;
@@ -208,7 +208,8 @@ impl Remains {
                 ..Holdings::of_original(model, index, original.as_ref().and_then(Parameters::experts), run.device)
             },
         };
-        Passage { model, index, parameters: &parameters, experts, run }.advance(hidden, joined, note)
+        let progress = Progress::new(hidden.len(), note, run);
+        Passage { model, index, parameters: &parameters, experts, run }.advance(hidden, joined, &progress)
     }
 }
 
@@ -348,8 +349,7 @@ impl FloatStream {
             progress.within(runs.last().map_or(0, |windows| windows.end) as f64 / self.inputs.len() as f64 * if mixed { 0.3 } else { 1.0 });
         }
         if mixed {
-            let silent = Run { observer: &Muted(passage.run.observer), ..*passage.run };
-            return Passage { run: &silent, ..*passage }.advance(&mut self.targets, Some(self.between[1].joined()), "");
+            return passage.advance(&mut self.targets, Some(self.between[1].joined()), &Progress::new(0, "", passage.run));
         }
         Ok(first)
     }

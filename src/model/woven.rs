@@ -12,7 +12,7 @@ use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::matrix::Matrix;
 use crate::model::block::{Linear, Role};
-use crate::model::mixture::Mixture;
+use crate::model::mixture::{self, Mixture};
 use crate::weight::Weight;
 
 /// Numbers of a block of 4-bit floats.
@@ -91,10 +91,10 @@ pub fn hollow(checkpoint: &Checkpoint, name: &str, mixture: &Mixture, hidden: us
     });
     let (both, down) = (both?, down?);
     let half = |first: usize| both.iter().skip(first).step_by(2).copied().collect::<Vec<f32>>();
-    let layer = |part: &str, role: Role, [rows, columns]: [usize; 2], bias: Vec<f32>| Linear {
+    let layer = |part: &str, role: Role, shape: [usize; 2], bias: Vec<f32>| Linear {
         name: format!("{name}.{expert}.{part}"),
         role,
-        weight: Weight::Dense(Matrix { rows, columns, data: Vec::new() }),
+        weight: mixture::hollow(shape),
         bias: Some(bias),
     };
     Ok([

@@ -10,6 +10,7 @@ use crate::model::arrivals::{Aim, Caught, Craft};
 use crate::model::away::Away;
 use crate::model::bench::Bench;
 use crate::model::block::{Linear, Slot};
+use crate::model::mixture;
 use crate::model::seen::{Needs, Statistics};
 use crate::model::slopes::{Slope, Slopes};
 use crate::sensitivity::file::LayerSensitivity;
@@ -53,7 +54,7 @@ impl Craft for Trying<'_, '_> {
         let candidates = self.measuring.candidates(&linear.name, &original, self.slopes.get(&slot).unwrap_or(&nothing), seen, keep)?;
         let shape = [original.rows, original.columns];
         // The block needs no copy of what the original has.
-        linear.weight = Weight::Dense(Matrix { rows: shape[0], columns: shape[1], data: Vec::new() });
+        linear.weight = mixture::hollow(shape);
         self.measuring.run.observer.step(self.measuring.options.schemes.len() as u64, &linear.name);
         Ok(LayerSensitivity { name: linear.name.clone(), block: self.block, shape, candidates, shares: !self.made.is_empty() })
     }
