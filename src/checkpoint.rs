@@ -104,6 +104,15 @@ impl Checkpoint {
         Ok((shard, &shard.header.tensors[name]))
     }
 
+    /// Tells the system that all tensors whose names begin so will be read soon.
+    pub fn expect(&self, prefix: &str) {
+        for (name, &number) in self.tensors.range(prefix.to_owned()..).take_while(|(name, _)| name.starts_with(prefix)) {
+            if let Some(info) = self.shards[number].header.tensors.get(name) {
+                self.shards[number].expect(info);
+            }
+        }
+    }
+
     /// The stored bytes of a tensor.
     ///
     /// # Errors

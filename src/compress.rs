@@ -194,7 +194,7 @@ impl Prepared {
     /// # Errors
     /// When anything fails; the destination is then absent, as before.
     pub fn run(mut self, destination: Destination, dependencies: &Map<String, Value>, run: &Run<'_>) -> Result<Report> {
-        match self.fill(&destination, dependencies, run) {
+        match run.guarded(|| self.fill(&destination, dependencies, run)) {
             Ok(report) => destination.publish().map(|()| report),
             Err(error) => Err(destination.give_up(error)),
         }
@@ -349,7 +349,7 @@ fn states(
         let missing = || Error::damaged(format!("no states `{stream}` were recorded")).file(&work.path);
         let kept = kept.iter().find(|kept| kept.name.ends_with(stream)).ok_or_else(missing)?;
         let path = work.path.join(&kept.name);
-        let mut hidden = Hidden::new(&lengths, model.config.hidden, Keeping::HALVED, run.scratch)?;
+        let mut hidden = Hidden::new(&lengths, model.config.hidden, Keeping::HALVED.for_mixture(model.config.mixture.is_some()), run)?;
         let file = std::fs::File::open(&path).map_err(|error| Error::damaged(error).file(&path))?;
         let (bytes, blake3) = hidden.load(&file, &path).map_err(Error::damaged)?;
         if (bytes, blake3.to_hex().as_str()) != (kept.bytes, kept.blake3.as_str()) {

@@ -6,9 +6,9 @@ mod absent;
 mod gpu;
 
 #[cfg(not(feature = "gpu"))]
-pub use absent::{Buffer, Gpu, adapters, open, opened};
+pub use absent::{Buffer, Gpu, Reserved, adapters, open, opened};
 #[cfg(feature = "gpu")]
-pub use gpu::{Buffer, Gpu, adapters, open, opened};
+pub use gpu::{Buffer, Gpu, Reserved, adapters, open, opened};
 
 use crate::error::Result;
 
@@ -91,6 +91,8 @@ pub struct Adapter {
     pub binding_bytes: u64,
     /// Bytes of a buffer.
     pub buffer_bytes: u64,
+    /// Bytes of its memory, where the driver says.
+    pub memory_bytes: Option<u64>,
     /// Workgroups per dimension of a launch.
     pub workgroups: u32,
     /// Threads of a workgroup.
@@ -167,10 +169,23 @@ impl Device {
         Ok(Self { burn, name: format!("gpu:{number} ({})", gpu.adapter().name), gpu: Some(gpu), gpu_memory: None })
     }
 
-    /// Bytes that the weights of one block may take on the GPU, a quarter of its memory: a block stands there up to three
-    /// times, and its activations besides. What does not fit stays on the processor's side and passes by tile by tile.
+    /// Bytes of GPU memory to use: what the user says, or else four fifths of what the adapter has, which leaves others theirs.
+    /// Without limit where neither is known.
+    fn memory(&self) -> u64 {
+        let own = |gpu: &Gpu| gpu.adapter().memory_bytes.map(|bytes| bytes / 5 * 4);
+        self.gpu_memory.or_else(|| self.gpu.as_ref().and_then(own)).unwrap_or(u64::MAX)
+    }
+
+    /// Bytes that the weights of one block may take on the GPU, a fifth of its memory: a block stands there up to three
+    /// times, and its activations and the states between blocks besides. What does not fit stays on the processor's side and
+    /// passes by tile by tile.
     pub fn room_for_weights(&self) -> u64 {
-        self.gpu_memory.map_or(u64::MAX, |bytes| bytes / 4)
+        self.memory() / 5
+    }
+
+    /// Bytes that hidden states may take on the GPU between blocks, all stores together; none on the processor.
+    pub fn room_for_states(&self) -> u64 {
+        if self.gpu.is_some() { self.memory() / 5 } else { 0 }
     }
 
     /// Whether a tensor of so many bytes can be one buffer that a kernel binds.

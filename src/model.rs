@@ -15,6 +15,7 @@ pub mod hidden;
 pub mod holdings;
 pub mod latent;
 mod load;
+pub mod loss;
 pub mod mixture;
 pub mod passage;
 pub mod progress;

@@ -74,4 +74,17 @@ impl Run<'_> {
             None => Ok(()),
         }
     }
+
+    /// Does work on the device. Tensors have no errors: where a GPU runs out of memory or is lost under them they panic, and that
+    /// becomes an error here, so that whoever keeps what was done so far can say so.
+    ///
+    /// # Errors
+    /// Those of the work, or [`Fault::Run`] where a GPU failed.
+    pub fn guarded<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<R> {
+        let Some(gpu) = &self.device.gpu else { return work() };
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_or_else(|panic| {
+            let said = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+            Err(gpu.failure(said.unwrap_or("the device failed")))
+        })
+    }
 }

@@ -144,6 +144,13 @@ impl Shard {
         })
     }
 
+    /// Tells the system that a tensor will be read, so that it fetches what it has no copy of in memory.
+    pub fn expect(&self, info: &TensorInfo) {
+        let at = self.header.data_start.saturating_add(info.begin);
+        // Whoever does not care for advice loses nothing.
+        let _ = rustix::fs::fadvise(&self.file, at, std::num::NonZeroU64::new(info.bytes()), rustix::fs::Advice::WillNeed);
+    }
+
     /// Checks that the file is still the one whose header was read.
     ///
     /// # Errors

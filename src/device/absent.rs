@@ -1,6 +1,7 @@
 //! The face of a GPU in a program that was built without: there is never one.
 
 use std::convert::Infallible;
+use std::ops::Range;
 
 use burn::tensor::Tensor;
 
@@ -14,6 +15,10 @@ pub struct Gpu(Infallible);
 /// Words on a GPU, which this program cannot have.
 #[derive(Debug, Clone)]
 pub struct Buffer(());
+
+/// Memory of a GPU, which this program cannot have.
+#[derive(Debug)]
+pub struct Reserved(Infallible);
 
 impl Buffer {
     /// Number of words.
@@ -68,6 +73,11 @@ impl Gpu {
         match self.0 {}
     }
 
+    /// Sets so many bytes aside.
+    pub fn reserve(&self, _: u64, _: u64) -> Option<Reserved> {
+        match self.0 {}
+    }
+
     /// Words that hold anything.
     pub fn empty(&self, _: usize) -> Buffer {
         match self.0 {}
@@ -103,6 +113,19 @@ impl Gpu {
     /// # Errors
     /// Never here.
     pub fn read<T: bytemuck::Pod>(&self, _: &Buffer) -> Result<Vec<T>> {
+        match self.0 {}
+    }
+
+    /// Some words of a buffer.
+    ///
+    /// # Errors
+    /// Never here.
+    pub fn read_part<T: bytemuck::Pod>(&self, _: &Buffer, _: Range<usize>) -> Result<Vec<T>> {
+        match self.0 {}
+    }
+
+    /// The error for what the driver said.
+    pub fn failure(&self, _: &str) -> Error {
         match self.0 {}
     }
 }

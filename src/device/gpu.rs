@@ -7,6 +7,8 @@
 
 mod differentiable;
 
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::tensor::wgpu::{WgpuSetup, wgpu};
@@ -29,6 +31,21 @@ pub struct Gpu {
     client: Client,
     device: burn::tensor::Device,
     adapter: Arc<Adapter>,
+    /// Bytes that are set aside for what stays.
+    reserved: Arc<AtomicU64>,
+}
+
+/// Memory of a GPU that is set aside while this lives.
+#[derive(Debug)]
+pub struct Reserved {
+    bytes: u64,
+    of: Arc<AtomicU64>,
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        self.of.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
 }
 
 impl std::fmt::Debug for Gpu {
@@ -89,6 +106,7 @@ fn describe(number: usize, adapter: &wgpu::Adapter) -> Adapter {
         driver: format!("{} {}", info.driver, info.driver_info).trim().to_owned(),
         binding_bytes: limits.max_storage_buffer_binding_size.min(limits.max_buffer_size),
         buffer_bytes: limits.max_buffer_size,
+        memory_bytes: memory_of(adapter),
         workgroups: limits.max_compute_workgroups_per_dimension,
         workgroup_threads: limits.max_compute_invocations_per_workgroup,
         workgroup_bytes: limits.max_compute_workgroup_storage_size,
@@ -97,6 +115,17 @@ fn describe(number: usize, adapter: &wgpu::Adapter) -> Adapter {
         subgroups: [info.subgroup_min_size, info.subgroup_max_size],
         matrix_units,
     }
+}
+
+/// Bytes of the largest memory that lies at the adapter; nothing where the driver does not say.
+fn memory_of(adapter: &wgpu::Adapter) -> Option<u64> {
+    // SAFETY: the handles are read, nothing is destroyed or kept, and the adapter outlives the call.
+    let properties = unsafe {
+        let vulkan = adapter.as_hal::<wgpu::hal::api::Vulkan>()?;
+        vulkan.shared_instance().raw_instance().get_physical_device_memory_properties(vulkan.raw_physical_device())
+    };
+    let heaps = properties.memory_heaps.iter().take(properties.memory_heap_count as usize);
+    heaps.filter(|heap| heap.flags.as_raw() & 1 == 1).map(|heap| heap.size).max()
 }
 
 /// All adapters of this machine. None where there is no graphics library.
@@ -148,7 +177,7 @@ fn open_adapter(number: usize) -> Result<(Gpu, burn::tensor::Device)> {
     if sum != Ok(vec![4.0]) {
         return Err(failed(&"it does not add"));
     }
-    let gpu = Gpu { client, device: device.clone(), adapter: Arc::new(description) };
+    let gpu = Gpu { client, device: device.clone(), adapter: Arc::new(description), reserved: Arc::default() };
     OPENED.lock().unwrap_or_else(PoisonError::into_inner).push(gpu.clone());
     Ok((gpu, device))
 }
@@ -193,6 +222,13 @@ impl Gpu {
         let mut whole = bytes.to_vec();
         whole.resize(bytes.len().next_multiple_of(4).max(4), 0);
         Buffer { handle: self.client.create_from_slice(&whole), words: whole.len() / 4 }
+    }
+
+    /// Sets so many bytes aside, if no more than `most` are set aside then in all.
+    pub fn reserve(&self, bytes: u64, most: u64) -> Option<Reserved> {
+        let more = |held: u64| held.checked_add(bytes).filter(|&held| held <= most);
+        self.reserved.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok()?;
+        Some(Reserved { bytes, of: self.reserved.clone() })
     }
 
     /// Words that hold anything.
@@ -246,9 +282,28 @@ impl Gpu {
     /// # Errors
     /// When a launch failed, or the device is lost or out of memory.
     pub fn read<T: bytemuck::Pod>(&self, buffer: &Buffer) -> Result<Vec<T>> {
-        let bytes = self.client.read_one(buffer.handle.clone());
-        let bytes = bytes.map_err(|error| Error::run(format!("{}: {}; use --device cpu", self.adapter.name, cause(&error.to_string()))))?;
-        Ok(bytemuck::pod_collect_to_vec(&bytes[..4 * buffer.words]))
+        self.read_part(buffer, 0..buffer.words)
+    }
+
+    /// Some words of a buffer, as [`Self::read`].
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub fn read_part<T: bytemuck::Pod>(&self, buffer: &Buffer, words: Range<usize>) -> Result<Vec<T>> {
+        if words.is_empty() {
+            return Ok(Vec::new());
+        }
+        let handle = buffer.handle.clone();
+        let (before, length) = (4 * words.start as u64, 4 * words.len());
+        let after = handle.size_in_used().saturating_sub(before + length as u64);
+        let bytes = self.client.read_one(handle.offset_start(before).offset_end(after));
+        let bytes = bytes.map_err(|error| self.failure(&error.to_string()))?;
+        Ok(bytemuck::pod_collect_to_vec(&bytes[..length]))
+    }
+
+    /// The error for what the driver or the tensor library said.
+    pub fn failure(&self, said: &str) -> Error {
+        Error::run(format!("{} failed: {}; use a smaller --gpu-memory, or --device cpu", self.adapter.name, cause(said)))
     }
 }
 

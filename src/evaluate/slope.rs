@@ -48,7 +48,7 @@ pub fn slope(stream: &Stream<'_, '_>, windows: &[Vec<u32>], run: &Run<'_>) -> Re
     let (model, device) = (stream.model, &run.device.burn);
     let (config, scored) = (&model.config, windows.iter().map(|window| window.len() - 1).sum::<usize>());
     let (weight, norm) = (model.final_norm()?, norm(model, device)?);
-    let mut slope = stream.hidden.like(config.hidden, run.scratch)?;
+    let mut slope = stream.hidden.like(config.hidden, run)?;
     for slice in model.head_slices() {
         let head = head(model, slice.clone(), device)?;
         for (window, tokens) in windows.iter().enumerate() {

@@ -79,10 +79,9 @@ pub fn sweep<T: Send>(
     run.observer.begin("score", (slices.len() * states.len()) as u64);
     for slice in slices {
         let heads = streams.iter().map(|stream| head(stream.model, slice.clone(), device)).collect::<Result<Vec<_>>>()?;
-        let logits = |at: usize, states: &[f32], tokens: Range<usize>| {
-            let (config, count) = (&streams[at].model.config, tokens.len());
-            let x = states[tokens.start * config.hidden..tokens.end * config.hidden].to_vec();
-            let x: Tensor<2> = tensor(x, [count, config.hidden], device);
+        let logits = |at: usize, states: &Tensor<2>, tokens: Range<usize>| {
+            let config = &streams[at].model.config;
+            let x = states.clone().slice([tokens, 0..config.hidden]);
             values(forward::logits(config, forward::final_norm(config, &x, &norms[at]), heads[at].clone()))
         };
         let at_once = rayon::current_num_threads();
@@ -90,7 +89,7 @@ pub fn sweep<T: Send>(
             run.check_stop()?;
             states.par_chunks_mut(repeats.max(1)).enumerate().try_for_each(|(number, states)| -> Result<()> {
                 let window = batch * at_once + number;
-                let hidden = others.iter().map(|other| other.hidden.read(window..window + 1)).collect::<Result<Vec<_>>>()?;
+                let hidden = others.iter().map(|other| other.hidden.states(window..window + 1, device)).collect::<Result<Vec<_>>>()?;
                 let scored = windows[window].len() - 1;
                 for start in (0..scored).step_by(TOKENS_AT_ONCE) {
                     let tokens = start..(start + TOKENS_AT_ONCE).min(scored);
@@ -98,7 +97,7 @@ pub fn sweep<T: Send>(
                         hidden.iter().enumerate().map(|(at, states)| logits(at + 1, states, tokens.clone())).collect();
                     for (repeat, states) in states.iter_mut().enumerate() {
                         let copy = window * repeats + repeat;
-                        let mine = logits(0, &own.hidden.read(copy..copy + 1)?, tokens.clone());
+                        let mine = logits(0, &own.hidden.states(copy..copy + 1, device)?, tokens.clone());
                         let of: Vec<&[f32]> = std::iter::once(&mine).chain(&other).map(Vec::as_slice).collect();
                         let targets = &windows[window][tokens.start + 1..=tokens.end];
                         visit(&mut states[tokens.clone()], Logits { of: &of, first: slice.start as u32, targets });

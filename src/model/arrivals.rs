@@ -14,7 +14,7 @@ use crate::kernels::{Floats, matrix, tensor, values};
 use crate::matrix::Matrix;
 use crate::model::bench::{Bench, HELD_OUT};
 use crate::model::block::{Linear, Parameters, Site, Slot};
-use crate::model::capture::{Capture, Sums};
+use crate::model::capture::{Capture, Read, Sums};
 use crate::model::forward::{self, Spec};
 use crate::model::hidden::Hidden;
 use crate::model::mixture::{self, Experts, Layers, Which};
@@ -343,8 +343,9 @@ impl Bench<'_> {
             let mut sums: Option<Sums> = None;
             for tokens in tokens.chunks(CHUNK) {
                 let (a, f) = (readers[0].read(tokens, site, &own)?, readers[1].read(tokens, site, float)?);
-                let sums = sums.get_or_insert_with(|| Sums::new(a.len() / tokens.len(), 0, None));
-                sums.add([a, Vec::new()], [f, Vec::new()], 1.0);
+                let columns = a.len() / tokens.len();
+                let read = |x| Read { site: tensor(x, [tokens.len(), columns], &burn::tensor::Device::flex()), stream: None };
+                sums.get_or_insert_with(|| Sums::new(columns, 0, None)).add(read(a), read(f), 1.0);
             }
             sums.map(Sums::finish).transpose()
         };

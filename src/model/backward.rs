@@ -16,6 +16,7 @@ use burn::tensor::Tensor;
 use rayon::prelude::*;
 
 use crate::device::{Buffer, Gpu};
+use crate::error::Result;
 use crate::kernels::attention_adjoint::Passed;
 use crate::kernels::exponential::sigmoid;
 use crate::kernels::gated::gated_adjoint;
@@ -23,9 +24,10 @@ use crate::kernels::gemm::{Sizes, View};
 use crate::kernels::rms_norm::rms_norm_adjoint;
 use crate::kernels::rope::{Table, rope_cpu};
 use crate::kernels::rough_product::{Precision, product_in};
-use crate::kernels::{Floats, dot_lanes, tensor, values, vectorized};
+use crate::kernels::{Floats, tensor, values};
 use crate::model::block::{Parameters, Place, Role, Site, Slot};
 use crate::model::forward::{self, Point, Spec};
+use crate::model::loss::Loss;
 use crate::model::mixture::Which;
 
 /// Tokens of a group; a longer window is a group of its own.
@@ -132,7 +134,7 @@ impl Gradients {
         &self.stream
     }
 
-    /// The block's output in the last call, tokens × hidden.
+    /// The block's output in the last call, tokens × hidden; means nothing where it lies elsewhere and was judged there.
     pub fn output(&self) -> &[f32] {
         &self.output
     }
@@ -148,75 +150,28 @@ impl Gradients {
     }
 }
 
-/// A loss: given the block's output, writes its gradient and gives its value.
-pub type Loss<'a> = &'a mut dyn FnMut(&[f32], &mut [f32]) -> f64;
-
-/// The loss factor · Σ (y − target)².
-pub fn squared_error(target: &[f32], factor: f64) -> impl FnMut(&[f32], &mut [f32]) -> f64 {
-    move |y, dy| factor * error_sum(y, target, dy, factor, f32::INFINITY)
-}
-
-/// The loss factor · Σ (y − target)² without the `dropped` entries of largest error in every `window` entries; of equal
-/// errors at the edge all stay.
-pub fn trimmed_squared_error(target: &[f32], factor: f64, window: usize, dropped: usize) -> impl FnMut(&[f32], &mut [f32]) -> f64 {
-    move |y, dy| {
-        let windows = y.chunks(window.max(1)).zip(target.chunks(window.max(1))).zip(dy.chunks_mut(window.max(1)));
-        let judged = windows.map(|((y, target), dy)| factor * error_sum(y, target, dy, factor, edge(y, target, dropped)));
-        judged.sum()
-    }
-}
-
-/// The largest error that counts when the `dropped` largest do not; below all when none counts.
-fn edge(y: &[f32], target: &[f32], dropped: usize) -> f32 {
-    match (dropped, y.len().saturating_sub(dropped)) {
-        (0, _) => f32::INFINITY,
-        (_, 0) => -1.0,
-        (_, kept) => {
-            let mut errors: Vec<f32> = y.par_iter().zip(target).map(|(y, target)| (y - target).abs()).collect();
-            *errors.select_nth_unstable_by(kept - 1, f32::total_cmp).1
-        }
-    }
-}
-
-/// The gradient of the output as it was given; the value is 0.
-pub fn upstream(gradient: &[f32]) -> impl FnMut(&[f32], &mut [f32]) -> f64 {
-    move |_, dy| {
-        dy.copy_from_slice(gradient);
-        0.0
-    }
-}
-
-/// Σ of the squared errors that are at most `edge`, and their gradient times `factor`.
-fn error_sum(y: &[f32], target: &[f32], dy: &mut [f32], factor: f64, edge: f32) -> f64 {
-    assert_eq!(y.len(), target.len(), "an output and a target of different sizes");
-    let slope = (2.0 * factor) as f32;
-    let parts = y.par_chunks(CHUNK).zip(target.par_chunks(CHUNK)).zip(dy.par_chunks_mut(CHUNK)).map(|((y, target), dy)| {
-        vectorized(
-            #[inline(always)]
-            || {
-                for ((dy, &y), &target) in dy.iter_mut().zip(y).zip(target) {
-                    let error = y - target;
-                    *dy = if error.abs() <= edge { error } else { 0.0 };
-                }
-                let sum = dot_lanes(dy, dy);
-                dy.iter_mut().for_each(|error| *error *= slope);
-                f64::from(sum)
-            },
-        )
-    });
-    parts.collect::<Vec<f64>>().iter().sum()
-}
-
 /// What a group's forward passed.
 type Record = BTreeMap<Point, Floats>;
 
 /// Runs the block on `x` (tokens × hidden, whole windows), lets `loss` judge the output, and adds the gradients that are
 /// wanted. Gives the value of the loss. Where the parameters do not lie on the processor, automatic differentiation of the
 /// forward does the work there.
-pub fn block(spec: &Spec<'_>, parameters: &Parameters, x: &[f32], wanted: Wanted, gradients: &mut Gradients, loss: Loss<'_>) -> f64 {
+///
+/// # Errors
+/// When a GPU fails.
+pub fn block(
+    spec: &Spec<'_>,
+    parameters: &Parameters,
+    x: &Tensor<2>,
+    wanted: Wanted,
+    gradients: &mut Gradients,
+    loss: &mut dyn Loss,
+) -> Result<f64> {
     if parameters.elsewhere() {
         return differentiated(spec, parameters, x, wanted, gradients, loss);
     }
+    let x = Floats::fetched(x);
+    let x = x.slice();
     let hidden = spec.config.hidden;
     let size = (hidden * spec.seq * (GROUP_TOKENS / spec.seq).max(1)).max(1);
     let operands = Operands::of(parameters);
@@ -227,7 +182,7 @@ pub fn block(spec: &Spec<'_>, parameters: &Parameters, x: &[f32], wanted: Wanted
     let Gradients { weights, experts, norms, stream, output, groups, .. } = gradients;
     output.clear();
     outputs.into_iter().for_each(|y| output.extend_from_slice(Floats::fetched(&y).slice()));
-    let value = loss(output, room(stream, output.len()));
+    let value = loss.judge(output, room(stream, output.len()));
     records.par_iter().zip(stream.par_chunks_mut(size)).zip(&mut *groups).for_each(|((record, stream), group)| {
         group.norms.iter_mut().zip(norms.iter()).for_each(|(sums, norm)| {
             sums.clear();
@@ -266,27 +221,39 @@ pub fn block(spec: &Spec<'_>, parameters: &Parameters, x: &[f32], wanted: Wanted
             }
         });
     }
-    value
+    Ok(value)
 }
 
 /// As [`block`] on any device, by automatic differentiation. A GPU's own attention is not part of the graph: what lies
 /// before it is differentiated in a second pass.
-fn differentiated(spec: &Spec<'_>, parameters: &Parameters, x: &[f32], wanted: Wanted, gradients: &mut Gradients, loss: Loss<'_>) -> f64 {
-    let hidden = spec.config.hidden;
+fn differentiated(
+    spec: &Spec<'_>,
+    parameters: &Parameters,
+    x: &Tensor<2>,
+    wanted: Wanted,
+    gradients: &mut Gradients,
+    loss: &mut dyn Loss,
+) -> Result<f64> {
     let tracked = parameters.tracked(wanted.weights, wanted.norms);
     let device = parameters.home();
-    let shape = [x.len() / hidden.max(1), hidden];
-    let leaf = tensor::<2>(x.to_vec(), shape, &device).autodiff().set_require_grad(wanted.input);
+    let leaf = x.clone().to_device(&device).autodiff().set_require_grad(wanted.input);
     let mut seen = BTreeMap::new();
     let y = forward::block(spec, &tracked, leaf.clone(), &mut |point, tensor| {
         if matches!(point, Point::TurnedQuery | Point::TurnedKey | Point::Value | Point::Attended | Point::Site(Site::Output)) {
             seen.insert(point, tensor.clone());
         }
     });
-    gradients.output = values(y.clone().inner());
-    let value = loss(&gradients.output, room(&mut gradients.stream, x.len()));
-    let upstream = tensor::<2>(gradients.stream.clone(), shape, &device).autodiff();
-    let found = (y * upstream).sum().backward();
+    let output = y.clone().inner();
+    let (value, upstream) = match loss.judge_there(&output)? {
+        Some(judged) => judged,
+        None => {
+            let shape = output.dims();
+            gradients.output = values(output);
+            let value = loss.judge(&gradients.output, room(&mut gradients.stream, shape[0] * shape[1]));
+            (value, tensor::<2>(gradients.stream.clone(), shape, &device))
+        }
+    };
+    let found = (y * upstream.autodiff()).sum().backward();
     let before = before_attention(spec, parameters, &seen, &found);
     for role in parameters.roles().filter(|_| wanted.weights) {
         let weight = tracked.weight(role);
@@ -306,7 +273,7 @@ fn differentiated(spec: &Spec<'_>, parameters: &Parameters, x: &[f32], wanted: W
     {
         gradients.stream = values(input);
     }
-    value
+    Ok(value)
 }
 
 /// The gradients of what lies before a GPU's own attention, given those of what lies behind it; nothing where attention

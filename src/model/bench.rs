@@ -13,16 +13,17 @@ use burn::tensor::Tensor;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::kernels::rough_product::Precision;
-use crate::kernels::{matrix, tensor, values};
+use crate::kernels::{Floats, matrix, tensor, values};
 use crate::matrix::Matrix;
 use crate::model::arrivals::Arrivals;
 use crate::model::away::Away;
-use crate::model::backward::{self, Gradients, Wanted, trimmed_squared_error};
+use crate::model::backward::{self, Gradients, Wanted};
 use crate::model::block::{Block, Linear, Parameters, Place, Site, Slot};
-use crate::model::capture::{Capture, Sums};
+use crate::model::capture::{Capture, Read, Sums};
 use crate::model::forward::{self, Spec};
 use crate::model::hidden::Hidden;
 use crate::model::holdings::Holdings;
+use crate::model::loss::SquaredError;
 use crate::model::passage::{COMPARED, Passage};
 use crate::model::progress::Progress;
 use crate::model::seen::Seen;
@@ -60,7 +61,7 @@ impl Between {
     /// # Errors
     /// When a temporary file cannot be made.
     pub fn new(width: usize, hidden: &Hidden, run: &Run<'_>) -> Result<Self> {
-        Ok(Self { mixed: hidden.like(0, run.scratch)?, joined: hidden.like(width, run.scratch)? })
+        Ok(Self { mixed: hidden.like(0, run)?, joined: hidden.like(width, run)? })
     }
 
     /// Makes room for attention's outputs of `width` columns.
@@ -69,7 +70,7 @@ impl Between {
     /// When a temporary file cannot be made.
     pub fn fit(&mut self, width: usize, hidden: &Hidden, run: &Run<'_>) -> Result<()> {
         if self.mixed.width() != width {
-            self.mixed = hidden.like(width, run.scratch)?;
+            self.mixed = hidden.like(width, run)?;
         }
         Ok(())
     }
@@ -78,9 +79,9 @@ impl Between {
     ///
     /// # Errors
     /// When they cannot be written.
-    pub fn keep(&mut self, windows: Range<usize>, mixed: &[f32], joined: &[f32]) -> Result<()> {
-        self.mixed.write(windows.clone(), mixed)?;
-        self.joined.write(windows, joined)
+    pub fn keep(&mut self, windows: Range<usize>, mixed: &Tensor<2>, joined: &Tensor<2>) -> Result<()> {
+        self.mixed.put(windows.clone(), mixed)?;
+        self.joined.put(windows, joined)
     }
 
     /// The residual stream after attention.
@@ -272,14 +273,11 @@ impl Bench<'_> {
             let seq = self.hidden.tokens(windows[0]);
             let spec = Spec::new(&self.model.config, self.block.index, seq);
             for windows in windows.chunks(self.side_by_side(seq)) {
-                let (mut x, mut target) = (Vec::new(), Vec::new());
-                for &window in windows {
-                    x.extend(self.hidden.read(window..window + 1)?);
-                    target.extend(streams.targets.read(window..window + 1)?);
-                }
+                let home = parameters.home();
+                let [x, target] = [self.hidden, streams.targets].map(|states| states.states_of(windows, &home));
                 let dropped = ((seq * width) as f64 * trim) as usize;
-                let mut judge = trimmed_squared_error(&target, factor, seq * width, dropped);
-                loss += backward::block(&spec, parameters, &x, wanted, gradients, &mut judge);
+                let mut judge = SquaredError { target: target?, factor, window: seq * width, dropped };
+                loss += backward::block(&spec, parameters, &x?, wanted, gradients, &mut judge)?;
             }
         }
         Ok(loss)
@@ -304,11 +302,11 @@ impl Bench<'_> {
     pub fn tweak_into(&self, parameters: &Parameters, window: usize, loss: Judge<'_>, gradients: &mut Gradients) -> Result<f64> {
         let original = self.original.as_ref().ok_or_else(|| Error::run("the original block was not kept"))?;
         let seq = self.hidden.tokens(window);
-        let x = self.hidden.read(window..window + 1)?;
-        let reference = self.forward(original, seq, x.clone());
+        let x = self.hidden.states(window..window + 1, &parameters.home())?;
+        let reference = values(self.forward(original, seq, x.clone()));
         let spec = Spec::new(&self.model.config, self.block.index, seq);
         let wanted = Wanted { weights: false, norms: true, input: false, precision: Precision::Single };
-        Ok(backward::block(&spec, parameters, &x, wanted, gradients, &mut |y, dy| loss(y, &reference, dy)))
+        backward::block(&spec, parameters, &x, wanted, gradients, &mut |y: &[f32], dy: &mut [f32]| loss(y, &reference, dy))
     }
 
     /// The mean squared error of a block with these tensors against the float model's output on some windows.
@@ -319,10 +317,12 @@ impl Bench<'_> {
         let streams = self.streams.as_ref().ok_or_else(|| Error::run("the float stream was not kept"))?;
         let (mut sum, mut entries) = (0.0, 0);
         for &window in windows {
-            let target = streams.targets.read(window..window + 1)?;
-            let y = self.forward(parameters, self.hidden.tokens(window), self.hidden.read(window..window + 1)?);
-            sum += y.iter().zip(&target).map(|(y, target)| f64::from(y - target).powi(2)).sum::<f64>();
-            entries += target.len();
+            let home = parameters.home();
+            let target = streams.targets.states(window..window + 1, &home)?;
+            let x = self.hidden.states(window..window + 1, &home)?;
+            let y = self.forward(parameters, self.hidden.tokens(window), x);
+            entries += target.shape().num_elements();
+            sum += distance(&y, &target);
         }
         Ok(sum / entries.max(1) as f64)
     }
@@ -366,25 +366,17 @@ impl Bench<'_> {
         (number, count): (usize, usize),
         outputs: &mut Hidden,
     ) -> Result<()> {
-        let mut states = self.hidden.copy(self.run.scratch)?;
+        let mut states = self.hidden.copy(self.run)?;
         Passage { experts, ..self.passage(parameters) }.advance(&mut states, None, &Progress::new(0, "", self.run))?;
         (0..states.len()).try_for_each(|window| {
             let place = window * count + number;
-            outputs.write(place..place + 1, &states.read(window..window + 1)?)
+            outputs.put(place..place + 1, &states.states(window..window + 1, &self.run.device.burn)?)
         })
     }
 
-    fn forward(&self, parameters: &Parameters, seq: usize, x: Vec<f32>) -> Vec<f32> {
+    fn forward(&self, parameters: &Parameters, seq: usize, x: Tensor<2>) -> Tensor<2> {
         let spec = Spec::new(&self.model.config, self.block.index, seq);
-        let (width, tokens) = (self.model.config.hidden, x.len() / self.model.config.hidden.max(1));
-        let x = tensor(x, [tokens, width], &parameters.home());
-        values(forward::block(&spec, parameters, x, &mut |_, _| {}))
-    }
-
-    fn tensor(&self, x: Vec<f32>) -> Tensor<2> {
-        let width = self.model.config.hidden;
-        let tokens = x.len() / width;
-        tensor(x, [tokens, width], &self.run.device.burn)
+        forward::block(&spec, parameters, x.to_device(&parameters.home()), &mut |_, _| {})
     }
 
     /// Both streams at a site, with everything before it as it stands: first of most windows, then of those held out
@@ -415,7 +407,7 @@ impl Bench<'_> {
             self.run.check_stop()?;
             let compressed = self.step(site, parameters, self.hidden, own, windows.clone())?;
             let float = self.float_step(site, &original, streams.inputs, other, windows.clone())?;
-            let columns = compressed[0].len() / self.hidden.tokens(windows.start).max(1) / windows.len();
+            let columns = compressed.site.dims()[1];
             let held = usize::from(hold && windows.start % HELD_OUT == HELD_OUT - 1);
             let rows = if writes { self.model.config.hidden } else { 0 };
             let sums = sums[held].get_or_insert_with(|| Sums::new(columns, rows, self.run.device.gpu.as_ref()));
@@ -452,72 +444,68 @@ impl Bench<'_> {
     }
 
     /// As [`Self::step`] for the float stream, whose states the walk has kept.
-    fn float_step(
-        &self,
-        site: Site,
-        original: &Parameters,
-        inputs: &Hidden,
-        between: &mut Between,
-        windows: Range<usize>,
-    ) -> Result<[Vec<f32>; 2]> {
+    fn float_step(&self, site: Site, original: &Parameters, inputs: &Hidden, between: &mut Between, windows: Range<usize>) -> Result<Read> {
+        let home = &self.run.device.burn;
         match site {
-            Site::Output => Ok([between.mixed.read(windows.clone())?, inputs.read(windows)?]),
+            Site::Output => Ok(Read { site: between.mixed.states(windows.clone(), home)?, stream: Some(inputs.states(windows, home)?) }),
             Site::Mlp => {
                 let spec = Spec::new(&self.model.config, self.block.index, self.hidden.tokens(windows.start));
                 let h = self.mlp_source(inputs, between, windows)?;
-                Ok([values(forward::mlp_input(&spec, original, self.tensor(h))), Vec::new()])
+                Ok(Read { site: forward::mlp_input(&spec, original, h), stream: None })
             }
             _ => self.step(site, original, inputs, between, windows),
         }
     }
 
     /// What the MLP reads before its norm, of one stream for some windows.
-    fn mlp_source(&self, inputs: &Hidden, between: &Between, windows: Range<usize>) -> Result<Vec<f32>> {
-        if self.model.config.family.places.parallel { inputs.read(windows) } else { between.joined.read(windows) }
+    fn mlp_source(&self, inputs: &Hidden, between: &Between, windows: Range<usize>) -> Result<Tensor<2>> {
+        let source = if self.model.config.family.places.parallel { inputs } else { &between.joined };
+        source.states(windows, &self.run.device.burn)
     }
 
     /// Input of the site and the residual stream before it, of one stream for some windows; `between` moves on.
-    fn step(
-        &self,
-        site: Site,
-        parameters: &Parameters,
-        inputs: &Hidden,
-        between: &mut Between,
-        windows: Range<usize>,
-    ) -> Result<[Vec<f32>; 2]> {
+    fn step(&self, site: Site, parameters: &Parameters, inputs: &Hidden, between: &mut Between, windows: Range<usize>) -> Result<Read> {
         let spec = Spec::new(&self.model.config, self.block.index, self.hidden.tokens(windows.start));
+        let home = &self.run.device.burn;
         Ok(match site {
             Site::Attention => {
-                let x = inputs.read(windows)?;
-                [values(forward::attention_input(&spec, parameters, self.tensor(x))), Vec::new()]
+                let x = inputs.states(windows, home)?;
+                Read { site: forward::attention_input(&spec, parameters, x), stream: None }
             }
             Site::QueryLatent | Site::KeyValueLatent => {
-                let x = inputs.read(windows)?;
-                let x = forward::attention_input(&spec, parameters, self.tensor(x));
+                let x = forward::attention_input(&spec, parameters, inputs.states(windows, home)?);
                 let latent = spec.config.latent.as_ref().ok_or_else(|| Error::run("attention without narrowed keys"))?;
-                [values(latent::narrowed(&spec, latent, parameters, site, &x)), Vec::new()]
+                Read { site: latent::narrowed(&spec, latent, parameters, site, &x), stream: None }
             }
             Site::Output => {
-                let x = inputs.read(windows.clone())?;
-                let mixed = values(forward::attend(&spec, parameters, self.tensor(x.clone()), &mut |_, _| {}));
-                between.mixed.write(windows, &mixed)?;
-                [mixed, x]
+                let x = inputs.states(windows.clone(), home)?;
+                let mixed = forward::attend(&spec, parameters, x.clone(), &mut |_, _| {});
+                between.mixed.put(windows, &mixed)?;
+                Read { site: mixed, stream: Some(x) }
             }
             Site::Mlp => {
-                let mixed = between.mixed.read(windows.clone())?;
-                let x = self.tensor(inputs.read(windows.clone())?);
-                let mixed = tensor(mixed, [x.dims()[0], self.model.config.mixed_width(self.block.index)], &self.run.device.burn);
-                let h = values(forward::join(&spec, parameters, x, mixed));
-                between.joined.write(windows.clone(), &h)?;
+                let mixed = between.mixed.states(windows.clone(), home)?;
+                let h = forward::join(&spec, parameters, inputs.states(windows.clone(), home)?, mixed);
+                between.joined.put(windows.clone(), &h)?;
                 let h = self.mlp_source(inputs, between, windows)?;
-                [values(forward::mlp_input(&spec, parameters, self.tensor(h))), Vec::new()]
+                Read { site: forward::mlp_input(&spec, parameters, h), stream: None }
             }
             Site::Down => {
                 let source = self.mlp_source(inputs, between, windows.clone())?;
-                [values(forward::middle(&spec, parameters, self.tensor(source), &mut |_, _| {})), between.joined.read(windows)?]
+                let middle = forward::middle(&spec, parameters, source, &mut |_, _| {});
+                Read { site: middle, stream: Some(between.joined.states(windows, home)?) }
             }
         })
     }
+}
+
+/// Σ (y − target)².
+fn distance(y: &Tensor<2>, target: &Tensor<2>) -> f64 {
+    if let (Some(y), Some(target)) = (Floats::of(y), Floats::of(target)) {
+        return y.slice().iter().zip(target.slice()).map(|(y, target)| f64::from(y - target).powi(2)).sum();
+    }
+    let errors = y.clone() - target.clone();
+    values((errors.clone() * errors).sum_dim(1)).into_iter().map(f64::from).sum()
 }
 
 /// Runs of windows; with `hold` a run never mixes held-out windows with others.

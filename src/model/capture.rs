@@ -1,9 +1,12 @@
 //! What both streams of hidden states say at one input site, added up over windows.
 
+use burn::tensor::Tensor;
+
 use crate::device::Gpu;
 use crate::error::Result;
 use crate::kernels::gram::gpu::Gram;
 use crate::kernels::gram::{add_cross, add_gram};
+use crate::kernels::{Floats, values};
 use crate::model::seen::Statistics;
 
 /// What both streams say at one input site. Legend: A (compressed) and F (float) are tokens × columns, R is what the
@@ -16,6 +19,15 @@ pub struct Capture {
     pub cross: Vec<f64>,
     /// RᵀA, `outputs × columns`, for layers that write into the residual stream.
     pub residual: Option<Vec<f64>>,
+}
+
+/// What one stream has at a site for some windows.
+#[derive(Debug)]
+pub struct Read {
+    /// The input of the site, tokens × columns.
+    pub site: Tensor<2>,
+    /// The residual stream before it, for layers that write into it, tokens × hidden.
+    pub stream: Option<Tensor<2>>,
 }
 
 /// A capture while it is added up; on a GPU its matrices lie there.
@@ -57,28 +69,31 @@ impl Sums {
         Self { capture, there }
     }
 
-    /// Adds inputs of the site and residual streams of both streams, the compressed one first.
-    pub fn add(&mut self, [a, own]: [Vec<f32>; 2], [mut f, float]: [Vec<f32>; 2], residual_factor: f32) {
+    /// Adds what was read of both streams, the compressed one first.
+    pub fn add(&mut self, own: Read, float: Read, residual_factor: f32) {
         let capture = &mut self.capture;
-        let columns = capture.statistics.squares.len();
-        capture.statistics.tokens += (a.len() / columns.max(1)) as u64;
-        f.iter_mut().zip(&a).for_each(|(f, a)| *f -= a);
-        let missing = || -> Vec<f32> { float.iter().zip(&own).map(|(float, own)| (float - own) / residual_factor).collect() };
+        let [tokens, columns] = own.site.dims();
+        capture.statistics.tokens += tokens as u64;
         if let Some(there) = &self.there {
-            let x = there.gpu.upload(&a);
+            let place = |states: Tensor<2>| there.gpu.buffer(&states).unwrap_or_else(|| there.gpu.upload(&values(states)));
+            let x = place(own.site.clone());
             there.gram.add(&x);
-            there.cross.add_cross(&there.gpu.upload(&f), &x);
-            if let Some(residual) = &there.residual {
-                residual.add_cross(&there.gpu.upload(&missing()), &x);
+            there.cross.add_cross(&place(float.site - own.site), &x);
+            if let (Some(residual), Some(own), Some(float)) = (&there.residual, own.stream, float.stream) {
+                residual.add_cross(&place((float - own).div_scalar(residual_factor)), &x);
             }
             return;
         }
+        let [a, f] = [&own.site, &float.site].map(Floats::fetched);
+        let less = |f: &Floats, a: &Floats| -> Vec<f32> { f.slice().iter().zip(a.slice()).map(|(f, a)| f - a).collect() };
         if let Some(gram) = &mut capture.statistics.gram {
-            add_gram(&a, columns, gram);
+            add_gram(a.slice(), columns, gram);
         }
-        add_cross(&f, &a, [columns, columns], &mut capture.cross);
-        if let Some(residual) = &mut capture.residual {
-            add_cross(&missing(), &a, [residual.len() / columns.max(1), columns], residual);
+        add_cross(&less(&f, &a), a.slice(), [columns, columns], &mut capture.cross);
+        if let (Some(residual), Some(own), Some(float)) = (&mut capture.residual, &own.stream, &float.stream) {
+            let mut missing = less(&Floats::fetched(float), &Floats::fetched(own));
+            missing.iter_mut().for_each(|missing| *missing /= residual_factor);
+            add_cross(&missing, a.slice(), [residual.len() / columns.max(1), columns], residual);
         }
     }
 

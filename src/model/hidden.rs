@@ -1,21 +1,27 @@
 //! The hidden states of all windows between two blocks. They lie in memory while they fit a budget and in an unnamed
-//! temporary file when they do not; nobody else has to know.
+//! temporary file when they do not; where a GPU computes and has room, they stay there. Nobody else has to know.
 //!
 //! What perplexity is computed from stays in f32, because its figures are compared to the fifth digit. Calibration
 //! keeps up to six such stores, and there the states are halved once they outgrow the budget: f16 with a power of two
 //! per token, so that a few huge channels, which trained models have, neither overflow nor cost the others their
 //! digits. The relative error is at most 2⁻¹¹ down to 2⁻²⁸ of the token's largest state.
 
+mod there;
+
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use burn::tensor::Tensor;
 use half::f16;
 use rayon::prelude::*;
 
 use crate::checkpoint::decode::{decode_chunk, encode};
 use crate::error::{Error, Result};
+use crate::kernels::{Floats, tensor};
+use crate::model::hidden::there::There;
+use crate::run::Run;
 use crate::weight::Float;
 
 /// Bytes of hidden states of one store that may lie in memory.
@@ -31,17 +37,24 @@ pub struct Keeping {
     budget_bytes: u64,
     /// Whether states over the budget stay in f32.
     exact: bool,
+    /// Whether they lie with the processor though a GPU has room.
+    near: bool,
 }
 
 impl Keeping {
     /// In f32 in any case.
-    pub const EXACT: Self = Self { budget_bytes: BUDGET_BYTES, exact: true };
+    pub const EXACT: Self = Self { budget_bytes: BUDGET_BYTES, exact: true, near: false };
     /// In 16 bits once they are over the budget.
-    pub const HALVED: Self = Self { budget_bytes: BUDGET_BYTES, exact: false };
+    pub const HALVED: Self = Self { budget_bytes: BUDGET_BYTES, exact: false, near: false };
 
     /// In f32 in any case, with as much memory as is left when `stores` of them share it.
     pub fn shared(stores: usize) -> Self {
-        Self { budget_bytes: 4 * BUDGET_BYTES / stores.max(1) as u64, exact: true }
+        Self { budget_bytes: 4 * BUDGET_BYTES / stores.max(1) as u64, exact: true, near: false }
+    }
+
+    /// With the processor in any case if the states go through mixtures: experts take single tokens of all windows.
+    pub const fn for_mixture(self, mixture: bool) -> Self {
+        Self { near: mixture, ..self }
     }
 
     /// Bytes of a store of `tokens × width` states, wherever it lies.
@@ -74,26 +87,32 @@ enum Store {
     Halved(Vec<u8>),
     /// Tokens in a file, in f32 or halved.
     Disk { file: File, halved: bool },
+    /// Floats on a GPU.
+    There(There),
 }
 
 impl Hidden {
-    /// A store for windows of `lengths` tokens; what `keeping` has no memory for lies in `scratch`.
+    /// A store for windows of `lengths` tokens, on the GPU of the run where it has room; what `keeping` has no memory for lies
+    /// in the run's temporary folder.
     ///
     /// # Errors
     /// When the temporary file cannot be made.
-    pub fn new(lengths: &[usize], width: usize, keeping: Keeping, scratch: &Path) -> Result<Self> {
+    pub fn new(lengths: &[usize], width: usize, keeping: Keeping, run: &Run<'_>) -> Result<Self> {
         let mut starts = vec![0];
         for length in lengths {
             starts.push(starts[starts.len() - 1] + length);
         }
         let tokens = starts[starts.len() - 1];
         let (single, half) = ((4 * width * tokens) as u64, (halved_bytes(width) * tokens) as u64);
-        let place = if single <= keeping.budget_bytes {
+        let there = if keeping.near { None } else { There::new(run.device, lengths.len(), tokens, width) };
+        let place = if let Some(there) = there {
+            Store::There(there)
+        } else if single <= keeping.budget_bytes {
             Store::Memory(vec![0.0; tokens * width])
         } else if !keeping.exact && half <= keeping.budget_bytes {
             Store::Halved(vec![0; halved_bytes(width) * tokens])
         } else {
-            let halved = !keeping.exact;
+            let (halved, scratch) = (!keeping.exact, run.scratch);
             let file = tempfile::tempfile_in(scratch).map_err(|error| Error::io(scratch, &error))?;
             match rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, if halved { half } else { single }) {
                 Ok(()) | Err(rustix::io::Errno::OPNOTSUPP) => Store::Disk { file, halved },
@@ -107,9 +126,14 @@ impl Hidden {
     ///
     /// # Errors
     /// When the temporary file cannot be made.
-    pub fn like(&self, width: usize, scratch: &Path) -> Result<Self> {
+    pub fn like(&self, width: usize, run: &Run<'_>) -> Result<Self> {
         let lengths: Vec<usize> = (0..self.len()).map(|window| self.tokens(window)).collect();
-        Self::new(&lengths, width, self.keeping, scratch)
+        Self::new(&lengths, width, self.keeping, run)
+    }
+
+    /// How the states are kept.
+    pub fn keeping(&self) -> Keeping {
+        self.keeping
     }
 
     /// Columns of a state.
@@ -121,17 +145,21 @@ impl Hidden {
     ///
     /// # Errors
     /// When the temporary file cannot be made or read.
-    pub fn copy(&self, scratch: &Path) -> Result<Self> {
-        self.copy_as(self.keeping, scratch)
+    pub fn copy(&self, run: &Run<'_>) -> Result<Self> {
+        self.copy_as(self.keeping, run)
     }
 
     /// As [`Self::copy`], kept in another way.
     ///
     /// # Errors
     /// As [`Self::copy`].
-    pub fn copy_as(&self, keeping: Keeping, scratch: &Path) -> Result<Self> {
+    pub fn copy_as(&self, keeping: Keeping, run: &Run<'_>) -> Result<Self> {
         let lengths: Vec<usize> = (0..self.len()).map(|window| self.tokens(window)).collect();
-        let mut copy = Self::new(&lengths, self.width, keeping, scratch)?;
+        let mut copy = Self::new(&lengths, self.width, keeping, run)?;
+        if let (Store::There(copied), Store::There(own)) = (&mut copy.place, &self.place) {
+            copied.share(own);
+            return Ok(copy);
+        }
         for window in 0..self.len() {
             copy.write(window..window + 1, &self.read(window..window + 1)?)?;
         }
@@ -158,6 +186,11 @@ impl Hidden {
         matches!(self.place, Store::Disk { .. })
     }
 
+    /// Whether the states lie on a GPU.
+    pub fn elsewhere(&self) -> bool {
+        matches!(self.place, Store::There(_))
+    }
+
     /// The states of consecutive windows, one after the other.
     ///
     /// # Errors
@@ -177,8 +210,61 @@ impl Hidden {
                 file.read_exact_at(&mut bytes, (start * row) as u64).map_err(|error| spill_error(&error))?;
                 if *halved { restore(&bytes, self.width, &mut values) } else { decode_chunk(Float::F32, &bytes, &mut values) }
             }
+            Store::There(there) => {
+                for window in windows {
+                    let (at, count) = (self.starts[window] - start, self.tokens(window) * self.width);
+                    values[at * self.width..][..count].copy_from_slice(&there.read(window, 0..count)?);
+                }
+            }
         }
         Ok(values)
+    }
+
+    /// The states of consecutive windows as a tensor on a device: without a copy of one window that lies there.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub fn states(&self, windows: Range<usize>, device: &burn::tensor::Device) -> Result<Tensor<2>> {
+        match &self.place {
+            Store::There(there) if there.is_on(device) => Ok(there.tensor(windows, |window| self.tokens(window))),
+            _ => {
+                let tokens = self.starts[windows.end] - self.starts[windows.start];
+                Ok(tensor(self.read(windows)?, [tokens, self.width], device))
+            }
+        }
+    }
+
+    /// As [`Self::states`], of windows in any order.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub fn states_of(&self, windows: &[usize], device: &burn::tensor::Device) -> Result<Tensor<2>> {
+        if let Store::There(there) = &self.place
+            && there.is_on(device)
+        {
+            let each = windows.iter().map(|&window| there.tensor(window..window + 1, |window| self.tokens(window)));
+            return Ok(Tensor::cat(each.collect(), 0));
+        }
+        let mut values = Vec::new();
+        for &window in windows {
+            values.extend(self.read(window..window + 1)?);
+        }
+        let tokens = values.len() / self.width.max(1);
+        Ok(tensor(values, [tokens, self.width], device))
+    }
+
+    /// Replaces the states of consecutive windows by those of a tensor, which stay where they are if this store lies there.
+    ///
+    /// # Errors
+    /// As [`Self::write`].
+    pub fn put(&mut self, windows: Range<usize>, states: &Tensor<2>) -> Result<()> {
+        let starts = &self.starts;
+        if let Store::There(there) = &mut self.place
+            && there.put(windows.clone(), |window| starts[window + 1] - starts[window], states)
+        {
+            return Ok(());
+        }
+        self.write(windows, Floats::fetched(states).slice())
     }
 
     /// The window of a token, counted over all windows.
@@ -205,6 +291,11 @@ impl Hidden {
                     file.read_exact_at(&mut bytes, (token * row) as u64).map_err(|error| spill_error(&error))?;
                     if *halved { restore(&bytes, self.width, out) } else { decode_chunk(Float::F32, &bytes, out) }
                 }
+                Store::There(there) => {
+                    let window = self.window_of(token);
+                    let first = (token - self.starts[window]) * self.width;
+                    out.copy_from_slice(&there.read(window, first..first + self.width)?);
+                }
             }
         }
         Ok(values)
@@ -230,6 +321,12 @@ impl Hidden {
                 let bytes = if *halved { halve(values, self.width) } else { encode(Float::F32, values) };
                 let row = if *halved { halved_bytes(self.width) } else { 4 * self.width };
                 file.write_all_at(&bytes, (start * row) as u64).map_err(|error| spill_error(&error))?;
+            }
+            Store::There(there) => {
+                for window in windows {
+                    let states = (self.starts[window] - start) * self.width..(self.starts[window + 1] - start) * self.width;
+                    there.write(window, &values[states]);
+                }
             }
         }
         Ok(())
@@ -261,6 +358,12 @@ impl Hidden {
                     let bytes = if *halved { halve(&row, width) } else { encode(Float::F32, &row) };
                     file.write_all_at(&bytes, at(&bytes) as u64).map_err(|error| spill_error(&error))?;
                 }
+                Store::There(_) => {
+                    let window = self.window_of(token);
+                    let mut states = self.read(window..window + 1)?;
+                    states[(token - self.starts[window]) * width..][..width].copy_from_slice(&row);
+                    self.write(window..window + 1, &states)?;
+                }
             }
         }
         Ok(())
@@ -286,47 +389,92 @@ impl Hidden {
                     file.read_exact_at(&mut piece, start).map_err(|error| spill_error(&error))?;
                     keep(&piece)
                 }
+                Store::There(_) => keep(&encode(Float::F32, &self.floats(start as usize / 4..start as usize / 4 + length / 4)?)),
             }
         };
         let hashes = pieces.par_iter().map(save).collect::<Result<Vec<_>>>()?;
         Ok((bytes, hash_of_hashes(&hashes)))
     }
 
-    /// Takes states that [`Self::save`] gave from a file. Gives what `save` gave.
+    /// Some floats of all states on a GPU, counted over all windows.
+    fn floats(&self, part: Range<usize>) -> Result<Vec<f32>> {
+        let mut floats = Vec::with_capacity(part.len());
+        for window in 0..self.len() {
+            let [start, end] = [self.starts[window], self.starts[window + 1]].map(|token| token * self.width);
+            let own = part.start.max(start)..part.end.min(end);
+            if let (Store::There(there), false) = (&self.place, own.is_empty()) {
+                floats.extend(there.read(window, own.start - start..own.end - start)?);
+            }
+        }
+        Ok(floats)
+    }
+
+    /// Takes states that [`Self::save`] gave from a file, also those of a store that kept them in another way. Gives what `save`
+    /// gave.
     ///
     /// # Errors
     /// Of the temporary file, or when the file cannot be read or has another length.
     pub fn load(&mut self, from: &File, path: &Path) -> Result<(u64, blake3::Hash)> {
-        let bytes = self.bytes();
         let fail = |error: std::io::Error| Error::io(path, &error);
+        let (own, tokens) = (self.token_bytes(), self.starts[self.starts.len() - 1]);
         let found = from.metadata().map_err(fail)?.len();
-        if found != bytes {
-            return Err(Error::run(format!("has {found} bytes, {bytes} were written")).file(path));
-        }
-        let mut hashes = Vec::new();
-        let mut piece = vec![0; bytes.min(PIECE_BYTES) as usize];
-        for start in (0..bytes).step_by(PIECE_BYTES as usize) {
-            let piece = &mut piece[..(bytes - start).min(PIECE_BYTES) as usize];
+        let each = [own, 4 * self.width, halved_bytes(self.width)].into_iter().find(|each| (tokens * each) as u64 == found);
+        let Some(each) = each else {
+            return Err(Error::run(format!("has {found} bytes, {} were written", tokens * own)).file(path));
+        };
+        let direct = each == own && !matches!(self.place, Store::There(_));
+        let (mut hashes, mut ahead, mut window) = (Vec::new(), Vec::new(), 0);
+        let mut piece = vec![0; found.min(PIECE_BYTES) as usize];
+        for start in (0..found).step_by(PIECE_BYTES as usize) {
+            let piece = &mut piece[..(found - start).min(PIECE_BYTES) as usize];
             from.read_exact_at(piece, start).map_err(fail)?;
             hashes.push(blake3::hash(piece));
+            if !direct {
+                ahead.extend_from_slice(piece);
+                self.take_windows(&mut window, &mut ahead, each)?;
+                continue;
+            }
             let part = start as usize..start as usize + piece.len();
             match &mut self.place {
                 Store::Memory(all) => bytemuck::cast_slice_mut::<f32, u8>(all)[part].copy_from_slice(piece),
                 Store::Halved(all) => all[part].copy_from_slice(piece),
                 Store::Disk { file, .. } => file.write_all_at(piece, start).map_err(|error| spill_error(&error))?,
+                Store::There(_) => {}
             }
         }
-        Ok((bytes, hash_of_hashes(&hashes)))
+        Ok((found, hash_of_hashes(&hashes)))
+    }
+
+    /// Takes the windows from `window` on that lie whole in `bytes`, which are tokens of `each` bytes.
+    fn take_windows(&mut self, window: &mut usize, bytes: &mut Vec<u8>, each: usize) -> Result<()> {
+        let mut taken = 0;
+        while *window < self.len() && taken + self.tokens(*window) * each <= bytes.len() {
+            let own = &bytes[taken..taken + self.tokens(*window) * each];
+            let mut values = vec![0.0; self.tokens(*window) * self.width];
+            if each == 4 * self.width {
+                decode_chunk(Float::F32, own, &mut values)
+            } else {
+                restore(own, self.width, &mut values)
+            }
+            taken += own.len();
+            self.write(*window..*window + 1, &values)?;
+            *window += 1;
+        }
+        bytes.drain(..taken);
+        Ok(())
     }
 
     /// Bytes of all states as they are kept.
     fn bytes(&self) -> u64 {
-        let tokens = self.starts[self.starts.len() - 1];
-        let token = match self.place {
-            Store::Memory(_) | Store::Disk { halved: false, .. } => 4 * self.width,
+        (self.starts[self.starts.len() - 1] * self.token_bytes()) as u64
+    }
+
+    /// Bytes of a token as it is kept.
+    fn token_bytes(&self) -> usize {
+        match self.place {
+            Store::Memory(_) | Store::Disk { halved: false, .. } | Store::There(_) => 4 * self.width,
             Store::Halved(_) | Store::Disk { halved: true, .. } => halved_bytes(self.width),
-        };
-        (tokens * token) as u64
+        }
     }
 
     /// Cuts the windows into runs of equal length that hold at most `tokens` tokens, or one window each. The cut does
@@ -344,12 +492,17 @@ impl Hidden {
         runs
     }
 
-    /// Works on runs of windows in parallel and gives the results in order.
+    /// Works on runs of windows in parallel, whose states lie on `device` then, and gives the results in order.
     ///
     /// # Errors
     /// The first error of a read or of the work.
-    pub fn map<R: Send>(&self, runs: &[Range<usize>], work: impl Fn(Range<usize>, Vec<f32>) -> Result<R> + Sync) -> Result<Vec<R>> {
-        runs.par_iter().map(|run| work(run.clone(), self.read(run.clone())?)).collect()
+    pub fn map<R: Send>(
+        &self,
+        runs: &[Range<usize>],
+        device: &burn::tensor::Device,
+        work: impl Fn(Range<usize>, Tensor<2>) -> Result<R> + Sync,
+    ) -> Result<Vec<R>> {
+        runs.par_iter().map(|run| work(run.clone(), self.states(run.clone(), device)?)).collect()
     }
 }
 
@@ -400,73 +553,4 @@ fn spill_error(error: &std::io::Error) -> Error {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const PLACES: [Keeping; 4] = [
-        Keeping { budget_bytes: u64::MAX, exact: true },
-        Keeping { budget_bytes: 6 * 12, exact: false },
-        Keeping { budget_bytes: 0, exact: false },
-        Keeping { budget_bytes: 0, exact: true },
-    ];
-
-    #[test]
-    fn every_place_holds_the_same_states() {
-        for (keeping, spilled) in PLACES.into_iter().zip([false, false, true, true]) {
-            let mut hidden = Hidden::new(&[3, 1, 2], 5, keeping, Path::new(".")).unwrap();
-            assert_eq!(hidden.spilled(), spilled);
-            for window in [2, 0, 1] {
-                let values: Vec<f32> = (0..hidden.tokens(window) * 5).map(|i| (i + 100 * window) as f32).collect();
-                hidden.write(window..window + 1, &values).unwrap();
-            }
-            let copy = hidden.copy(Path::new(".")).unwrap();
-            for hidden in [hidden, copy] {
-                let sums = hidden.map(&[0..1, 1..3], |_, values| Ok(values.iter().sum::<f32>())).unwrap();
-                assert_eq!(sums, [105.0, 2555.0], "{keeping:?}");
-            }
-        }
-    }
-
-    #[test]
-    fn states_come_back_bit_for_bit_from_where_they_were_saved() {
-        let path = tempfile::NamedTempFile::new().unwrap().into_temp_path();
-        for keeping in PLACES {
-            // More than one piece, and a last one that is not whole.
-            let mut hidden = Hidden::new(&[900, 701], 1100, keeping, Path::new(".")).unwrap();
-            for window in 0..2 {
-                let values: Vec<f32> = (0..hidden.tokens(window) * 1100).map(|i| (i as f32).sin()).collect();
-                hidden.write(window..window + 1, &values).unwrap();
-            }
-            let file = File::create(&path).unwrap();
-            let saved = hidden.save(|start, piece| file.write_all_at(piece, start).map_err(|error| spill_error(&error))).unwrap();
-            let mut back = hidden.like(1100, Path::new(".")).unwrap();
-            assert_eq!(back.load(&File::open(&path).unwrap(), &path).unwrap(), saved);
-            assert_eq!(back.read(0..2).unwrap(), hidden.read(0..2).unwrap(), "{keeping:?}");
-            file.write_all_at(&[1], saved.0 - 1).unwrap();
-            assert_ne!(back.load(&File::open(&path).unwrap(), &path).unwrap(), saved);
-            file.set_len(saved.0 - 1).unwrap();
-            assert!(back.load(&File::open(&path).unwrap(), &path).is_err());
-        }
-    }
-
-    #[test]
-    fn halved_states_keep_their_digits_beside_huge_ones() {
-        let states = [1.0e9, -3.0e6, 3.8, 0.0, 7.0, -3.0e-30, 1.0e-38, 5.0e-38, 0.0, 2.9e-38, 3.0e38, 1.0e38, -3.0e38, 1.0e30, 1.0];
-        let mut back = [f32::NAN; 15];
-        restore(&halve(&states, 5), 5, &mut back);
-        for (token, (states, back)) in states.chunks(5).zip(back.chunks(5)).enumerate() {
-            let largest = states.iter().fold(0.0_f32, |largest, state| largest.max(state.abs()));
-            for (state, back) in states.iter().zip(back) {
-                let bound = (state.abs() * 2.0_f32.powi(-11)).max(largest * 2.0_f32.powi(-39));
-                assert!((state - back).abs() <= bound, "token {token}: {state} came back as {back}");
-            }
-        }
-    }
-
-    #[test]
-    fn runs_hold_windows_of_one_length_up_to_a_number_of_tokens() {
-        let hidden = Hidden::new(&[4, 4, 4, 2, 2, 9], 1, PLACES[0], Path::new(".")).unwrap();
-        assert_eq!(hidden.runs(8), [0..2, 2..3, 3..5, 5..6]);
-        assert_eq!(hidden.runs(0).len(), 6);
-    }
-}
+mod tests;

@@ -1,4 +1,7 @@
-//! The weights of a block, read from a checkpoint.
+//! The weights of a block, read from a checkpoint, also while another is worked on.
+
+use std::ops::Range;
+use std::thread::{Scope, ScopedJoinHandle};
 
 use crate::error::{Error, Result};
 use crate::matrix::Matrix;
@@ -7,9 +10,55 @@ use crate::model::block::{Block, Linear, Norm, Place, Role};
 use crate::model::delta::{self, Delta};
 use crate::model::mixture::{self, Experts, Router, Which};
 use crate::model::{Model, Module, woven};
+use crate::run::Run;
 use crate::weight::Weight;
 
+/// Blocks of a model one after the other. While one is worked on, a thread asks the system for the bytes of the next; where a GPU
+/// does the work and the processor has time, it decodes them too.
+#[derive(Debug)]
+pub struct Blocks<'scope, 'env> {
+    scope: &'scope Scope<'scope, 'env>,
+    model: &'env Model<'env>,
+    blocks: Range<usize>,
+    decodes: bool,
+    ahead: Option<ScopedJoinHandle<'scope, Option<Result<Block>>>>,
+}
+
+impl<'scope, 'env> Blocks<'scope, 'env> {
+    /// Some blocks of a model.
+    pub fn new(scope: &'scope Scope<'scope, 'env>, model: &'env Model<'env>, blocks: Range<usize>, run: &Run<'_>) -> Self {
+        Self { scope, model, blocks, decodes: run.device.gpu.is_some(), ahead: None }
+    }
+
+    /// The next block, while it goes on to the one after; nothing after the last.
+    ///
+    /// # Errors
+    /// As [`Model::load_block`].
+    pub fn next(&mut self) -> Result<Option<Block>> {
+        let Some(index) = self.blocks.next() else { return Ok(None) };
+        let ahead = self.ahead.take().map(|ahead| ahead.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        let block = match ahead.flatten() {
+            Some(block) => block?,
+            None => self.model.load_block(index)?,
+        };
+        // Experts that are read one at a time are more than memory has room for.
+        if let Some(index) = self.blocks.clone().next().filter(|_| !self.model.reads_experts_singly()) {
+            let (model, decodes) = (self.model, self.decodes);
+            self.ahead = Some(self.scope.spawn(move || {
+                model.expect_block(index);
+                decodes.then(|| model.load_block(index))
+            }));
+        }
+        Ok(Some(block))
+    }
+}
+
 impl Model<'_> {
+    /// Tells the system that a block will be read soon.
+    fn expect_block(&self, index: usize) {
+        self.checkpoint.expect(&self.named(index, ""));
+    }
+
     /// Reads a block; where experts are read one at a time, without theirs.
     ///
     /// # Errors

@@ -10,7 +10,8 @@ use rayon::prelude::*;
 
 use crate::checkpoint::decode::nonfinite;
 use crate::error::{Error, Result};
-use crate::kernels::{tensor, values};
+use crate::kernels::linear::units::all_finite;
+use crate::kernels::{Floats, tensor, values};
 use crate::model::Model;
 use crate::model::arrivals::Arrivals;
 use crate::model::block::{Parameters, Place};
@@ -65,22 +66,20 @@ impl Passage<'_> {
         Spec::new(&self.model.config, self.index, seq)
     }
 
-    /// States as a tensor on the device of the run.
-    pub fn tensor(&self, x: Vec<f32>) -> Tensor<2> {
-        let width = self.model.config.hidden;
-        let tokens = x.len() / width;
-        tensor(x, [tokens, width], &self.run.device.burn)
+    /// Where states are computed.
+    pub fn home(&self) -> &'_ burn::tensor::Device {
+        &self.run.device.burn
     }
 
     /// What a block without experts gives for windows of `seq` tokens.
-    pub fn whole(&self, seq: usize, x: Vec<f32>, tap: Tap<'_>) -> Vec<f32> {
-        values(forward::block(&self.spec(seq), self.parameters, self.tensor(x), tap))
+    pub fn whole(&self, seq: usize, x: Tensor<2>, tap: Tap<'_>) -> Tensor<2> {
+        forward::block(&self.spec(seq), self.parameters, x, tap)
     }
 
     /// As [`Self::whole`], as far as the residual stream after attention.
-    pub fn first_half(&self, seq: usize, x: Vec<f32>, tap: Tap<'_>) -> Vec<f32> {
-        let [_, h] = forward::first_half(&self.spec(seq), self.parameters, self.tensor(x), tap);
-        values(h)
+    pub fn first_half(&self, seq: usize, x: Tensor<2>, tap: Tap<'_>) -> Tensor<2> {
+        let [_, h] = forward::first_half(&self.spec(seq), self.parameters, x, tap);
+        h
     }
 
     /// Sends all hidden states through the block, from the middle where its first half is known (`joined`); gives the outputs
@@ -95,13 +94,10 @@ impl Passage<'_> {
         let mut first = Vec::new();
         for runs in self.batches(hidden, false) {
             self.run.check_stop()?;
-            let outputs = joined.unwrap_or(hidden).map(&runs, |windows, x| {
+            let outputs = joined.unwrap_or(hidden).map(&runs, self.home(), |windows, x| {
                 let seq = hidden.tokens(windows.start);
                 Ok(match joined {
-                    Some(_) => {
-                        let h = self.tensor(x);
-                        values(forward::second_half(&self.spec(seq), self.parameters, h.clone(), h, &mut |_, _| {}))
-                    }
+                    Some(_) => forward::second_half(&self.spec(seq), self.parameters, x.clone(), x, &mut |_, _| {}),
                     None => self.whole(seq, x, &mut |_, _| {}),
                 })
             })?;
@@ -126,7 +122,7 @@ impl Passage<'_> {
         let mut first = Vec::new();
         for runs in self.batches(hidden, false) {
             self.run.check_stop()?;
-            let outputs = joined.map(&runs, |windows, h| self.finish(h, &given, windows))?;
+            let outputs = joined.map(&runs, self.home(), |windows, h| self.finish(h, &given, windows))?;
             self.arrived(hidden, &runs, outputs, &mut first)?;
         }
         progress.within(1.0);
@@ -135,35 +131,47 @@ impl Passage<'_> {
 
     /// The residual stream of all windows after attention.
     fn join(&self, hidden: &Hidden) -> Result<Hidden> {
-        let mut joined = hidden.like(self.model.config.hidden, self.run.scratch)?;
+        let mut joined = hidden.like(self.model.config.hidden, self.run)?;
         for runs in self.batches(hidden, false) {
             self.run.check_stop()?;
-            let halves = hidden.map(&runs, |windows, x| Ok(self.first_half(hidden.tokens(windows.start), x, &mut |_, _| {})))?;
-            runs.iter().zip(halves).try_for_each(|(windows, h)| joined.write(windows.clone(), &h))?;
+            let half = |windows: Range<usize>, x| Ok(self.first_half(hidden.tokens(windows.start), x, &mut |_, _| {}));
+            let halves = hidden.map(&runs, self.home(), half)?;
+            runs.iter().zip(halves).try_for_each(|(windows, h)| joined.put(windows.clone(), &h))?;
         }
         Ok(joined)
     }
 
     /// The output of a mixture for some windows, from the residual stream after attention and what experts gave.
-    fn finish(&self, h: Vec<f32>, given: &Hidden, windows: Range<usize>) -> Result<Vec<f32>> {
-        let given = self.tensor(given.read(windows.clone())?);
+    fn finish(&self, h: Tensor<2>, given: &Hidden, windows: Range<usize>) -> Result<Tensor<2>> {
+        let given = given.states(windows.clone(), self.home())?;
         let spec = self.spec(given.dims()[0] / windows.len().max(1));
-        Ok(values(forward::add_given(&spec, self.parameters, Place::MlpOut, self.tensor(h), given, &mut |_, _| {})))
+        Ok(forward::add_given(&spec, self.parameters, Place::MlpOut, h, given, &mut |_, _| {}))
     }
 
     /// Takes in the outputs of some runs.
-    fn arrived(&self, hidden: &mut Hidden, runs: &[Range<usize>], outputs: Vec<Vec<f32>>, first: &mut Vec<Vec<f32>>) -> Result<()> {
+    fn arrived(&self, hidden: &mut Hidden, runs: &[Range<usize>], outputs: Vec<Tensor<2>>, first: &mut Vec<Vec<f32>>) -> Result<()> {
         for (windows, y) in runs.iter().zip(outputs) {
-            if let Some((_, count)) = nonfinite(&y) {
+            if let Some(count) = self.wrong(&y)? {
                 return Err(Error::input(format!(
                     "block {} gives {count} values that are NaN or infinite for window {} or after; the model is damaged or overflows",
                     self.index, windows.start
                 )));
             }
-            hidden.write(windows.clone(), &y)?;
-            keep_first(first, windows, y);
+            hidden.put(windows.clone(), &y)?;
+            keep_first(first, windows, &y);
         }
         Ok(())
+    }
+
+    /// How many values are NaN or infinite, where some are. What lies on a GPU is looked at there.
+    fn wrong(&self, y: &Tensor<2>) -> Result<Option<usize>> {
+        if let Some(gpu) = &self.run.device.gpu
+            && let Some(buffer) = gpu.buffer(y)
+            && all_finite(gpu, &buffer)?
+        {
+            return Ok(None);
+        }
+        Ok(nonfinite(Floats::fetched(y).slice()).map(|(_, count)| count))
     }
 
     /// The outputs for the first windows alone.
@@ -172,9 +180,10 @@ impl Passage<'_> {
     /// As [`Self::advance`].
     pub fn of_first(&self, hidden: &Hidden, count: usize) -> Result<Vec<Vec<f32>>> {
         let lengths: Vec<usize> = (0..count.min(hidden.len())).map(|window| hidden.tokens(window)).collect();
-        let mut few = Hidden::new(&lengths, hidden.width(), Keeping::EXACT, self.run.scratch)?;
+        let keeping = Keeping::EXACT.for_mixture(self.model.config.mixture.is_some());
+        let mut few = Hidden::new(&lengths, hidden.width(), keeping, self.run)?;
         for window in 0..lengths.len() {
-            few.write(window..window + 1, &hidden.read(window..window + 1)?)?;
+            few.put(window..window + 1, &hidden.states(window..window + 1, self.home())?)?;
         }
         self.advance(&mut few, None, &Progress::new(0, "", self.run))
     }
@@ -190,7 +199,7 @@ impl Passage<'_> {
         let rows = self.rows(experts.count());
         for windows in source.runs(rows) {
             self.run.check_stop()?;
-            let x = self.read_by_experts(source.read(windows)?);
+            let x = self.read_by_experts(source.states(windows, self.home())?);
             arrivals.add(&values(experts.logits(&x)), &experts.correction, rule);
         }
         Ok(arrivals)
@@ -201,8 +210,8 @@ impl Passage<'_> {
     }
 
     /// What experts read of states.
-    fn read_by_experts(&self, h: Vec<f32>) -> Tensor<2> {
-        forward::mlp_input(&self.spec(1), self.parameters, self.tensor(h))
+    fn read_by_experts(&self, h: Tensor<2>) -> Tensor<2> {
+        forward::mlp_input(&self.spec(1), self.parameters, h)
     }
 
     /// Rows of a run whose steps have so many columns beside the states.
@@ -223,7 +232,7 @@ impl Passage<'_> {
             parts.extend(starts.map(|start| Part { which: Which::Shared, own: &[], all: start..(start + rows).min(arrivals.tokens) }));
         }
         let lengths: Vec<usize> = (0..source.len()).map(|window| source.tokens(window)).collect();
-        let mut given = Hidden::new(&lengths, self.model.config.hidden, Keeping::EXACT, self.run.scratch)?;
+        let mut given = Hidden::new(&lengths, self.model.config.hidden, Keeping::EXACT.for_mixture(true), self.run)?;
         let mut at_hand: BTreeMap<Which, Layers> = BTreeMap::new();
         let (at_once, count) = (if self.run.device.gpu.is_some() { 1 } else { rayon::current_num_threads() }, parts.len());
         for (number, some) in parts.chunks(at_once).enumerate() {
@@ -246,7 +255,7 @@ impl Passage<'_> {
     fn part(&self, source: &Hidden, part: &Part<'_>, layers: &Layers) -> Result<Given> {
         let hidden = self.model.config.hidden;
         let tokens: Vec<usize> = part.all.clone().chain(part.own.iter().map(|&(token, _)| token)).collect();
-        let x = self.read_by_experts(source.rows(&tokens)?);
+        let x = self.read_by_experts(tensor(source.rows(&tokens)?, [tokens.len(), hidden], self.home()));
         let shares = match part.which {
             Which::Shared => self.mixture()?.openings(&x),
             Which::Routed(_) => part.own.iter().map(|&(_, share)| share).collect(),
@@ -271,10 +280,11 @@ fn missing() -> Error {
 }
 
 /// Keeps outputs until those of the windows that are compared are there.
-pub(super) fn keep_first(kept: &mut Vec<Vec<f32>>, windows: &Range<usize>, output: Vec<f32>) {
+pub(super) fn keep_first(kept: &mut Vec<Vec<f32>>, windows: &Range<usize>, output: &Tensor<2>) {
     if windows.start < COMPARED {
-        let each = output.len() / windows.len();
-        kept.push(output[..each * windows.len().min(COMPARED - windows.start)].to_vec());
+        let [tokens, width] = output.dims();
+        let rows = tokens / windows.len() * windows.len().min(COMPARED - windows.start);
+        kept.push(values(output.clone().slice([0..rows, 0..width])));
     }
 }
 

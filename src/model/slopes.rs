@@ -6,11 +6,12 @@ use std::collections::BTreeMap;
 use crate::error::Result;
 use crate::kernels::rough_product::Precision;
 use crate::model::Model;
-use crate::model::backward::{self, Gradients, Wanted, upstream};
+use crate::model::backward::{self, Gradients, Wanted};
 use crate::model::bench::Bench;
 use crate::model::block::{Parameters, Slot};
 use crate::model::forward::Spec;
 use crate::model::hidden::{Hidden, Keeping};
+use crate::model::loss::upstream;
 use crate::model::seen::Needs;
 use crate::model::walk::Visitor;
 use crate::run::Run;
@@ -37,7 +38,8 @@ impl Visitor for Inputs<'_> {
     }
 
     fn visit(&mut self, bench: &mut Bench<'_>) -> Result<()> {
-        self.blocks.push(bench.hidden.copy_as(Keeping::shared(self.stores), self.run.scratch)?);
+        let mixture = bench.model.config.mixture.is_some();
+        self.blocks.push(bench.hidden.copy_as(Keeping::shared(self.stores).for_mixture(mixture), self.run)?);
         Ok(())
     }
 }
@@ -74,11 +76,11 @@ pub fn through(
     for window in 0..hidden.len() {
         run.check_stop()?;
         let spec = Spec::new(&model.config, index, hidden.tokens(window));
-        let x = hidden.read(window..window + 1)?;
+        let x = hidden.states(window..window + 1, &parameters.home())?;
         for (number, stream) in streams.iter_mut().enumerate() {
             let dy = stream.read(window..window + 1)?;
             gradients.clear();
-            backward::block(&spec, parameters, &x, wanted, &mut gradients, &mut upstream(&dy));
+            backward::block(&spec, parameters, &x, wanted, &mut gradients, &mut upstream(&dy))?;
             if index > 0 {
                 stream.write(window..window + 1, gradients.input())?;
             }

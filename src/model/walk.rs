@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use burn::tensor::Tensor;
 
 use crate::device::Gpu;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kernels::gram::gpu::Gram;
 use crate::kernels::gram::{self, add_column_squares, add_gram};
 use crate::kernels::{Floats, values};
@@ -18,6 +18,7 @@ use crate::model::block::{Block, Parameters, Site};
 use crate::model::forward::{self, Point, Tap};
 use crate::model::hidden::{Hidden, Keeping};
 use crate::model::holdings::Holdings;
+use crate::model::load::Blocks;
 use crate::model::mixture::Experts;
 use crate::model::passage::{COMPARED, Passage, keep_first};
 use crate::model::progress::Progress;
@@ -80,7 +81,8 @@ impl Visitor for Pass {
 /// When a token is beyond the vocabulary or the store cannot be written.
 pub fn embed(model: &Model<'_>, windows: &[Vec<u32>], keeping: Keeping, run: &Run<'_>) -> Result<Hidden> {
     let lengths: Vec<usize> = windows.iter().map(Vec::len).collect();
-    let mut hidden = Hidden::new(&lengths, model.config.hidden, keeping, run.scratch)?;
+    let keeping = keeping.for_mixture(model.config.mixture.is_some());
+    let mut hidden = Hidden::new(&lengths, model.config.hidden, keeping, run)?;
     for (number, window) in windows.iter().enumerate() {
         hidden.write(number..number + 1, &model.embed(window)?)?;
     }
@@ -109,16 +111,30 @@ pub fn walk_part(
     run: &Run<'_>,
     visitor: &mut dyn Visitor,
 ) -> Result<()> {
+    std::thread::scope(|scope| {
+        let coming = Blocks::new(scope, model, blocks.clone(), run);
+        walk_through(model, (blocks.len(), coming), (hidden, float), stage, run, visitor)
+    })
+}
+
+fn walk_through<'env>(
+    model: &'env Model<'env>,
+    (count, mut coming): (usize, Blocks<'_, 'env>),
+    (hidden, float): (&mut Hidden, Option<Hidden>),
+    stage: &str,
+    run: &Run<'_>,
+    visitor: &mut dyn Visitor,
+) -> Result<()> {
     let needs = visitor.needs();
     let calibrated = needs > Needs::Nothing && !hidden.is_empty();
     // Observed, worked on, gone through.
     let passes = if calibrated { 3 } else { 1 };
-    run.observer.begin(stage, (blocks.len() * (passes * hidden.len()).max(1)) as u64);
+    run.observer.begin(stage, (count * (passes * hidden.len()).max(1)) as u64);
     let mut float = if calibrated && needs == Needs::Streams { Some(FloatStream::new(model, hidden, float, run)?) } else { None };
-    for index in blocks {
+    while let Some(mut block) = coming.next()? {
         run.check_stop()?;
+        let index = block.index;
         let note = format!("block {index}");
-        let mut block = model.load_block(index)?;
         let (mut seen, mut wanted, mut original, mut arrivals) = (Seen::default(), Vec::new(), None, None);
         if calibrated {
             let parameters = Parameters::take(&mut block, run.device);
@@ -307,8 +323,8 @@ struct FloatStream {
 impl FloatStream {
     fn new(model: &Model<'_>, hidden: &Hidden, inputs: Option<Hidden>, run: &Run<'_>) -> Result<Self> {
         let between = || Between::new(model.config.hidden, hidden, run);
-        let inputs = inputs.map_or_else(|| hidden.copy(run.scratch), Ok)?;
-        Ok(Self { inputs, targets: hidden.copy(run.scratch)?, between: [between()?, between()?] })
+        let inputs = inputs.map_or_else(|| hidden.copy(run), Ok)?;
+        Ok(Self { inputs, targets: hidden.copy(run)?, between: [between()?, between()?] })
     }
 
     /// Makes room for states between the sites of a block, where they are of another width than those of the block before.
@@ -324,12 +340,12 @@ impl FloatStream {
         for runs in passage.batches(&self.inputs, false) {
             passage.run.check_stop()?;
             let inputs = &self.inputs;
-            let outputs = inputs.map(&runs, |windows, x| {
-                let (mut between, mut joined) = (Vec::new(), Vec::new());
+            let outputs = inputs.map(&runs, passage.home(), |windows, x| {
+                let (mut between, mut joined) = (None, None);
                 let seq = inputs.tokens(windows.start);
                 let tap: Tap<'_> = &mut |point, x| match point {
-                    Point::Site(Site::Output) => between = values(x.clone()),
-                    Point::Joined => joined = values(x.clone()),
+                    Point::Site(Site::Output) => between = Some(x.clone()),
+                    Point::Joined => joined = Some(x.clone()),
                     _ => {}
                 };
                 // Of a mixture the inputs, which then go on from the middle.
@@ -339,12 +355,13 @@ impl FloatStream {
                 } else {
                     passage.whole(seq, x, tap)
                 };
-                Ok((between, joined, y))
+                Ok((between.zip(joined), y))
             })?;
-            for (windows, (mixed, joined, y)) in runs.iter().zip(outputs) {
+            for (windows, (between, y)) in runs.iter().zip(outputs) {
+                let (mixed, joined) = between.ok_or_else(|| Error::run("a forward that passed attention by"))?;
                 self.between[1].keep(windows.clone(), &mixed, &joined)?;
-                self.targets.write(windows.clone(), &y)?;
-                keep_first(&mut first, windows, y);
+                self.targets.put(windows.clone(), &y)?;
+                keep_first(&mut first, windows, &y);
             }
             progress.within(runs.last().map_or(0, |windows| windows.end) as f64 / self.inputs.len() as f64 * if mixed { 0.3 } else { 1.0 });
         }
@@ -376,12 +393,12 @@ type Watched = (Seen, Vec<Vec<f32>>, Option<Arrivals>);
 fn observe(passage: &Passage<'_>, hidden: &Hidden, (needs, everywhere): (Needs, bool), progress: &Progress<'_>) -> Result<Watched> {
     let (parameters, run) = (passage.parameters, passage.run);
     let (mut seen, mut outputs, grams) = (Seen::default(), Vec::new(), Mutex::new(BTreeMap::new()));
-    let mut source = parameters.experts().map(|_| hidden.like(passage.model.config.hidden, run.scratch)).transpose()?;
+    let mut source = parameters.experts().map(|_| hidden.like(passage.model.config.hidden, run)).transpose()?;
     for runs in passage.batches(hidden, needs >= Needs::Gram) {
         run.check_stop()?;
-        let results = hidden.map(&runs, |windows, x| {
+        let results = hidden.map(&runs, passage.home(), |windows, x| {
             let mut sites = BTreeMap::new();
-            let (spec, x) = (passage.spec(hidden.tokens(windows.start)), passage.tensor(x));
+            let spec = passage.spec(hidden.tokens(windows.start));
             let mut watch = |site, input: &Tensor<2>, needs| {
                 sites.insert(site, statistics(site, input, needs, run.device.gpu.as_ref(), &grams));
             };
@@ -398,15 +415,15 @@ fn observe(passage: &Passage<'_>, hidden: &Hidden, (needs, everywhere): (Needs, 
                 forward::block(&spec, parameters, x, tap)
             };
             let sites = sites.into_iter().map(|(site, statistics)| Ok((site, statistics?))).collect::<Result<BTreeMap<_, _>>>()?;
-            Ok((sites, values(given)))
+            Ok((sites, given))
         })?;
         for (windows, (sites, given)) in runs.iter().zip(results) {
             for (site, statistics) in sites {
                 merge(seen.sites.entry(site).or_default(), statistics);
             }
             match &mut source {
-                Some(source) => source.write(windows.clone(), &given)?,
-                None => keep_first(&mut outputs, windows, given),
+                Some(source) => source.put(windows.clone(), &given)?,
+                None => keep_first(&mut outputs, windows, &given),
             }
         }
         progress.within(runs.last().map_or(0, |windows| windows.end) as f64 / hidden.len() as f64);
@@ -436,7 +453,7 @@ fn first_inputs(passage: &Passage<'_>, hidden: &Hidden) -> Result<BTreeMap<Site,
             inputs.insert(site, input);
         }
     };
-    let x = hidden.read(windows)?;
+    let x = hidden.states(windows, passage.home())?;
     if passage.parameters.experts().is_some() {
         passage.first_half(seq, x, tap)
     } else {

@@ -4,18 +4,22 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::Path;
 
+use burn::tensor::Tensor;
 use drawknife::checkpoint::Checkpoint;
 use drawknife::device::{Choice, Device, adapters};
 use drawknife::kernels::linear::linear_reference;
 use drawknife::kernels::linear::units::LEARNED;
 use drawknife::kernels::rough_product::Precision;
 use drawknife::kernels::self_test::CHECKS;
-use drawknife::kernels::{SHADERS, values};
+use drawknife::kernels::{SHADERS, tensor, values};
 use drawknife::model::Model;
-use drawknife::model::backward::{self, Gradients, Wanted, squared_error};
+use drawknife::model::backward::{self, Gradients, Wanted};
 use drawknife::model::block::{Parameters, Place, Role};
 use drawknife::model::forward::Spec;
+use drawknife::model::hidden::{Hidden, Keeping};
 use drawknife::model::holdings::Holdings;
+use drawknife::model::loss::{Loss, SquaredError, squared_error, trimmed_squared_error};
+use drawknife::run::{Run, Silent};
 
 use crate::backward::{difference, golden};
 use crate::command::json;
@@ -156,7 +160,7 @@ fn gradients_on_a_gpu_are_those_of_the_processor_wherever_weights_lie() {
         let model = Model::open(&checkpoint, source.as_ref()).unwrap();
         let block = model.load_block(model.config.layers.len() - 1).unwrap();
         let spec = Spec::new(&model.config, block.index, 7);
-        let x = values(random([14, model.config.hidden]));
+        let x = random([14, model.config.hidden]);
         let target = values(random([14, model.config.hidden]));
         let wanted = Wanted { weights: true, norms: true, input: true, precision: Precision::Single };
         let run = |device: &Device| {
@@ -167,7 +171,7 @@ fn gradients_on_a_gpu_are_those_of_the_processor_wherever_weights_lie() {
                 let holdings = Holdings::of_original(&model, block.index, None, device);
                 holdings.fill(tensors, experts.shared.is_some()).unwrap();
             }
-            let loss = backward::block(&spec, &parameters, &x, wanted, &mut gradients, &mut squared_error(&target, 1.0));
+            let loss = backward::block(&spec, &parameters, &x, wanted, &mut gradients, &mut squared_error(&target, 1.0)).unwrap();
             (loss, gradients, parameters.elsewhere())
         };
         let (loss, exact, _) = run(&Device::cpu());
@@ -264,5 +268,69 @@ fn mixtures_are_worked_on_and_measured_with_a_gpu_as_without() {
     });
     for (with, without) in found[1].iter().zip(found[0]) {
         assert!((with - without).abs() < 0.05 * without, "{found:?}");
+    }
+}
+
+#[test]
+fn states_stay_on_a_gpu_while_it_has_room_for_them() {
+    let Some(device) = device() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let lengths = [3, 3, 70, 1];
+    let (width, floats) = (33, 77 * 33);
+    // With room for two stores of three.
+    let device = Device { gpu_memory: Some(5 * 4 * floats as u64 * 2), ..device };
+    let run = Run { device: &device, seed: 0, observer: &Silent, scratch: folder.path() };
+    let all: Vec<f32> = (0..floats).map(|at| (at as f32).sin()).collect();
+    let mut stores = [0; 3].map(|_| Hidden::new(&lengths, width, Keeping::EXACT, &run).unwrap());
+    assert_eq!(stores.each_ref().map(Hidden::elsewhere), [true, true, false]);
+    for hidden in &mut stores {
+        // Two windows at once, then one that is put as a part of a tensor, then one that is written.
+        hidden.put(0..2, &tensor(all[..6 * width].to_vec(), [6, width], &device.burn)).unwrap();
+        let more: Tensor<2> = tensor(all[5 * width..].to_vec(), [72, width], &device.burn);
+        hidden.put(2..3, &more.slice([1..71, 0..width])).unwrap();
+        hidden.write(3..4, &all[76 * width..]).unwrap();
+        assert_eq!(hidden.read(0..4).unwrap(), all);
+        assert_eq!(hidden.rows(&[0, 4, 76]).unwrap(), [&all[..width], &all[4 * width..5 * width], &all[76 * width..]].concat());
+        for place in [&device.burn, &burn::tensor::Device::flex()] {
+            assert_eq!(values(hidden.states(1..4, place).unwrap()), all[3 * width..]);
+            assert_eq!(values(hidden.states_of(&[3, 0], place).unwrap()), [&all[76 * width..], &all[..3 * width]].concat());
+        }
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let saved =
+            hidden.save(|start, piece| Ok(std::os::unix::fs::FileExt::write_all_at(file.as_file(), piece, start).unwrap())).unwrap();
+        let mut back = Hidden::new(&lengths, width, Keeping::EXACT.for_mixture(true), &run).unwrap();
+        assert_eq!(back.load(file.as_file(), file.path()).unwrap(), saved);
+        assert_eq!(back.read(0..4).unwrap(), all);
+    }
+    // A copy has its own states from the first change on, and what a store held is free when it goes.
+    let [mut first, second, third] = stores;
+    drop((second, third));
+    let copy = first.copy(&run).unwrap();
+    first.add(&[4], &[0.5], &all[..width]).unwrap();
+    assert!(copy.elsewhere() && copy.read(0..4).unwrap() == all);
+    let sum = |at: usize| all[4 * width + at] + 0.5 * all[at];
+    assert_eq!(first.rows(&[4]).unwrap(), (0..width).map(sum).collect::<Vec<_>>());
+}
+
+#[test]
+fn squared_errors_are_judged_on_a_gpu_as_on_the_processor() {
+    let Some(device) = device() else { return };
+    let [tokens, width] = [12, 130];
+    let (y, target) = (random([tokens, width]), random([tokens, width]));
+    let (mut y, target) = (values(y), values(target));
+    // Equal errors at the edge, and errors of nothing.
+    for at in 0..40 {
+        y[7 * at] = target[7 * at] + if at % 2 == 0 { 3.0 } else { -3.0 };
+        y[7 * at + 1] = target[7 * at + 1];
+    }
+    let window = 4 * width;
+    for dropped in [0, 1, 5, 9, window - 1, window, window + 7] {
+        let mut expected = vec![f32::NAN; y.len()];
+        let loss = trimmed_squared_error(&target, 0.25, window, dropped)(&y, &mut expected);
+        let place = |values: &[f32]| tensor::<2>(values.to_vec(), [tokens, width], &device.burn);
+        let (found, slope) =
+            SquaredError { target: place(&target), factor: 0.25, window, dropped }.judge_there(&place(&y)).unwrap().unwrap();
+        assert!((found - loss).abs() <= 1e-5 * loss, "{dropped}: {found} {loss}");
+        assert!(difference(&values(slope), &expected, f32::MIN_POSITIVE) < 1e-6, "{dropped}");
     }
 }

@@ -15,6 +15,7 @@ use std::sync::{Mutex, PoisonError};
 use half::f16;
 
 use crate::device::{Array, Buffer, Differentiable, Gpu, Shader};
+use crate::error::Result;
 use crate::kernels::gemm::{Sizes, View, product};
 
 /// The largest magnitude of a matrix.
@@ -199,10 +200,7 @@ impl Units {
     }
 
     fn largest(&self, x: Operand<'_>) -> Buffer {
-        let largest = self.gpu.upload(&[0u32]);
-        let count = x.rows * x.columns;
-        self.gpu.launch(&LARGEST_MAGNITUDE, count.div_ceil(4096), &[x.floats, &largest], &[x.first as u32, count as u32]);
-        largest
+        largest(&self.gpu, x.floats, x.first, x.rows * x.columns)
     }
 
     fn halved(&self, x: Operand<'_>, largest: Buffer, exactness: Exactness, parts: u32) -> Halves {
@@ -242,6 +240,22 @@ impl Units {
             gpu.launch(&ADD_SCALED, (rows * columns).div_ceil(64), &buffers, &parameters);
         }
     }
+}
+
+/// The bits of the largest magnitude of so many floats.
+fn largest(gpu: &Gpu, floats: &Buffer, first: usize, count: usize) -> Buffer {
+    let largest = gpu.upload(&[0u32]);
+    gpu.launch(&LARGEST_MAGNITUDE, count.div_ceil(4096), &[floats, &largest], &[first as u32, count as u32]);
+    largest
+}
+
+/// Whether no float is infinite or NaN.
+///
+/// # Errors
+/// As [`Gpu::read`].
+pub fn all_finite(gpu: &Gpu, floats: &Buffer) -> Result<bool> {
+    let bits = gpu.read::<u32>(&largest(gpu, floats, 0, floats.words()))?;
+    Ok(bits[0] < f32::INFINITY.to_bits())
 }
 
 /// The product of halves over some places along k, on the processor.
