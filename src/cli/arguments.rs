@@ -137,7 +137,7 @@ pub struct Compress {
     /// auto, cpu, gpu or gpu:N.
     #[arg(long, default_value = "auto")]
     pub device: Choice,
-    /// GPU memory to use at most, like 8GB; weights beyond it pass tile by tile.
+    /// GPU memory to use at most, like 8GB, or else four fifths of what it has; weights beyond it pass tile by tile.
     #[arg(long, value_name = "SIZE")]
     pub gpu_memory: Option<String>,
     /// Leave layers whose name matches as they are; may be repeated.
@@ -236,7 +236,7 @@ pub struct Eval {
     /// auto, cpu, gpu or gpu:N.
     #[arg(long, default_value = "auto")]
     pub device: Choice,
-    /// GPU memory to use at most, like 8GB; weights beyond it pass tile by tile.
+    /// GPU memory to use at most, like 8GB, or else four fifths of what it has; weights beyond it pass tile by tile.
     #[arg(long, value_name = "SIZE")]
     pub gpu_memory: Option<String>,
 }
@@ -256,7 +256,7 @@ pub struct Compare {
     /// auto, cpu, gpu or gpu:N.
     #[arg(long, default_value = "auto")]
     pub device: Choice,
-    /// GPU memory to use at most, like 8GB; weights beyond it pass tile by tile.
+    /// GPU memory to use at most, like 8GB, or else four fifths of what it has; weights beyond it pass tile by tile.
     #[arg(long, value_name = "SIZE")]
     pub gpu_memory: Option<String>,
 }
@@ -290,7 +290,7 @@ pub struct Sensitivity {
     /// auto, cpu, gpu or gpu:N.
     #[arg(long, default_value = "auto")]
     pub device: Choice,
-    /// GPU memory to use at most, like 8GB; weights beyond it pass tile by tile.
+    /// GPU memory to use at most, like 8GB, or else four fifths of what it has; weights beyond it pass tile by tile.
     #[arg(long, value_name = "SIZE")]
     pub gpu_memory: Option<String>,
 }
@@ -356,7 +356,7 @@ pub struct Check {
     /// auto, cpu, gpu or gpu:N.
     #[arg(long, default_value = "auto")]
     pub device: Choice,
-    /// GPU memory to use at most, like 8GB; weights beyond it pass tile by tile.
+    /// GPU memory to use at most, like 8GB, or else four fifths of what it has; weights beyond it pass tile by tile.
     #[arg(long, value_name = "SIZE")]
     pub gpu_memory: Option<String>,
 }

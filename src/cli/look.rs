@@ -98,8 +98,9 @@ fn show_adapters(adapters: &[Adapter]) {
         let kind = if adapter.software { "software, for tests: only with --device gpu" } else { &adapter.kind };
         say(&format!("gpu:{:<6} {} ({kind}; {}, {})", adapter.number, adapter.name, adapter.backend, adapter.driver));
         let units = if adapter.matrix_units.is_empty() { "no matrix units".into() } else { adapter.matrix_units.join(", ") };
+        let memory = adapter.memory_bytes.map_or_else(|| "memory of unknown size".into(), |memory| format!("{} of memory", bytes(memory)));
         say(&format!(
-            "           bindings of {}, buffers of {}, {} bindings, {} threads and {} a workgroup, subgroups of {} to {}, {}, {units}",
+            "           {memory}, bindings of {}, buffers of {}, {} bindings, {} threads and {} a workgroup, subgroups of {} to {}, {}, {units}",
             bytes(adapter.binding_bytes),
             bytes(adapter.buffer_bytes),
             adapter.bindings,

@@ -35,7 +35,7 @@ pub fn run(arguments: &Arguments, invocation: &Invocation) -> Result<()> {
     };
     let options = Options::new(&subject, schemes, &arguments.method, !arguments.quick, text)?;
     let run = Run { device: &device, seed: invocation.seed.unwrap_or(0), observer: &invocation.progress, scratch: &scratch };
-    let measured = sensitivity(&subject, &options, Some(&arguments.output), &run);
+    let measured = run.guarded(|| sensitivity(&subject, &options, Some(&arguments.output), &run));
     let (found, times) = measured.map_err(|error| stopped(error, arguments))?;
     if invocation.json {
         let mut object = serde_json::to_value(&found).map_err(|error| Error::run(error.to_string()))?;
@@ -52,10 +52,12 @@ pub fn run(arguments: &Arguments, invocation: &Invocation) -> Result<()> {
 
 /// Says what a stop leaves: every block that was done.
 fn stopped(error: Error, arguments: &Arguments) -> Error {
-    let Fault::Interrupted(_) = error.fault else { return error };
+    if !matches!(error.fault, Fault::Interrupted(_) | Fault::Run) {
+        return error;
+    }
     let done = Sensitivity::open(&arguments.output).map_or(0, |found| found.layers.len());
-    let what = format!("stopped; {done} layers are measured, the same command goes on from there");
-    Error::new(error.fault, what).file(&arguments.output)
+    let error = if let Fault::Interrupted(_) = error.fault { error.file(&arguments.output) } else { error };
+    error.advice(&format!("{done} layers are measured, the same command goes on from there"))
 }
 
 fn show(found: &Sensitivity, options: &Options, times: Times, all: bool) {

@@ -88,7 +88,7 @@ enum Store {
     /// Tokens in a file, in f32 or halved.
     Disk { file: File, halved: bool },
     /// Floats on a GPU.
-    There(There),
+    There(Box<There>),
 }
 
 impl Hidden {
@@ -106,7 +106,7 @@ impl Hidden {
         let (single, half) = ((4 * width * tokens) as u64, (halved_bytes(width) * tokens) as u64);
         let there = if keeping.near { None } else { There::new(run.device, lengths.len(), tokens, width) };
         let place = if let Some(there) = there {
-            Store::There(there)
+            Store::There(Box::new(there))
         } else if single <= keeping.budget_bytes {
             Store::Memory(vec![0.0; tokens * width])
         } else if !keeping.exact && half <= keeping.budget_bytes {
@@ -452,9 +452,9 @@ impl Hidden {
             let own = &bytes[taken..taken + self.tokens(*window) * each];
             let mut values = vec![0.0; self.tokens(*window) * self.width];
             if each == 4 * self.width {
-                decode_chunk(Float::F32, own, &mut values)
+                decode_chunk(Float::F32, own, &mut values);
             } else {
-                restore(own, self.width, &mut values)
+                restore(own, self.width, &mut values);
             }
             taken += own.len();
             self.write(*window..*window + 1, &values)?;

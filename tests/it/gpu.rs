@@ -2,11 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use burn::tensor::Tensor;
 use drawknife::checkpoint::Checkpoint;
 use drawknife::device::{Choice, Device, adapters};
+use drawknife::error::Error;
 use drawknife::kernels::linear::linear_reference;
 use drawknife::kernels::linear::units::LEARNED;
 use drawknife::kernels::rough_product::Precision;
@@ -297,7 +299,7 @@ fn states_stay_on_a_gpu_while_it_has_room_for_them() {
         }
         let file = tempfile::NamedTempFile::new().unwrap();
         let saved =
-            hidden.save(|start, piece| Ok(std::os::unix::fs::FileExt::write_all_at(file.as_file(), piece, start).unwrap())).unwrap();
+            hidden.save(|start, piece| file.as_file().write_all_at(piece, start).map_err(|error| Error::run(error.to_string()))).unwrap();
         let mut back = Hidden::new(&lengths, width, Keeping::EXACT.for_mixture(true), &run).unwrap();
         assert_eq!(back.load(file.as_file(), file.path()).unwrap(), saved);
         assert_eq!(back.read(0..4).unwrap(), all);

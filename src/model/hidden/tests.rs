@@ -55,6 +55,29 @@ fn states_come_back_bit_for_bit_from_where_they_were_saved() {
 }
 
 #[test]
+fn states_that_were_kept_in_another_way_come_back_too() {
+    let (device, scratch) = (Device::cpu(), Path::new("."));
+    let run = Run { device: &device, seed: 0, observer: &Silent, scratch };
+    let path = tempfile::NamedTempFile::new().unwrap().into_temp_path();
+    for from in PLACES {
+        // Windows that end within a piece, and one that is longer than a piece.
+        let mut hidden = Hidden::new(&[3, 1200, 5], 1100, from, &run).unwrap();
+        for window in 0..3 {
+            let values: Vec<f32> = (0..hidden.tokens(window) * 1100).map(|i| (i as f32).cos()).collect();
+            hidden.write(window..window + 1, &values).unwrap();
+        }
+        let file = File::create(&path).unwrap();
+        let saved = hidden.save(|start, piece| file.write_all_at(piece, start).map_err(|error| spill_error(&error))).unwrap();
+        for into in PLACES {
+            let mut back = Hidden::new(&[3, 1200, 5], 1100, into, &run).unwrap();
+            assert_eq!(back.load(&File::open(&path).unwrap(), &path).unwrap(), saved);
+            let pairs = back.read(0..3).unwrap().into_iter().zip(hidden.read(0..3).unwrap());
+            assert!(pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) <= 2.0_f32.powi(-11), "{from:?} {into:?}");
+        }
+    }
+}
+
+#[test]
 fn halved_states_keep_their_digits_beside_huge_ones() {
     let states = [1.0e9, -3.0e6, 3.8, 0.0, 7.0, -3.0e-30, 1.0e-38, 5.0e-38, 0.0, 2.9e-38, 3.0e38, 1.0e38, -3.0e38, 1.0e30, 1.0];
     let mut back = [f32::NAN; 15];
