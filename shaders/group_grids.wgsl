@@ -17,11 +17,11 @@ fn f16_rounded(x: f32) -> f32 {
     let bits = bitcast<u32>(x);
     let magnitude = bits & 0x7fffffffu;
     let sign = bits & 0x80000000u;
-    // Below 2⁻¹⁴ the steps are 2⁻²⁴; above, ten bits of the fraction stay; from 65520 on it is infinite.
+    // Below 2⁻¹⁴ the steps are 2⁻²⁴; above, ten bits of the fraction stay; beyond 65504 it stays there.
     let small = round(abs(x) * 16777216.0) * 5.9604645e-8;
     let large = (magnitude + 0xfffu + (magnitude >> 13u & 1u)) & 0xffffe000u;
     var rounded = select(large, bitcast<u32>(small), magnitude < 0x38800000u);
-    rounded = select(rounded, 0x7f800000u, magnitude >= 0x477ff000u);
+    rounded = select(rounded, 0x477fe000u, magnitude > 0x477fe000u);
     return bitcast<f32>(rounded | sign);
 }
 
