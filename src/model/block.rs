@@ -1,6 +1,6 @@
 //! One decoder block: its linear layers by role, its norms by place, and the tensors that a forward needs of them.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use burn::tensor::Tensor;
 
@@ -195,6 +195,15 @@ pub struct Linear {
     pub weight: Weight,
     /// Its bias.
     pub bias: Option<Vec<f32>>,
+    /// The floats of its weight on a GPU, once they were needed there; gone when the layer may change.
+    there: OnceLock<Tensor<2>>,
+}
+
+impl Linear {
+    /// A layer of which nothing lies on a GPU yet.
+    pub fn new(name: String, role: Role, weight: Weight, bias: Option<Vec<f32>>) -> Self {
+        Self { name, role, weight, bias, there: OnceLock::new() }
+    }
 }
 
 /// The weight of a norm as it is stored.
@@ -241,7 +250,9 @@ impl Block {
             None => self.linears.as_mut_slice(),
             Some(which) => self.experts.as_mut()?.layers_mut(which)?,
         };
-        own.iter_mut().find(|linear| linear.role == slot.role)
+        let linear = own.iter_mut().find(|linear| linear.role == slot.role)?;
+        linear.there = OnceLock::new();
+        Some(linear)
     }
 
     /// The slots of all layers, those of experts last.
@@ -437,20 +448,21 @@ impl Parameters {
     }
 
     /// A copy of the floats of a block, of experts nothing but their router. Weights for which the GPU has no room, or no binding,
-    /// lie on the processor.
+    /// lie on the processor; those that lie on the GPU are copied there once and then shared.
     pub fn copy(block: &Block, device: &Device) -> Self {
         let mut parameters = Self::frame(block, &device.burn);
         let mut room = device.room_for_weights();
         for linear in &block.linears {
-            let floats = linear.weight.to_matrix().into_owned().data;
-            let bytes = 4 * floats.len() as u64;
-            let place = if bytes <= room && device.binds(bytes) {
-                room -= bytes;
-                device.burn.clone()
+            let shape = linear.weight.shape();
+            let bytes = 4 * (shape[0] * shape[1]) as u64;
+            let on = |place: &burn::tensor::Device| tensor(linear.weight.to_matrix().into_owned().data, shape, place);
+            let weight = if device.gpu.is_none() || bytes > room || !device.binds(bytes) {
+                on(&burn::tensor::Device::flex())
             } else {
-                burn::tensor::Device::flex()
+                room -= bytes;
+                linear.there.get_or_init(|| on(&device.burn)).clone()
             };
-            parameters.set_weight(linear.role, tensor(floats, linear.weight.shape(), &place));
+            parameters.set_weight(linear.role, weight);
         }
         parameters
     }

@@ -3,10 +3,11 @@
 use std::ops::Range;
 use std::thread::{Scope, ScopedJoinHandle};
 
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::matrix::Matrix;
 use crate::model::architecture::{Lying, Mixing};
-use crate::model::block::{Block, Linear, Norm, Place, Role};
+use crate::model::block::{Block, Linear, Norm, Parameters, Place, Role};
 use crate::model::delta::{self, Delta};
 use crate::model::mixture::{self, Experts, Router, Which};
 use crate::model::{Model, Module, woven};
@@ -14,20 +15,20 @@ use crate::run::Run;
 use crate::weight::Weight;
 
 /// Blocks of a model one after the other. While one is worked on, a thread asks the system for the bytes of the next; where a GPU
-/// does the work and the processor has time, it decodes them too.
+/// does the work and the processor has time, it decodes them too and copies them there.
 #[derive(Debug)]
 pub struct Blocks<'scope, 'env> {
     scope: &'scope Scope<'scope, 'env>,
     model: &'env Model<'env>,
     blocks: Range<usize>,
-    decodes: bool,
+    device: &'env Device,
     ahead: Option<ScopedJoinHandle<'scope, Option<Result<Block>>>>,
 }
 
 impl<'scope, 'env> Blocks<'scope, 'env> {
     /// Some blocks of a model.
-    pub fn new(scope: &'scope Scope<'scope, 'env>, model: &'env Model<'env>, blocks: Range<usize>, run: &Run<'_>) -> Self {
-        Self { scope, model, blocks, decodes: run.device.gpu.is_some(), ahead: None }
+    pub fn new(scope: &'scope Scope<'scope, 'env>, model: &'env Model<'env>, blocks: Range<usize>, run: &Run<'env>) -> Self {
+        Self { scope, model, blocks, device: run.device, ahead: None }
     }
 
     /// The next block, while it goes on to the one after; nothing after the last.
@@ -43,10 +44,10 @@ impl<'scope, 'env> Blocks<'scope, 'env> {
         };
         // Experts that are read one at a time are more than memory has room for.
         if let Some(index) = self.blocks.clone().next().filter(|_| !self.model.reads_experts_singly()) {
-            let (model, decodes) = (self.model, self.decodes);
+            let (model, device) = (self.model, self.device);
             self.ahead = Some(self.scope.spawn(move || {
                 model.expect_block(index);
-                decodes.then(|| model.load_block(index))
+                device.gpu.as_ref().map(|_| model.load_block(index).inspect(|block| drop(Parameters::copy(block, device))))
             }));
         }
         Ok(Some(block))
@@ -166,7 +167,7 @@ impl Model<'_> {
     /// A layer of an expert without its weight.
     fn hollow(&self, module: Module) -> Result<Linear> {
         let (bias, role) = (self.load_bias(&module)?, module.roles.first().copied().unwrap_or(Role::Down));
-        Ok(Linear { name: module.name, role, weight: mixture::hollow(module.shape), bias })
+        Ok(Linear::new(module.name, role, mixture::hollow(module.shape), bias))
     }
 
     fn load_bias(&self, module: &Module) -> Result<Option<Vec<f32>>> {
@@ -183,14 +184,14 @@ impl Model<'_> {
             weight => weight,
         };
         if let [role] = roles.as_slice() {
-            return Ok(vec![Linear { weight, name, role: *role, bias }]);
+            return Ok(vec![Linear::new(name, *role, weight, bias)]);
         }
         let mut first = 0;
         let part = |role: Role| {
             let rows: Vec<usize> = (first..first + self.shape(index, role)[0]).collect();
             let bias = bias.as_ref().map(|bias| bias[first..first + rows.len()].to_vec());
             first += rows.len();
-            Linear { weight: weight.picked(&rows), name: name.clone(), role, bias }
+            Linear::new(name.clone(), role, weight.picked(&rows), bias)
         };
         Ok(roles.into_iter().map(part).collect())
     }

@@ -91,11 +91,8 @@ pub fn hollow(checkpoint: &Checkpoint, name: &str, mixture: &Mixture, hidden: us
     });
     let (both, down) = (both?, down?);
     let half = |first: usize| both.iter().skip(first).step_by(2).copied().collect::<Vec<f32>>();
-    let layer = |part: &str, role: Role, shape: [usize; 2], bias: Vec<f32>| Linear {
-        name: format!("{name}.{expert}.{part}"),
-        role,
-        weight: mixture::hollow(shape),
-        bias: Some(bias),
+    let layer = |part: &str, role: Role, shape: [usize; 2], bias: Vec<f32>| {
+        Linear::new(format!("{name}.{expert}.{part}"), role, mixture::hollow(shape), Some(bias))
     };
     Ok([
         layer("gate_proj", Role::Gate, [mixture.width, hidden], half(0)),

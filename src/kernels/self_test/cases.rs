@@ -275,6 +275,8 @@ pub fn sign_descent(gpu: &Gpu) -> Result<Vec<Found>> {
             (2, false, Float::BF16, 3, 70, 35),
             (3, true, Float::F32, 4, 33, 33),
             (3, false, Float::F16, 4, 144, 72),
+            (2, true, Float::BF16, 40, 64, 8),
+            (2, false, Float::F16, 40, 65, 8),
         ] {
             let mut weight = Matrix::new(rows, columns, Values::Tails.make(rows * columns, 7));
             // Groups on one side of zero, and of nothing but zeros.
@@ -289,7 +291,7 @@ pub fn sign_descent(gpu: &Gpu) -> Result<Vec<Found>> {
             let mut quantized = vec![0.0; rows * columns];
             expected.quantize(&mut quantized);
             all.push(found(format!("{case}, before"), share(&gpu.read::<f32>(layer.quantized())?, &quantized), FEW));
-            for step in 0..6u64 {
+            for step in 0..9u64 {
                 // Whole numbers, so that the slopes of both have one sign.
                 let gradient: Vec<f32> = Values::Normal.make(rows * columns, 8 + step).iter().map(|value| (value * 8.0).round()).collect();
                 layer.step(&gpu.upload(&gradient), 0.07, 0.03);
@@ -299,7 +301,7 @@ pub fn sign_descent(gpu: &Gpu) -> Result<Vec<Found>> {
             let largest = quantized.iter().fold(f32::MIN_POSITIVE, |largest, value| largest.max(value.abs()));
             let got: Vec<f32> = gpu.read(layer.quantized())?;
             let differ = got.iter().zip(&quantized).filter(|(a, b)| (**a - **b).abs() > 1e-6 * largest).count();
-            all.push(found(format!("{case}, after six steps"), differ as f64 / got.len() as f64, FEW));
+            all.push(found(format!("{case}, after nine steps"), differ as f64 / got.len() as f64, FEW));
             let (got, ints) = (layer.fetch()?.ints(), expected.ints());
             all.push(found(format!("{case}, codes"), codes_apart(&got.codes, &ints.codes), FEW));
         }
@@ -377,12 +379,12 @@ pub fn products(gpu: &Gpu) -> Result<Vec<Found>> {
         let got: Vec<f32> = gpu.read(&linear::gpu::product(gpu, Sizes { m, n, k }, &uploaded, &gpu.upload(&b.data)))?;
         all.push(found(format!("dense {m} x {n} x {k}"), apart(&wide(&got), &exact(&b)), sums));
         for symmetric in [true, false] {
-            let grid = Grid { bits: 4, group: k.div_ceil(2), symmetric, scale_float: Float::F16 };
+            let grid = Grid { bits: 4, group: (k / 2).max(1), symmetric, scale_float: Float::F16 };
             let ints = quantize::round_to_nearest(&b, grid).0;
             let got: Vec<f32> = gpu.read(&linear::gpu::PackedInts::new(gpu, &ints).product(gpu, &uploaded, m))?;
             all.push(found(format!("integers {m} x {n} x {k}"), apart(&wide(&got), &exact(&ints.to_matrix())), sums));
         }
-        let trits = planes::fit_free(&Weight::Dense(b.clone()), trit_rule(k.div_ceil(2), true), None).0;
+        let trits = planes::fit_free(&Weight::Dense(b.clone()), trit_rule((k / 2).max(1), true), None).0;
         let got: Vec<f32> = gpu.read(&linear::gpu::PackedTrits::new(gpu, &trits).product(gpu, &uploaded, m))?;
         all.push(found(format!("trits {m} x {n} x {k}"), apart(&wide(&got), &exact(&trits.to_matrix())), sums));
     }
