@@ -12,12 +12,18 @@ use drawknife::kernels::gram::gpu::Gram;
 use drawknife::kernels::linear::gpu::{PackedInts, PackedTrits, product_into};
 use drawknife::kernels::linear::units::{Exactness, Operand, Units};
 use drawknife::kernels::quantize::{Grid, round_to_nearest};
+use drawknife::kernels::rough_product::Precision;
 use drawknife::kernels::select::gpu::{Scored, keep_but_smallest, keep_in_blocks};
 use drawknife::kernels::sign_descent::gpu::OnGpu;
 use drawknife::kernels::sign_descent::{Rounding, Start};
 use drawknife::kernels::trits::{Rule, fit_free, gpu as trits};
-use drawknife::kernels::{admm, channels, gram, linear, precalibrate, quantize};
+use drawknife::kernels::{admm, channels, gram, linear, matrix, precalibrate, quantize};
 use drawknife::matrix::Matrix;
+use drawknife::model::backward::{self, Gradients, Wanted};
+use drawknife::model::block::{Parameters, Place, Role};
+use drawknife::model::config::Config;
+use drawknife::model::forward::Spec;
+use drawknife::model::loss::SquaredError;
 use drawknife::weight::{Float, Weight};
 
 fn main() {
@@ -37,6 +43,7 @@ fn main() {
     bench.elementwise(copy);
     bench.fits(copy);
     bench.products();
+    bench.step();
 }
 
 struct Bench<'a> {
@@ -162,5 +169,54 @@ impl Bench<'_> {
         if let Some(sum) = Gram::new(gpu, n) {
             show("gram matrix, half of it computed", self.time(|| sum.add(&a)), flops / 2.0);
         }
+    }
+
+    /// A step of learned rounding on a block with the shape of Llama 3 8B, of 8 windows of 2048 tokens: forward, gradients of all weights,
+    /// and the update. A software adapter takes a small block.
+    fn step(&self) {
+        let [hidden, middle, heads, kv_heads, seq] = if self.size < 4096 { [256, 768, 4, 2, 128] } else { [4096, 14_336, 32, 8, 2048] };
+        let config = Config::read(&serde_json::json!({"model_type": "llama", "hidden_size": hidden, "intermediate_size": middle,
+            "num_hidden_layers": 1, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": 32}))
+        .expect("a configuration");
+        let kv = kv_heads * hidden / heads;
+        let shapes = [[hidden, hidden], [kv, hidden], [kv, hidden], [hidden, hidden], [middle, hidden], [middle, hidden], [hidden, middle]];
+        let mut parameters = Parameters::default();
+        let random = |shape, scale| Tensor::<2>::random(shape, Distribution::Normal(0.0, scale), &self.device.burn);
+        for (role, shape) in Role::PLAIN.into_iter().zip(shapes) {
+            parameters.set_weight(role, random(shape, 0.02));
+        }
+        for place in [Place::AttentionIn, Place::MlpIn] {
+            parameters.set_norm(place, Tensor::ones([hidden], &self.device.burn));
+        }
+        let grid = Grid { bits: 4, group: 128, symmetric: true, scale_float: Float::F16 };
+        let learned = Role::PLAIN.map(|role| {
+            let weight = matrix(parameters.weight(role));
+            let start = Rounding::new(Start::Range, &weight, None, &round_to_nearest(&weight, grid).0);
+            OnGpu::new(self.gpu, start).map(|layer| (role, layer))
+        });
+        let windows: Vec<[Tensor<2>; 2]> = (0..8).map(|_| [1.0, 0.1].map(|scale| random([seq, hidden], scale))).collect();
+        let wanted = Wanted { weights: true, norms: false, input: false, precision: Precision::Rough };
+        let (spec, mut gradients) = (Spec::new(&config, 0, seq), Gradients::default());
+        let seconds = self.time(|| {
+            gradients.clear();
+            for [x, target] in &windows {
+                let mut loss = SquaredError { target: target.clone(), factor: 1e-6, window: seq * hidden, dropped: seq * hidden / 1000 };
+                backward::block(&spec, &parameters, x, wanted, &mut gradients, &mut loss).expect("a step");
+            }
+            for (role, layer) in learned.iter().flatten() {
+                if let Some(gradient) = gradients.weight_buffer(*role, self.gpu) {
+                    layer.step(&gradient, 0.005, 0.005);
+                }
+            }
+        });
+        let weights: usize = shapes.iter().map(|shape| shape[0] * shape[1]).sum();
+        let tokens = 8 * seq;
+        // Three products a weight, and attention forward, twice again for its slopes, and once more for its scores.
+        let flops = 6.0 * (tokens * weights) as f64 + 14.0 * (tokens * seq / 2 * hidden) as f64;
+        println!(
+            "learned rounding, 8 x {seq} tokens  {:9.3} TFLOP/s  {seconds:.3} s a step of a block of {:.1} M weights",
+            flops / seconds / 1e12,
+            weights as f64 / 1e6
+        );
     }
 }

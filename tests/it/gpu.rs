@@ -159,8 +159,7 @@ fn main(@builtin(global_invocation_id) at: vec3<u32>) {{
 
 /// Floats of every kind: zeros, subnormal ones, steps of halves and their middles, largest, and bits without order.
 fn every_kind() -> Vec<f32> {
-    let bits =
-        [0, 1, 2, 3, 0x7f_ffff, 0x80_0000, 0x80_0001, 0x3300_0000, 0x337f_ffff, 0x3380_0000, 0x33c0_0000, 0x387f_f000, 0x3880_0000];
+    let bits = [0, 1, 2, 3, 0x7f_ffff, 0x80_0000, 0x80_0001, 0x3300_0000, 0x337f_ffff, 0x3380_0000, 0x33c0_0000, 0x387f_f000, 0x3880_0000];
     let more =
         [0x3f7f_ffff, 0x3f80_0000, 0x3f80_1000, 0x3f80_3000, 0x3f80_8000, 0x3f81_8000, 0x477f_e000, 0x477f_efff, 0x477f_f000, 0x7f7f_ffff];
     let wild = (0..200u32).map(|at| (at.wrapping_mul(2_654_435_761).rotate_left(at % 31)) & 0x7fff_ffff);
@@ -423,4 +422,22 @@ fn squared_errors_are_judged_on_a_gpu_as_on_the_processor() {
         assert!((found - loss).abs() <= 1e-5 * loss, "{dropped}: {found} {loss}");
         assert!(difference(&values(slope), &expected, f32::MIN_POSITIVE) < 1e-6, "{dropped}");
     }
+}
+
+#[test]
+fn a_gpu_without_room_is_an_error_of_one_line_and_not_a_panic() {
+    let Some(device) = device() else { return };
+    let run = Run { device: &device, seed: 0, observer: &Silent, scratch: Path::new(".") };
+    let most = device.gpu.as_ref().unwrap().adapter().buffer_bytes as usize / 4;
+    let failed = run.guarded(|| {
+        let huge = Tensor::<2>::zeros([2, most], &device.burn) + 1.0;
+        Ok(values(huge.sum()))
+    });
+    let error = failed.unwrap_err();
+    let said = error.to_string();
+    assert_eq!(error.exit_code(), 1);
+    assert!(said.contains(&device.gpu.as_ref().unwrap().adapter().name) && said.contains("use a smaller --gpu-memory"), "{said}");
+    assert!(!said.contains('\n') && said.len() < 600, "{said}");
+    // Errors of the work itself come through as they are.
+    assert_eq!(run.guarded(|| Err::<(), _>(Error::input("no"))).unwrap_err().exit_code(), 2);
 }

@@ -82,7 +82,8 @@ pub fn divergences(gpu: &Gpu, weight: &Matrix, grid: Grid, theta: f32, pruned: b
     if !SAFE.contains(&theta) || count == 0 {
         return Ok([0.0; RATIOS]);
     }
-    let ranges: Vec<[f32; 2]> = sample.iter().map(|group| range(group)).map(|(low, high)| [low, high]).collect();
+    // Grids hold zero, wherever the weights of a group lie.
+    let ranges: Vec<[f32; 2]> = sample.iter().map(|group| range(group)).map(|(low, high)| [low.min(0.0), high.max(0.0)]).collect();
     let counts = gpu.upload(&vec![0u32; (RATIOS + 1) * BINS]);
     let parameters = [
         sample.len() as u32,

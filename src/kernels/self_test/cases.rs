@@ -466,12 +466,13 @@ pub fn precalibrate(gpu: &Gpu) -> Result<Vec<Found>> {
     let mut all = Vec::new();
     for values in [Values::Normal, Values::Ties, Values::Tails, Values::Zeros, Values::Large, Values::Tiny] {
         for (bits, symmetric, scale_float, rows, columns, group) in
-            [(3, true, Float::F16, 40, 256, 128), (2, false, Float::BF16, 33, 70, 35), (4, false, Float::F32, 3, 9, 9)]
+            [(3, true, Float::F16, 40, 256, 128), (2, false, Float::BF16, 33, 70, 35), (4, false, Float::F32, 3, 9, 8)]
         {
             for pruned in [false, true] {
                 let grid = Grid { bits, group, symmetric, scale_float };
                 let mut weight = Matrix::new(rows, columns, values.make(rows * columns, 14));
                 weight.data[columns..2 * columns].fill(0.0);
+                weight.data[..columns].iter_mut().for_each(|value| *value = value.abs());
                 let case = format!("{rows} x {columns}, {bits} bits, symmetric {symmetric}, {values:?}, pruned {pruned}");
                 let theta = ranges::threshold(&weight.data, 0.02, pruned);
                 let uploaded = gpu.upload(&weight.data);
@@ -498,7 +499,7 @@ fn trit_rule(group: usize, residual_start: bool) -> planes::Rule {
 pub fn trits(gpu: &Gpu) -> Result<Vec<Found>> {
     let mut all = Vec::new();
     for values in ALL {
-        for (rows, columns, group) in [(1, 1, 1), (6, 256, 128), (5, 172, 86), (3, 1030, 1030)] {
+        for (rows, columns, group) in [(1, 1, 1), (6, 256, 128), (5, 172, 86), (6, 129, 128), (3, 1030, 1030)] {
             if values == Values::Large || values == Values::Tiny {
                 continue;
             }
