@@ -526,5 +526,18 @@ pub fn trits(gpu: &Gpu) -> Result<Vec<Found>> {
             }
         }
     }
+    // Groups of one magnitude, or of one and a single other, whose equations say little: what is added to them decides.
+    for other in [1.0, 0.5, 1.3] {
+        let size = |i: usize, j: usize| 0.3 * (i + 1) as f32 * if j % 20 == 7 { other } else { 1.0 };
+        let weight = Matrix::from_fn(9, 60, |i, j| if (7 * i + 3 * j) % 5 < 2 { -size(i, j) } else { size(i, j) });
+        for residual_start in [true, false] {
+            let rule = trit_rule(20, residual_start);
+            let (expected, _) = planes::fit_free(&Weight::Dense(weight.clone()), rule, None);
+            let (got, _) = planes::gpu::fit_free(gpu, &weight, rule, None)?;
+            let pairs = |scales: &[[f32; 2]]| wide(&scales.concat());
+            let case = format!("one magnitude but for {other} of it, residual {residual_start}");
+            all.push(found(format!("{case}, scales"), apart(&pairs(&got.scales), &pairs(&expected.scales)), 2e-3));
+        }
+    }
     Ok(all)
 }
