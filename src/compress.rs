@@ -205,7 +205,7 @@ impl Prepared {
         let mut watch = Stopwatch::default();
         let (folder, work) = (destination.folder(), &destination.work);
         let storage: &dyn Store = work.storage.as_ref();
-        destination.has_room(self.disk_bytes()?)?;
+        destination.has_room(self.disk_bytes(run)?)?;
         let Finished { layers, blocks, committing } = self.compress(work, run, &mut watch)?;
         self.notes.extend(remarks::of_experts(&blocks));
         for export in &self.exports {
@@ -243,9 +243,9 @@ impl Prepared {
     }
 
     /// Bytes of the disk that the work needs: the output and, for whoever goes on, hidden states before three blocks.
-    fn disk_bytes(&self) -> Result<u64> {
+    fn disk_bytes(&self, run: &Run<'_>) -> Result<u64> {
         let side: u64 = self.checkpoint.side_files()?.iter().filter_map(|path| path.metadata().ok()).map(|file| file.len()).sum();
-        Ok(self.size.bytes_after + side * self.exports.len() as u64 + self.needed.states_bytes)
+        Ok(self.size.bytes_after + side * self.exports.len() as u64 + self.needed.states_bytes(run.device))
     }
 
     /// Everything up to the last tensor.

@@ -176,16 +176,17 @@ impl Device {
         self.gpu_memory.or_else(|| self.gpu.as_ref().and_then(own)).unwrap_or(u64::MAX)
     }
 
-    /// Bytes that the weights of one block may take on the GPU, a sixth of its memory: the original stands there, the block as
-    /// it is by then, its gradients, and the next one, and activations and the states between blocks besides. What does not fit
-    /// stays on the processor's side and passes by tile by tile.
+    /// Bytes that the weights of one block may take on the GPU, a tenth of its memory: while rounding is learned, up to eight
+    /// numbers per weight stand there (the original, its grid, what is rounded, offsets now and at their best, gradients, the next
+    /// block), and activations and the states between blocks besides. What does not fit stays on the processor's side and passes by
+    /// tile by tile.
     pub fn room_for_weights(&self) -> u64 {
-        self.memory() / 6
+        self.memory() / 10
     }
 
     /// Bytes that hidden states may take on the GPU between blocks, all stores together; none on the processor.
     pub fn room_for_states(&self) -> u64 {
-        if self.gpu.is_some() { self.memory() / 6 } else { 0 }
+        if self.gpu.is_some() { self.memory() / 10 } else { 0 }
     }
 
     /// Whether a tensor of so many bytes can be one buffer that a kernel binds.

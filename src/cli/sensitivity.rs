@@ -52,10 +52,13 @@ pub fn run(arguments: &Arguments, invocation: &Invocation) -> Result<()> {
 
 /// Says what a stop leaves: every block that was done.
 fn stopped(error: Error, arguments: &Arguments) -> Error {
-    if !matches!(error.fault, Fault::Interrupted(_) | Fault::Run) {
+    if !matches!(error.fault, Fault::Interrupted(_) | Fault::Run | Fault::Full) {
         return error;
     }
     let done = Sensitivity::open(&arguments.output).map_or(0, |found| found.layers.len());
+    if done == 0 && !matches!(error.fault, Fault::Interrupted(_)) {
+        return error;
+    }
     let error = if let Fault::Interrupted(_) = error.fault { error.file(&arguments.output) } else { error };
     error.advice(&format!("{done} layers are measured, the same command goes on from there"))
 }

@@ -1,5 +1,6 @@
 //! What a run is expected to need, and whether experts have to be read one at a time for it.
 
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::memory;
 use crate::model::generate::{self, BUDGET};
@@ -16,8 +17,8 @@ const LEAST: u64 = 230 << 20;
 pub struct Needed {
     /// Peak memory, in bytes.
     pub memory_bytes: u64,
-    /// Bytes of hidden states that are kept for whoever goes on.
-    pub states_bytes: u64,
+    /// Stores of hidden states that are kept for whoever goes on, with their tokens and the width of those.
+    states: [u64; 3],
     /// Whether experts are read one at a time, because memory has no room for those of a block.
     pub singly: bool,
     /// Whether the model has experts.
@@ -26,7 +27,7 @@ pub struct Needed {
 
 impl Default for Needed {
     fn default() -> Self {
-        Self { memory_bytes: LEAST, states_bytes: 0, singly: false, mixed: false }
+        Self { memory_bytes: LEAST, states: [0; 3], singly: false, mixed: false }
     }
 }
 
@@ -47,7 +48,7 @@ impl Needed {
             Needs::Streams => 2,
             _ => 1,
         };
-        let states_bytes = 3 * streams * Keeping::HALVED.stored_bytes(tokens, model.config.hidden as u64);
+        let states = [3 * streams, tokens, model.config.hidden as u64];
         let bytes = |singly: bool| {
             let block = if needs == Needs::Nothing { 1 } else { 2 } * model.block_bytes_at_once(singly);
             LEAST + writing.max(block + walk::memory_bytes(model, tokens, needs, singly))
@@ -55,7 +56,14 @@ impl Needed {
         let limit = limit.or_else(|| memory::available().map(|bytes| bytes / 10 * 9));
         let mixed = model.config.layers.iter().any(|layer| layer.mixed);
         let singly = mixed && whole(plan).is_none() && bytes(true) < bytes(false) && limit.is_some_and(|limit| bytes(false) > limit);
-        Self { memory_bytes: bytes(singly), states_bytes, singly, mixed }
+        Self { memory_bytes: bytes(singly), states, singly, mixed }
+    }
+
+    /// Bytes on disk of the hidden states that are kept for whoever goes on; those that lay on a GPU are kept in f32.
+    pub fn states_bytes(&self, device: &Device) -> u64 {
+        let [stores, tokens, width] = self.states;
+        let keeping = if device.gpu.is_some() { Keeping::EXACT } else { Keeping::HALVED };
+        stores * keeping.stored_bytes(tokens, width)
     }
 
     /// Refuses what needs more memory than it may have.

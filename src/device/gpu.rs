@@ -18,6 +18,7 @@ use cubecl::client::Client;
 use cubecl::future::block_on;
 use cubecl::prelude::{CubeCount, ExecutionMode, KernelId};
 use cubecl::server::{Handle, KernelArguments};
+use cubecl_environment::stream::{StreamPolicy, set_policy};
 
 use crate::device::{Adapter, Array, Shader};
 use crate::error::{Error, Result};
@@ -144,6 +145,8 @@ pub fn open(number: usize) -> Result<(Gpu, burn::tensor::Device)> {
 }
 
 fn open_adapter(number: usize) -> Result<(Gpu, burn::tensor::Device)> {
+    // Each stream has memory of its own, which others do not get back: one serves all threads.
+    set_policy(StreamPolicy::Single);
     let (instance, mut adapters) = enumerate();
     if number >= adapters.len() {
         let have = match adapters.len() {

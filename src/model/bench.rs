@@ -70,6 +70,8 @@ impl Between {
     /// When a temporary file cannot be made.
     pub fn fit(&mut self, width: usize, hidden: &Hidden, run: &Run<'_>) -> Result<()> {
         if self.mixed.width() != width {
+            // What there was goes first, so that its room serves the new one.
+            self.mixed = hidden.like(0, run)?;
             self.mixed = hidden.like(width, run)?;
         }
         Ok(())
@@ -243,7 +245,7 @@ impl Bench<'_> {
     pub fn parameters(&self) -> Result<Parameters> {
         let processor = Device::cpu();
         let device = if self.block.stays() { &processor } else { self.run.device };
-        let mut parameters = Parameters::copy(&self.block, device);
+        let mut parameters = Parameters::copy_to_change(&self.block, device);
         if let (Some(tensors), Some(experts)) = (parameters.experts_mut(), &self.block.experts) {
             Holdings { device, ..self.holdings() }.fill(tensors, experts.shared.is_some())?;
         }

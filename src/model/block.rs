@@ -450,6 +450,15 @@ impl Parameters {
     /// A copy of the floats of a block, of experts nothing but their router. Weights for which the GPU has no room, or no binding,
     /// lie on the processor; those that lie on the GPU are copied there once and then shared.
     pub fn copy(block: &Block, device: &Device) -> Self {
+        Self::copied(block, device, true)
+    }
+
+    /// As [`Self::copy`]; what is copied anew is not kept for others.
+    pub fn copy_to_change(block: &Block, device: &Device) -> Self {
+        Self::copied(block, device, false)
+    }
+
+    fn copied(block: &Block, device: &Device, keep: bool) -> Self {
         let mut parameters = Self::frame(block, &device.burn);
         let mut room = device.room_for_weights();
         for linear in &block.linears {
@@ -460,7 +469,8 @@ impl Parameters {
                 on(&burn::tensor::Device::flex())
             } else {
                 room -= bytes;
-                linear.there.get_or_init(|| on(&device.burn)).clone()
+                let there = || on(&device.burn);
+                if keep { linear.there.get_or_init(there).clone() } else { linear.there.get().cloned().unwrap_or_else(there) }
             };
             parameters.set_weight(linear.role, weight);
         }

@@ -15,7 +15,7 @@ use crate::run::Run;
 use crate::weight::Weight;
 
 /// Blocks of a model one after the other. While one is worked on, a thread asks the system for the bytes of the next; where a GPU
-/// does the work and the processor has time, it decodes them too and copies them there.
+/// does the work and the processor has time, it decodes them too and copies them there, but for mixtures, which take much memory.
 #[derive(Debug)]
 pub struct Blocks<'scope, 'env> {
     scope: &'scope Scope<'scope, 'env>,
@@ -47,10 +47,23 @@ impl<'scope, 'env> Blocks<'scope, 'env> {
             let (model, device) = (self.model, self.device);
             self.ahead = Some(self.scope.spawn(move || {
                 model.expect_block(index);
-                device.gpu.as_ref().map(|_| model.load_block(index).inspect(|block| drop(Parameters::copy(block, device))))
+                device
+                    .gpu
+                    .as_ref()
+                    .filter(|_| model.config.mixture.is_none())
+                    .map(|_| model.load_block(index).inspect(|block| drop(Parameters::copy(block, device))))
             }));
         }
         Ok(Some(block))
+    }
+}
+
+impl Drop for Blocks<'_, '_> {
+    fn drop(&mut self) {
+        // Whatever comes of a block that nobody asks for must not stand for what stopped the walk.
+        if let Some(ahead) = self.ahead.take() {
+            let _ = ahead.join();
+        }
     }
 }
 

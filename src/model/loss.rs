@@ -56,17 +56,23 @@ impl Loss for SquaredError {
         let [tokens, width] = y.dims();
         let mut errors = y.clone() - self.target.clone().to_device(&y.device());
         let kept = self.window.saturating_sub(self.dropped);
-        if self.dropped > 0 && kept > 0 {
+        // What is no number does not count, as on the processor.
+        let within = |errors: Tensor<2>, edge: f32| {
+            let beyond = errors.clone().abs().lower_equal_elem(edge).bool_not();
+            errors.mask_fill(beyond, 0.0)
+        };
+        if self.dropped == 0 {
+            errors = within(errors, f32::INFINITY);
+        } else if kept > 0 {
             let rows = self.window / width.max(1);
             let trimmed = (0..tokens).step_by(rows.max(1)).map(|first| {
                 let part = errors.clone().slice([first..first + rows, 0..width]);
                 let Some(buffer) = gpu.buffer(&part) else { return Ok(part) };
                 let edge = f32::from_bits(cut(&gpu, &buffer, None, self.window, kept - 1)?.0);
-                let beyond = part.clone().abs().greater_elem(edge);
-                Ok(part.mask_fill(beyond, 0.0))
+                Ok(within(part, edge))
             });
             errors = Tensor::cat(trimmed.collect::<Result<Vec<_>>>()?, 0);
-        } else if self.dropped > 0 {
+        } else {
             errors = errors.zeros_like();
         }
         // Tokens one by one in floats, and what they give in doubles.

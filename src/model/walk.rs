@@ -131,8 +131,9 @@ fn walk_through<'env>(
     let passes = if calibrated { 3 } else { 1 };
     run.observer.begin(stage, (count * (passes * hidden.len()).max(1)) as u64);
     let mut float = if calibrated && needs == Needs::Streams { Some(FloatStream::new(model, hidden, float, run)?) } else { None };
-    while let Some(mut block) = coming.next()? {
+    loop {
         run.check_stop()?;
+        let Some(mut block) = coming.next()? else { break };
         let index = block.index;
         let note = format!("block {index}");
         let (mut seen, mut wanted, mut original, mut arrivals) = (Seen::default(), Vec::new(), None, None);
