@@ -367,7 +367,7 @@ fn states_stay_on_a_gpu_while_it_has_room_for_them() {
     let lengths = [3, 3, 70, 1];
     let (width, floats) = (33, 77 * 33);
     // With room for two stores of three.
-    let device = Device { gpu_memory: Some(6 * 4 * floats as u64 * 2), ..device };
+    let device = Device { gpu_memory: Some(10 * 4 * floats as u64 * 2), ..device };
     let run = Run { device: &device, seed: 0, observer: &Silent, scratch: folder.path() };
     let all: Vec<f32> = (0..floats).map(|at| (at as f32).sin()).collect();
     let mut stores = [0; 3].map(|_| Hidden::new(&lengths, width, Keeping::EXACT, &run).unwrap());
