@@ -349,7 +349,7 @@ fn states(
         let missing = || Error::damaged(format!("no states `{stream}` were recorded")).file(&work.path);
         let kept = kept.iter().find(|kept| kept.name.ends_with(stream)).ok_or_else(missing)?;
         let path = work.path.join(&kept.name);
-        let mut hidden = Hidden::new(&lengths, model.config.hidden, Keeping::HALVED.for_mixture(model.config.mixture.is_some()), run)?;
+        let mut hidden = model.states(&lengths, Keeping::HALVED, run)?;
         let file = std::fs::File::open(&path).map_err(|error| Error::damaged(error).file(&path))?;
         let (bytes, blake3) = hidden.load(&file, &path).map_err(Error::damaged)?;
         if (bytes, blake3.to_hex().as_str()) != (kept.bytes, kept.blake3.as_str()) {

@@ -69,14 +69,14 @@
 //!   windows cut into runs by their size alone. Matrix products may round differently on another kind of processor.
 //! - A kernel on a GPU is one valid file in `shaders/`, its launch `kernels/<op>/gpu.rs` and its twin `kernels/<op>.rs`;
 //!   [`kernels::self_test`] compares the two on every adapter. On a GPU sums are formed in another order.
-//! - A tensor's bytes are in memory while somebody holds them and no longer; one block is resident at a time, or less of it where its
+//! - A tensor's bytes are in memory while somebody holds them and no longer; one block is resident at a time, on a GPU also the next, or less of it where its
 //!   experts are read one at a time, to the same bytes.
 //! - The destination appears complete or not at all. Work on it lies beside it in a hidden folder ([`compress::work`]) whose journal
 //!   is the only word on what is done; every change of the disk on the way goes through [`storage::Store`], which tests fail
 //!   and cut off at every step.
 //! - A new method, family, format or kernel is one file or row and one line in a table.
 //! - Unsafe code stands in [`kernels::gemm`] (calls of the gemm crate),
-//!   [`kernels::rough_product`] (bfloat16 instructions), `device::gpu` (one word that asks for matrix units) and
+//!   [`kernels::rough_product`] (bfloat16 instructions), `device::gpu` (one word that asks for matrix units, and a question for the memory of an adapter) and
 //!   [`cli::allocator`] (settings of the C library and limits of a process) alone.
 //!
 //! The tests `layering` and `tidy` check most of these.

@@ -37,7 +37,9 @@ use crate::model::architecture::families::PROJECTIONS;
 use crate::model::architecture::{Lying, Mixed, Mixing, Routing};
 use crate::model::block::{Place, Role, Site};
 use crate::model::config::{Config, decoder, known_family};
+use crate::model::hidden::{Hidden, Keeping};
 use crate::model::mixture::{Mixture, Which};
+use crate::run::Run;
 
 /// Largest slice of the head that is decoded at once, in bytes of f32.
 const HEAD_SLICE_BYTES: usize = 32 << 20;
@@ -453,6 +455,15 @@ impl<'a> Model<'a> {
     /// Bytes of the largest block in f32.
     pub fn block_bytes(&self) -> u64 {
         self.block_bytes_at_once(false)
+    }
+
+    /// A store of hidden states for windows of these lengths. Those of a mixture stay with the processor: experts take single
+    /// tokens of all windows.
+    ///
+    /// # Errors
+    /// As [`Hidden::new`].
+    pub fn states(&self, lengths: &[usize], keeping: Keeping, run: &Run<'_>) -> Result<Hidden> {
+        Hidden::new(lengths, self.config.hidden, if self.config.mixture.is_some() { keeping.near() } else { keeping }, run)
     }
 
     /// As [`Self::block_bytes`], with `singly` without experts.

@@ -321,8 +321,7 @@ impl Measuring<'_> {
     /// The whole model for `count` candidates of a block, whose outputs `fill` gives: output c of window w as window w · count + c.
     fn effects(&self, index: usize, count: usize, fill: impl FnOnce(&mut Hidden) -> Result<()>) -> Result<Vec<Effect>> {
         let lengths: Vec<usize> = self.windows.iter().flat_map(|window| vec![window.len(); count]).collect();
-        let keeping = Keeping::EXACT.for_mixture(self.stream.model.config.mixture.is_some());
-        let mut hidden = Hidden::new(&lengths, self.stream.model.config.hidden, keeping, self.run)?;
+        let mut hidden = self.stream.model.states(&lengths, Keeping::EXACT, self.run)?;
         fill(&mut hidden)?;
         walk_part(self.stream.model, index + 1..self.stream.model.config.layers.len(), (&mut hidden, None), "", self.quiet, &mut Pass)?;
         let own = Stream { model: self.stream.model, hidden };

@@ -62,7 +62,7 @@ impl Needed {
     /// Bytes on disk of the hidden states that are kept for whoever goes on; those that lay on a GPU are kept in f32.
     pub fn states_bytes(&self, device: &Device) -> u64 {
         let [stores, tokens, width] = self.states;
-        let keeping = if device.gpu.is_some() { Keeping::EXACT } else { Keeping::HALVED };
+        let keeping = if device.gpu.is_some() && !self.mixed { Keeping::EXACT } else { Keeping::HALVED };
         stores * keeping.stored_bytes(tokens, width)
     }
 

@@ -13,7 +13,7 @@ use burn::tensor::Tensor;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::kernels::rough_product::Precision;
-use crate::kernels::{Floats, matrix, tensor, values};
+use crate::kernels::{matrix, tensor, values};
 use crate::matrix::Matrix;
 use crate::model::arrivals::Arrivals;
 use crate::model::away::Away;
@@ -23,7 +23,7 @@ use crate::model::capture::{Capture, Read, Sums};
 use crate::model::forward::{self, Spec};
 use crate::model::hidden::Hidden;
 use crate::model::holdings::Holdings;
-use crate::model::loss::SquaredError;
+use crate::model::loss::{SquaredError, distance};
 use crate::model::passage::{COMPARED, Passage};
 use crate::model::progress::Progress;
 use crate::model::seen::Seen;
@@ -499,15 +499,6 @@ impl Bench<'_> {
             }
         })
     }
-}
-
-/// Σ (y − target)².
-fn distance(y: &Tensor<2>, target: &Tensor<2>) -> f64 {
-    if let (Some(y), Some(target)) = (Floats::of(y), Floats::of(target)) {
-        return y.slice().iter().zip(target.slice()).map(|(y, target)| f64::from(y - target).powi(2)).sum();
-    }
-    let errors = y.clone() - target.clone();
-    values((errors.clone() * errors).sum_dim(1)).into_iter().map(f64::from).sum()
 }
 
 /// Runs of windows; with `hold` a run never mixes held-out windows with others.

@@ -204,6 +204,10 @@ impl Linear {
     pub fn new(name: String, role: Role, weight: Weight, bias: Option<Vec<f32>>) -> Self {
         Self { name, role, weight, bias, there: OnceLock::new() }
     }
+
+    fn floats_on(&self, place: &burn::tensor::Device) -> Tensor<2> {
+        tensor(self.weight.to_matrix().into_owned().data, self.weight.shape(), place)
+    }
 }
 
 /// The weight of a norm as it is stored.
@@ -253,6 +257,26 @@ impl Block {
         let linear = own.iter_mut().find(|linear| linear.role == slot.role)?;
         linear.there = OnceLock::new();
         Some(linear)
+    }
+
+    /// Which of its own layers have room on the GPU of a device, one after the other.
+    fn fit(&self, device: &Device) -> Vec<bool> {
+        let mut room = device.room_for_weights();
+        let fits = |linear: &Linear| {
+            let [rows, columns] = linear.weight.shape();
+            let bytes = 4 * (rows * columns) as u64;
+            let fits = device.gpu.is_some() && bytes <= room && device.binds(bytes);
+            room -= if fits { bytes } else { 0 };
+            fits
+        };
+        self.linears.iter().map(fits).collect()
+    }
+
+    /// Copies the weights that have room there to the GPU of a device, where [`Parameters::copy`] finds them.
+    pub fn send(&self, device: &Device) {
+        for (linear, _) in self.linears.iter().zip(self.fit(device)).filter(|(_, fits)| *fits) {
+            linear.there.get_or_init(|| linear.floats_on(&device.burn));
+        }
     }
 
     /// The slots of all layers, those of experts last.
@@ -460,17 +484,12 @@ impl Parameters {
 
     fn copied(block: &Block, device: &Device, keep: bool) -> Self {
         let mut parameters = Self::frame(block, &device.burn);
-        let mut room = device.room_for_weights();
-        for linear in &block.linears {
-            let shape = linear.weight.shape();
-            let bytes = 4 * (shape[0] * shape[1]) as u64;
-            let on = |place: &burn::tensor::Device| tensor(linear.weight.to_matrix().into_owned().data, shape, place);
-            let weight = if device.gpu.is_none() || bytes > room || !device.binds(bytes) {
-                on(&burn::tensor::Device::flex())
-            } else {
-                room -= bytes;
-                let there = || on(&device.burn);
-                if keep { linear.there.get_or_init(there).clone() } else { linear.there.get().cloned().unwrap_or_else(there) }
+        for (linear, fits) in block.linears.iter().zip(block.fit(device)) {
+            let there = || linear.floats_on(&device.burn);
+            let weight = match (fits, keep) {
+                (false, _) => linear.floats_on(&burn::tensor::Device::flex()),
+                (true, true) => linear.there.get_or_init(there).clone(),
+                (true, false) => linear.there.get().cloned().unwrap_or_else(there),
             };
             parameters.set_weight(linear.role, weight);
         }

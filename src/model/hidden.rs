@@ -52,9 +52,10 @@ impl Keeping {
         Self { budget_bytes: 4 * BUDGET_BYTES / stores.max(1) as u64, exact: true, near: false }
     }
 
-    /// With the processor in any case if the states go through mixtures: experts take single tokens of all windows.
-    pub const fn for_mixture(self, mixture: bool) -> Self {
-        Self { near: mixture, ..self }
+    /// With the processor, also where a GPU has room.
+    #[must_use]
+    pub const fn near(self) -> Self {
+        Self { near: true, ..self }
     }
 
     /// Bytes of a store of `tokens × width` states, wherever it lies.
@@ -131,11 +132,6 @@ impl Hidden {
         Self::new(&lengths, width, self.keeping, run)
     }
 
-    /// How the states are kept.
-    pub fn keeping(&self) -> Keeping {
-        self.keeping
-    }
-
     /// Columns of a state.
     pub fn width(&self) -> usize {
         self.width
@@ -149,13 +145,14 @@ impl Hidden {
         self.copy_as(self.keeping, run)
     }
 
-    /// As [`Self::copy`], kept in another way.
+    /// As [`Self::copy`], kept in another way; what stays with the processor does so in the copy too.
     ///
     /// # Errors
     /// As [`Self::copy`].
     pub fn copy_as(&self, keeping: Keeping, run: &Run<'_>) -> Result<Self> {
         let lengths: Vec<usize> = (0..self.len()).map(|window| self.tokens(window)).collect();
-        let mut copy = Self::new(&lengths, self.width, keeping, run)?;
+        let near = keeping.near || self.keeping.near;
+        let mut copy = Self::new(&lengths, self.width, Keeping { near, ..keeping }, run)?;
         if let (Store::There(copied), Store::There(own)) = (&mut copy.place, &self.place) {
             copied.share(own);
             return Ok(copy);

@@ -7,7 +7,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::matrix::Matrix;
 use crate::model::architecture::{Lying, Mixing};
-use crate::model::block::{Block, Linear, Norm, Parameters, Place, Role};
+use crate::model::block::{Block, Linear, Norm, Place, Role};
 use crate::model::delta::{self, Delta};
 use crate::model::mixture::{self, Experts, Router, Which};
 use crate::model::{Model, Module, woven};
@@ -51,7 +51,7 @@ impl<'scope, 'env> Blocks<'scope, 'env> {
                     .gpu
                     .as_ref()
                     .filter(|_| model.config.mixture.is_none())
-                    .map(|_| model.load_block(index).inspect(|block| drop(Parameters::copy(block, device))))
+                    .map(|_| model.load_block(index).inspect(|block| block.send(device)))
             }));
         }
         Ok(Some(block))

@@ -67,7 +67,7 @@ impl Loss for SquaredError {
             let rows = self.window / width.max(1);
             let trimmed = (0..tokens).step_by(rows.max(1)).map(|first| {
                 let part = errors.clone().slice([first..first + rows, 0..width]);
-                let Some(buffer) = gpu.buffer(&part) else { return Ok(part) };
+                let buffer = gpu.buffer(&part).ok_or_else(|| gpu.failure("an output that lies elsewhere"))?;
                 let edge = f32::from_bits(cut(&gpu, &buffer, None, self.window, kept - 1)?.0);
                 Ok(within(part, edge))
             });
@@ -75,11 +75,21 @@ impl Loss for SquaredError {
         } else {
             errors = errors.zeros_like();
         }
-        // Tokens one by one in floats, and what they give in doubles.
-        let sums = values((errors.clone() * errors.clone()).sum_dim(1));
-        let value = self.factor * sums.into_iter().map(f64::from).sum::<f64>();
-        Ok(Some((value, errors * (2.0 * self.factor) as f32)))
+        Ok(Some((self.factor * squares(&errors), errors * (2.0 * self.factor) as f32)))
     }
+}
+
+/// Σ (y − target)², wherever both lie.
+pub fn distance(y: &Tensor<2>, target: &Tensor<2>) -> f64 {
+    match (Floats::of(y), Floats::of(target)) {
+        (Some(y), Some(target)) => y.slice().iter().zip(target.slice()).map(|(y, target)| f64::from(y - target).powi(2)).sum(),
+        _ => squares(&(y.clone() - target.clone())),
+    }
+}
+
+/// Σ of squares: tokens one by one in floats, and what they give in doubles.
+fn squares(errors: &Tensor<2>) -> f64 {
+    values((errors.clone() * errors.clone()).sum_dim(1)).into_iter().map(f64::from).sum()
 }
 
 /// The loss factor · Σ (y − target)².

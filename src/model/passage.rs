@@ -180,8 +180,7 @@ impl Passage<'_> {
     /// As [`Self::advance`].
     pub fn of_first(&self, hidden: &Hidden, count: usize) -> Result<Vec<Vec<f32>>> {
         let lengths: Vec<usize> = (0..count.min(hidden.len())).map(|window| hidden.tokens(window)).collect();
-        let keeping = Keeping::EXACT.for_mixture(self.model.config.mixture.is_some());
-        let mut few = Hidden::new(&lengths, hidden.width(), keeping, self.run)?;
+        let mut few = self.model.states(&lengths, Keeping::EXACT, self.run)?;
         for window in 0..lengths.len() {
             few.put(window..window + 1, &hidden.states(window..window + 1, self.home())?)?;
         }
@@ -232,7 +231,7 @@ impl Passage<'_> {
             parts.extend(starts.map(|start| Part { which: Which::Shared, own: &[], all: start..(start + rows).min(arrivals.tokens) }));
         }
         let lengths: Vec<usize> = (0..source.len()).map(|window| source.tokens(window)).collect();
-        let mut given = Hidden::new(&lengths, self.model.config.hidden, Keeping::EXACT.for_mixture(true), self.run)?;
+        let mut given = self.model.states(&lengths, Keeping::EXACT, self.run)?;
         let mut at_hand: BTreeMap<Which, Layers> = BTreeMap::new();
         let (at_once, count) = (if self.run.device.gpu.is_some() { 1 } else { rayon::current_num_threads() }, parts.len());
         for (number, some) in parts.chunks(at_once).enumerate() {

@@ -38,8 +38,7 @@ impl Visitor for Inputs<'_> {
     }
 
     fn visit(&mut self, bench: &mut Bench<'_>) -> Result<()> {
-        let mixture = bench.model.config.mixture.is_some();
-        self.blocks.push(bench.hidden.copy_as(Keeping::shared(self.stores).for_mixture(mixture), self.run)?);
+        self.blocks.push(bench.hidden.copy_as(Keeping::shared(self.stores), self.run)?);
         Ok(())
     }
 }

@@ -81,8 +81,7 @@ impl Visitor for Pass {
 /// When a token is beyond the vocabulary or the store cannot be written.
 pub fn embed(model: &Model<'_>, windows: &[Vec<u32>], keeping: Keeping, run: &Run<'_>) -> Result<Hidden> {
     let lengths: Vec<usize> = windows.iter().map(Vec::len).collect();
-    let keeping = keeping.for_mixture(model.config.mixture.is_some());
-    let mut hidden = Hidden::new(&lengths, model.config.hidden, keeping, run)?;
+    let mut hidden = model.states(&lengths, keeping, run)?;
     for (number, window) in windows.iter().enumerate() {
         hidden.write(number..number + 1, &model.embed(window)?)?;
     }

@@ -10,20 +10,20 @@ use drawknife::checkpoint::Checkpoint;
 use drawknife::device::{Choice, Device, Gpu, Shader, adapters};
 use drawknife::error::Error;
 use drawknife::kernels::linear::linear_reference;
-use drawknife::kernels::linear::units::LEARNED;
+use drawknife::kernels::linear::units::{LEARNED, all_finite};
 use drawknife::kernels::quantize::stored_scale;
 use drawknife::kernels::rough_product::Precision;
 use drawknife::kernels::self_test::CHECKS;
 use drawknife::kernels::{SHADERS, tensor, values};
 use drawknife::model::Model;
 use drawknife::model::backward::{self, Gradients, Wanted};
-use drawknife::model::block::{Parameters, Place, Role};
+use drawknife::model::block::{Block, Parameters, Place, Role};
 use drawknife::model::forward::Spec;
 use drawknife::model::hidden::{Hidden, Keeping};
 use drawknife::model::holdings::Holdings;
 use drawknife::model::loss::{Loss, SquaredError, squared_error, trimmed_squared_error};
 use drawknife::run::{Run, Silent};
-use drawknife::weight::Float;
+use drawknife::weight::{Float, Weight};
 
 use crate::backward::{difference, golden};
 use crate::command::json;
@@ -387,7 +387,7 @@ fn states_stay_on_a_gpu_while_it_has_room_for_them() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let saved =
             hidden.save(|start, piece| file.as_file().write_all_at(piece, start).map_err(|error| Error::run(error.to_string()))).unwrap();
-        let mut back = Hidden::new(&lengths, width, Keeping::EXACT.for_mixture(true), &run).unwrap();
+        let mut back = Hidden::new(&lengths, width, Keeping::EXACT.near(), &run).unwrap();
         assert_eq!(back.load(file.as_file(), file.path()).unwrap(), saved);
         assert_eq!(back.read(0..4).unwrap(), all);
     }
@@ -399,6 +399,42 @@ fn states_stay_on_a_gpu_while_it_has_room_for_them() {
     assert!(copy.elsewhere() && copy.read(0..4).unwrap() == all);
     let sum = |at: usize| all[4 * width + at] + 0.5 * all[at];
     assert_eq!(first.rows(&[4]).unwrap(), (0..width).map(sum).collect::<Vec<_>>());
+}
+
+#[test]
+fn what_lies_on_a_gpu_of_a_layer_goes_when_the_layer_may_change() {
+    let Some(device) = device() else { return };
+    let case = golden().into_iter().find(|case| case.ends_with("llama2")).unwrap();
+    let checkpoint = Checkpoint::open(&case).unwrap();
+    let source = drawknife::formats::open(&checkpoint).unwrap();
+    let model = Model::open(&checkpoint, source.as_ref()).unwrap();
+    let mut block = model.load_block(0).unwrap();
+    block.send(&device);
+    let of = |block: &Block, role: Role| values(Parameters::copy(block, &device).weight(role).clone());
+    let (query, key) = (of(&block, Role::Query), of(&block, Role::Key));
+    let linear = block.linear_mut(Role::Query.into()).unwrap();
+    let mut weight = linear.weight.to_matrix().into_owned();
+    weight.data.iter_mut().for_each(|value| *value += 1.0);
+    linear.weight = Weight::Dense(weight);
+    let more: Vec<f32> = query.iter().map(|value| value + 1.0).collect();
+    assert_eq!((of(&block, Role::Query), of(&block, Role::Key)), (more.clone(), key));
+    assert_eq!(values(Parameters::copy_to_change(&block, &device).weight(Role::Query).clone()), more);
+}
+
+#[test]
+fn a_gpu_sees_what_is_not_finite() {
+    let Some(device) = device() else { return };
+    let gpu = device.gpu.as_ref().unwrap();
+    let mut all = values(random([9001, 1]));
+    all[7] = f32::MAX;
+    assert!(all_finite(gpu, &gpu.upload(&all)).unwrap());
+    for wrong in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        for at in [0, 4096, 9000] {
+            let mut all = all.clone();
+            all[at] = wrong;
+            assert!(!all_finite(gpu, &gpu.upload(&all)).unwrap(), "{wrong} at {at}");
+        }
+    }
 }
 
 #[test]
