@@ -199,10 +199,12 @@ impl Bench<'_> {
         let (spec, mut gradients) = (Spec::new(&config, 0, seq), Gradients::default());
         let seconds = self.time(|| {
             gradients.clear();
+            let mut values = Vec::new();
             for [x, target] in &windows {
                 let mut loss = SquaredError { target: target.clone(), factor: 1e-6, window: seq * hidden, dropped: seq * hidden / 1000 };
-                backward::block(&spec, &parameters, x, wanted, &mut gradients, &mut loss).expect("a step");
+                values.push(backward::block(&spec, &parameters, x, wanted, &mut gradients, &mut loss).expect("a step"));
             }
+            values.into_iter().for_each(|value| drop(value.get()));
             for (role, layer) in learned.iter().flatten() {
                 if let Some(gradient) = gradients.weight_buffer(*role, self.gpu) {
                     layer.step(&gradient, 0.005, 0.005);

@@ -12,6 +12,19 @@
 // to row and from column to column, parts
 @group(0) @binding(3) var<storage, read_write> parameters: array<u32>;
 
+// Rounded to what a half holds by whole numbers: adapters may pack by dropping digits.
+fn f16_rounded(x: f32) -> f32 {
+    let bits = bitcast<u32>(x);
+    let magnitude = bits & 0x7fffffffu;
+    let sign = bits & 0x80000000u;
+    // Below 2⁻¹⁴ the steps are 2⁻²⁴; above, ten bits of the fraction stay; beyond 65504 it stays there.
+    let small = round(abs(x) * 16777216.0) * 5.9604645e-8;
+    let large = (magnitude + 0xfffu + (magnitude >> 13u & 1u)) & 0xffffe000u;
+    var rounded = select(large, bitcast<u32>(small), magnitude < 0x38800000u);
+    rounded = select(rounded, 0x477fe000u, magnitude > 0x477fe000u);
+    return bitcast<f32>(rounded | sign);
+}
+
 const SIDE: u32 = 32u;
 const STRIDE: u32 = 33u;
 var<workgroup> tile: array<f32, 1056>;
@@ -56,11 +69,13 @@ fn main(
         let row = i / 16u;
         let column = i % 16u;
         let pair = vec2<f32>(tile[row * STRIDE + 2u * column], tile[row * STRIDE + 2u * column + 1u]);
-        let high = pack2x16float(pair);
+        let near = vec2<f32>(f16_rounded(pair.x), f16_rounded(pair.y));
+        let high = pack2x16float(near);
         let to = (first_row + row) * row_words + first_column / 2u + column;
         halves[to] = high;
         if (parts > 1u) {
-            let low = pack2x16float(pair - unpack2x16float(high));
+            let rest = pair - near;
+            let low = pack2x16float(vec2<f32>(f16_rounded(rest.x), f16_rounded(rest.y)));
             halves[to + width] = select(high, low, parts == 2u);
             halves[to + 2u * width] = select(low, high, parts == 2u);
         }

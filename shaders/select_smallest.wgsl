@@ -10,12 +10,12 @@
 // rows, columns, count of smallest, whether factors are in use
 @group(0) @binding(3) var<storage, read_write> parameters: array<u32>;
 
-var<workgroup> bins: array<atomic<u32>, 2048>;
+// First counts, 2048 of them. Then what becomes of entries, 33 to a word, which spreads words over the banks of the memory: 0 goes,
+// 1 stays, 2 is a tie.
+var<workgroup> bins: array<atomic<u32>, 2112>;
 var<workgroup> prefix: u32;
 var<workgroup> rank: u32;
 var<workgroup> sums: array<u32, 64>;
-// 33 to a word, which spreads words over the banks of the memory: 0 goes, 1 stays, 2 is a tie.
-var<workgroup> fate: array<u32, 2112>;
 
 fn score(row: u32, column: u32) -> u32 {
     var factor = 1.0;
@@ -95,12 +95,12 @@ fn main(
                 let key = score(base, column);
                 is = select(select(1u, 0u, key < threshold && count > 0u), 2u, key == threshold);
             }
-            fate[i / 32u * 33u + i % 32u] = is;
+            atomicStore(&bins[i / 32u * 33u + i % 32u], is);
         }
         workgroupBarrier();
         var mine = 0u;
         for (var bit = 0u; bit < 32u; bit++) {
-            mine += u32(fate[local * 33u + bit] == 2u);
+            mine += u32(atomicLoad(&bins[local * 33u + bit]) == 2u);
         }
         sums[local] = mine;
         workgroupBarrier();
@@ -111,7 +111,7 @@ fn main(
         }
         var bits = 0u;
         for (var bit = 0u; bit < 32u; bit++) {
-            let is = fate[local * 33u + bit];
+            let is = atomicLoad(&bins[local * 33u + bit]);
             bits |= u32(is == 1u || (is == 2u && before >= going)) << bit;
             before += u32(is == 2u);
         }

@@ -119,7 +119,7 @@ fn run(mut arguments: Arguments) -> Result<()> {
         Command::Export(arguments) => export::run(&arguments, &invocation),
         Command::Inspect(arguments) => inspect::run(&arguments, &invocation),
         Command::Presets(arguments) => look::presets(&arguments, &invocation),
-        Command::Doctor => look::doctor(&invocation),
+        Command::Doctor(arguments) => look::doctor(&arguments, &invocation),
         // Answered before.
         Command::RenderChats => Ok(()),
     }

@@ -10,6 +10,8 @@ pub use absent::{Buffer, Gpu, Reserved, adapters, open, opened};
 #[cfg(feature = "gpu")]
 pub use gpu::{Buffer, Gpu, Reserved, adapters, open, opened};
 
+use std::borrow::Cow;
+
 use crate::error::Result;
 
 /// What `--device` asks for.
@@ -46,6 +48,23 @@ pub struct Shader {
     pub name: &'static str,
     /// The text.
     pub source: &'static str,
+}
+
+/// The name of a constant of a shader, and another number for it.
+pub type Constant = (&'static str, u32);
+
+impl Shader {
+    /// The text, with another number where its constant is declared: sizes that a driver knows lie in registers.
+    ///
+    /// # Panics
+    /// When the text declares no such constant.
+    pub fn text(&self, constant: Option<Constant>) -> Cow<'static, str> {
+        let Some((name, number)) = constant else { return Cow::Borrowed(self.source) };
+        let declared = format!("const {name}: u32 = ");
+        let before = self.source.find(&declared).unwrap_or_else(|| panic!("{} without a constant {name}", self.name)) + declared.len();
+        let after = before + self.source[before..].find(';').unwrap_or_default();
+        Cow::Owned(format!("{}{number}u{}", &self.source[..before], &self.source[after..]))
+    }
 }
 
 /// A matrix on a GPU: rows × columns floats.
@@ -148,7 +167,8 @@ impl Device {
         }
     }
 
-    /// Picks the device. `auto` is the first real GPU, else the processor; a software adapter must be asked for.
+    /// Picks the device. `auto` is the first real GPU that opens, of those of a kind the one with the most memory, else the
+    /// processor; a software adapter must be asked for.
     ///
     /// # Errors
     /// When the GPU asked for is not there or fails, or the program was built without GPU support.
@@ -156,10 +176,15 @@ impl Device {
         match choice {
             Choice::Cpu => Ok(Self::cpu()),
             Choice::Gpu(number) => Self::gpu(number),
-            Choice::Auto => match installed().iter().find(|adapter| !adapter.software) {
-                Some(adapter) => Self::gpu(adapter.number).or_else(|_| Ok(Self::cpu())),
-                None => Ok(Self::cpu()),
-            },
+            Choice::Auto => {
+                let mut real = installed();
+                real.retain(|adapter| !adapter.software);
+                // Adapters come by kind; the order of equals stays.
+                let kinds: Vec<String> = real.iter().map(|adapter| adapter.kind.clone()).collect();
+                let kind = |adapter: &Adapter| kinds.iter().position(|kind| *kind == adapter.kind);
+                real.sort_by_key(|adapter| (kind(adapter), std::cmp::Reverse(adapter.memory_bytes)));
+                Ok(real.iter().find_map(|adapter| Self::gpu(adapter.number).ok()).unwrap_or_else(Self::cpu))
+            }
         }
     }
 

@@ -86,10 +86,18 @@ pub enum Command {
     /// List the presets, or show the recipe behind one.
     Presets(Presets),
     /// Show what this machine offers.
-    Doctor,
+    Doctor(Doctor),
     /// Render chats for another process of this program.
     #[command(hide = true, name = crate::calibrate::chat::CHILD_VERB)]
     RenderChats,
+}
+
+/// Arguments of `doctor`.
+#[derive(Debug, Args)]
+pub struct Doctor {
+    /// Compare every kernel of every GPU with the processor, however long its driver takes to translate them.
+    #[arg(long)]
+    pub thorough: bool,
 }
 
 /// Arguments of `compress` and `plan`.

@@ -21,7 +21,7 @@ pub fn locate(command: &mut Command, offline: bool, progress: &Progress) -> Resu
         Command::Check(arguments) => std::iter::once(&mut arguments.model).chain(&mut arguments.reference).collect(),
         Command::Export(arguments) => vec![&mut arguments.model],
         Command::Inspect(arguments) => vec![&mut arguments.model],
-        Command::Report(_) | Command::Schema(_) | Command::Presets(_) | Command::Doctor | Command::RenderChats => Vec::new(),
+        Command::Report(_) | Command::Schema(_) | Command::Presets(_) | Command::Doctor(_) | Command::RenderChats => Vec::new(),
     };
     let hub = hub(offline);
     for model in models {

@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use crate::cli::Invocation;
-use crate::cli::arguments::Presets;
+use crate::cli::arguments::{Doctor, Presets};
 use crate::cli::device::quietly;
 use crate::cli::text::{say, say_json};
 use crate::compress::destination::free_bytes;
@@ -46,29 +46,34 @@ pub fn presets(arguments: &Presets, invocation: &Invocation) -> Result<()> {
     Ok(())
 }
 
-/// Shows what the machine offers, and has the kernels of its first GPU compared with their twins for two seconds.
+/// Seconds for which the kernels of a GPU are compared with their twins.
+const LOOK_SECONDS: f64 = 2.0;
+
+/// Shows what the machine offers, and has the kernels of its first GPU compared with their twins for two seconds, or those of all
+/// GPUs to the end.
 ///
 /// # Errors
 /// When a file system cannot be asked, or a GPU computes something wrong.
-pub fn doctor(invocation: &Invocation) -> Result<()> {
+pub fn doctor(arguments: &Doctor, invocation: &Invocation) -> Result<()> {
     let device = Device::cpu();
     let (here, temporary) = (std::path::PathBuf::from("."), std::env::temp_dir());
     let [total, available] = [memory::total(), memory::available()].map(Option::unwrap_or_default);
     let (free_here, free_temporary) = (free_bytes(&here)?, free_bytes(&temporary)?);
     let adapters = quietly(adapters);
-    let examined = (!adapters.is_empty()).then(|| examine(adapters[0].number));
+    let (count, seconds) = if arguments.thorough { (adapters.len(), f64::INFINITY) } else { (1, LOOK_SECONDS) };
+    let examined: Vec<Examined> = adapters.iter().take(count).map(|adapter| examine(adapter.number, seconds)).collect();
     if invocation.json {
         say_json(&json!({
             "version": env!("CARGO_PKG_VERSION"), "device": device.name, "simd": simd(), "threads": rayon::current_num_threads(),
             "memory_bytes": total, "memory_available_bytes": available, "disk_free_bytes": free_here,
             "temporary_folder": temporary, "temporary_free_bytes": free_temporary, "gpu_support": cfg!(feature = "gpu"),
-            "adapters": adapters, "self_test": examined,
+            "adapters": adapters, "self_test": examined.first(), "self_tests": examined,
         }));
     } else {
         say(&format!("drawknife  {}", env!("CARGO_PKG_VERSION")));
         say(&format!("compute    {}", device.name));
         show_adapters(&adapters);
-        if let Some(examined) = &examined {
+        for examined in &examined {
             say(&format!("self-test  {examined}"));
         }
         say(&format!("memory     {} of {} available", bytes(available), bytes(total)));
@@ -79,9 +84,9 @@ pub fn doctor(invocation: &Invocation) -> Result<()> {
             temporary.display()
         ));
     }
-    match examined {
-        Some(Examined { failure: Some(failure), .. }) => Err(Error::run(format!("{failure}; use --device cpu"))),
-        _ => Ok(()),
+    match examined.into_iter().find_map(|examined| examined.failure) {
+        Some(failure) => Err(Error::run(format!("{failure}; use --device cpu"))),
+        None => Ok(()),
     }
 }
 
@@ -135,14 +140,14 @@ impl std::fmt::Display for Examined {
                     f,
                     "gpu:{adapter}: {shaders} of {kernels} kernels agree with the processor in {comparisons} comparisons ({seconds:.1} s)"
                 )?;
-                if shaders < kernels { write!(f, "; for the others two seconds were too short") } else { Ok(()) }
+                if shaders < kernels { write!(f, "; for the others two seconds were too short, see --thorough") } else { Ok(()) }
             }
         }
     }
 }
 
-/// Compares kernels of an adapter with their twins until two seconds are over.
-fn examine(number: usize) -> Examined {
+/// Compares kernels of an adapter with their twins until the time is over.
+fn examine(number: usize, seconds: f64) -> Examined {
     let start = std::time::Instant::now();
     let mut examined = Examined { adapter: number, comparisons: 0, shaders: 0, kernels: SHADERS.len(), seconds: 0.0, failure: None };
     match quietly(|| Device::pick(Choice::Gpu(number))) {
@@ -152,7 +157,7 @@ fn examine(number: usize) -> Examined {
             // What needs matrix units runs only where there are some.
             let idle = if Units::of(&gpu).is_none() { "product_units" } else { "" };
             examined.kernels -= usize::from(!idle.is_empty());
-            for check in CHECKS.iter().take_while(|_| start.elapsed().as_secs_f64() < 2.0) {
+            for check in CHECKS.iter().take_while(|_| start.elapsed().as_secs_f64() < seconds) {
                 match (check.run)(&gpu) {
                     Err(error) => examined.failure = Some(error.to_string()),
                     Ok(found) => {

@@ -328,6 +328,9 @@ impl Visitor for Compressor<'_> {
             before = after;
         }
         self.came(bench);
+        if let Some(gpu) = &bench.run.device.gpu {
+            gpu.tidy();
+        }
         self.write_block(bench, handed)
     }
 

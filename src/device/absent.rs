@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use burn::tensor::Tensor;
 
-use crate::device::{Adapter, Differentiable, Shader};
+use crate::device::{Adapter, Constant, Differentiable, Shader};
 use crate::error::{Error, Result};
 
 /// A GPU, which this program cannot have.
@@ -24,6 +24,12 @@ impl Buffer {
     /// Number of words.
     pub fn words(&self) -> usize {
         0
+    }
+
+    /// Some of the words.
+    #[must_use]
+    pub fn part(&self, _: Range<usize>) -> Self {
+        Self(())
     }
 }
 
@@ -73,6 +79,11 @@ impl Gpu {
         match self.0 {}
     }
 
+    /// Words of zeros.
+    pub fn zeros(&self, _: usize) -> Buffer {
+        match self.0 {}
+    }
+
     /// Sets so many bytes aside.
     pub fn reserve(&self, _: u64, _: u64) -> Option<Reserved> {
         match self.0 {}
@@ -105,6 +116,21 @@ impl Gpu {
 
     /// Launches so many workgroups of a kernel.
     pub fn launch(&self, _: &'static Shader, _: usize, _: &[&Buffer], _: &[u32]) {
+        match self.0 {}
+    }
+
+    /// As [`Self::launch`].
+    pub fn launch_with(&self, _: &'static Shader, _: Constant, _: usize, _: &[&Buffer], _: &[u32]) {
+        match self.0 {}
+    }
+
+    /// Has what was launched begin.
+    pub fn submit(&self) {
+        match self.0 {}
+    }
+
+    /// Gives memory back.
+    pub fn tidy(&self) {
         match self.0 {}
     }
 

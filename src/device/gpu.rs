@@ -17,10 +17,10 @@ use burn_wgpu::{CubeDim, CubeTensor, KernelSource, SourceKernel, SourceTemplate,
 use cubecl::client::Client;
 use cubecl::future::block_on;
 use cubecl::prelude::{CubeCount, ExecutionMode, KernelId};
-use cubecl::server::{Handle, KernelArguments};
+use cubecl::server::{Handle, KernelArguments, MetadataBindingInfo};
 use cubecl_environment::stream::{StreamPolicy, set_policy};
 
-use crate::device::{Adapter, Array, Shader};
+use crate::device::{Adapter, Array, Constant, Shader};
 use crate::error::{Error, Result};
 
 /// Threads of a workgroup of every kernel.
@@ -72,6 +72,12 @@ impl Buffer {
     /// Number of words.
     pub fn words(&self) -> usize {
         self.words
+    }
+
+    /// Some of the words, the same memory. A kernel can bind them where the first is a multiple of 64.
+    pub fn part(&self, words: Range<usize>) -> Self {
+        let after = self.handle.size_in_used().saturating_sub(4 * words.end as u64);
+        Self { handle: self.handle.clone().offset_start(4 * words.start as u64).offset_end(after), words: words.len() }
     }
 }
 
@@ -239,6 +245,11 @@ impl Gpu {
         Buffer { handle: self.client.empty(4 * words.max(1)), words: words.max(1) }
     }
 
+    /// Words of zeros, written there.
+    pub fn zeros(&self, words: usize) -> Buffer {
+        self.buffer(&Tensor::<1>::zeros([words.max(1)], &self.device)).expect("a tensor made on this device")
+    }
+
     /// A copy of floats.
     pub fn copy(&self, buffer: &Buffer) -> Buffer {
         // The caller's clone keeps the product from being formed in place.
@@ -268,16 +279,39 @@ impl Gpu {
 
     /// Launches so many workgroups of a kernel.
     pub fn launch(&self, shader: &'static Shader, workgroups: usize, buffers: &[&Buffer], parameters: &[u32]) {
+        self.launch_as(Launched { shader, constant: None }, workgroups, buffers, parameters);
+    }
+
+    /// As [`Self::launch`], with another number for a constant of the kernel.
+    pub fn launch_with(&self, shader: &'static Shader, constant: Constant, workgroups: usize, buffers: &[&Buffer], parameters: &[u32]) {
+        self.launch_as(Launched { shader, constant: Some(constant) }, workgroups, buffers, parameters);
+    }
+
+    fn launch_as(&self, kernel: Launched, workgroups: usize, buffers: &[&Buffer], parameters: &[u32]) {
         if workgroups == 0 {
             return;
         }
         let most = self.adapter.workgroups as usize;
-        let (x, y) = (workgroups.min(most), workgroups.div_ceil(most));
-        let parameters = self.client.create_from_slice(bytemuck::cast_slice(parameters));
-        let bindings = buffers.iter().map(|buffer| buffer.handle.clone().binding()).chain([parameters.binding()]);
-        let arguments = bindings.fold(KernelArguments::new(), KernelArguments::with_buffer);
-        let kernel = SourceKernel::new(Launched(shader), CubeDim::new_1d(THREADS));
+        let y = workgroups.div_ceil(most);
+        let x = workgroups.div_ceil(y);
+        // As what the client calls information they need no copy that would end its run of launches.
+        let pairs = parameters.chunks(2).map(|pair| u64::from(pair[0]) | u64::from(pair.get(1).copied().unwrap_or(0)) << 32);
+        let information = MetadataBindingInfo::custom(pairs.collect());
+        let bindings = buffers.iter().map(|buffer| buffer.handle.clone().binding());
+        let arguments = bindings.fold(KernelArguments::new().with_info(information), KernelArguments::with_buffer);
+        let kernel = SourceKernel::new(kernel, CubeDim::new_1d(THREADS));
         self.client.launch(Box::new(kernel), CubeCount::Static(x as u32, y as u32, 1), arguments);
+    }
+
+    /// Has what was launched begin: drivers end what takes seconds from one submission to the end of the work in it.
+    pub fn submit(&self) {
+        // What fails shows when an outcome is read.
+        drop(self.client.flush());
+    }
+
+    /// Gives memory back that nothing uses.
+    pub fn tidy(&self) {
+        drop(self.client.memory_cleanup());
     }
 
     /// The words of a buffer, after everything that was launched before.
@@ -296,10 +330,8 @@ impl Gpu {
         if words.is_empty() {
             return Ok(Vec::new());
         }
-        let handle = buffer.handle.clone();
-        let (before, length) = (4 * words.start as u64, 4 * words.len());
-        let after = handle.size_in_used().saturating_sub(before + length as u64);
-        let bytes = self.client.read_one(handle.offset_start(before).offset_end(after));
+        let length = 4 * words.len();
+        let bytes = self.client.read_one(buffer.part(words).handle);
         let bytes = bytes.map_err(|error| self.failure(&error.to_string()))?;
         Ok(bytemuck::pod_collect_to_vec(&bytes[..length]))
     }
@@ -331,15 +363,18 @@ fn cause(message: &str) -> &str {
 }
 
 /// A kernel as the client launches it.
-struct Launched(&'static Shader);
+struct Launched {
+    shader: &'static Shader,
+    constant: Option<Constant>,
+}
 
 impl KernelSource for Launched {
     fn source(&self) -> SourceTemplate {
-        SourceTemplate::new(self.0.source)
+        SourceTemplate::new(self.shader.text(self.constant))
     }
 
     fn id(&self) -> KernelId {
-        KernelId::new::<Self>().mode(ExecutionMode::Unchecked).info(self.0.name)
+        KernelId::new::<Self>().mode(ExecutionMode::Unchecked).info((self.shader.name, self.constant))
     }
 
     fn lang(&self) -> &'static str {

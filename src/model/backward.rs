@@ -27,7 +27,7 @@ use crate::kernels::rough_product::{Precision, product_in};
 use crate::kernels::{Floats, tensor, values};
 use crate::model::block::{Parameters, Place, Role, Site, Slot};
 use crate::model::forward::{self, Point, Spec};
-use crate::model::loss::Loss;
+use crate::model::loss::{Loss, Value};
 use crate::model::mixture::Which;
 
 /// Tokens of a group; a longer window is a group of its own.
@@ -154,7 +154,7 @@ impl Gradients {
 type Record = BTreeMap<Point, Floats>;
 
 /// Runs the block on `x` (tokens × hidden, whole windows), lets `loss` judge the output, and adds the gradients that are
-/// wanted. Gives the value of the loss. Where the parameters do not lie on the processor, automatic differentiation of the
+/// wanted. Gives the value of the loss, which a GPU need not have computed yet. Where the parameters do not lie on the processor, automatic differentiation of the
 /// forward does the work there.
 ///
 /// # Errors
@@ -166,7 +166,7 @@ pub fn block(
     wanted: Wanted,
     gradients: &mut Gradients,
     loss: &mut dyn Loss,
-) -> Result<f64> {
+) -> Result<Value> {
     if parameters.elsewhere() {
         return differentiated(spec, parameters, x, wanted, gradients, loss);
     }
@@ -182,7 +182,7 @@ pub fn block(
     let Gradients { weights, experts, norms, stream, output, groups, .. } = gradients;
     output.clear();
     outputs.into_iter().for_each(|y| output.extend_from_slice(Floats::fetched(&y).slice()));
-    let value = loss.judge(output, room(stream, output.len()));
+    let value = Value::Here(loss.judge(output, room(stream, output.len())));
     records.par_iter().zip(stream.par_chunks_mut(size)).zip(&mut *groups).for_each(|((record, stream), group)| {
         group.norms.iter_mut().zip(norms.iter()).for_each(|(sums, norm)| {
             sums.clear();
@@ -233,7 +233,7 @@ fn differentiated(
     wanted: Wanted,
     gradients: &mut Gradients,
     loss: &mut dyn Loss,
-) -> Result<f64> {
+) -> Result<Value> {
     let tracked = parameters.tracked(wanted.weights, wanted.norms);
     let device = parameters.home();
     let leaf = x.clone().to_device(&device).autodiff().set_require_grad(wanted.input);
@@ -249,7 +249,7 @@ fn differentiated(
         None => {
             let shape = output.dims();
             gradients.output = values(output);
-            let value = loss.judge(&gradients.output, room(&mut gradients.stream, shape[0] * shape[1]));
+            let value = Value::Here(loss.judge(&gradients.output, room(&mut gradients.stream, shape[0] * shape[1])));
             (value, tensor::<2>(gradients.stream.clone(), shape, &device))
         }
     };

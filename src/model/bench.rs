@@ -23,7 +23,7 @@ use crate::model::capture::{Capture, Read, Sums};
 use crate::model::forward::{self, Spec};
 use crate::model::hidden::Hidden;
 use crate::model::holdings::Holdings;
-use crate::model::loss::{SquaredError, distance};
+use crate::model::loss::{SquaredError, Value, distance};
 use crate::model::passage::{COMPARED, Passage};
 use crate::model::progress::Progress;
 use crate::model::seen::Seen;
@@ -238,13 +238,13 @@ impl Bench<'_> {
     }
 
     /// The float tensors of the block as it stands, for [`Self::descend_into`]. Blocks of which no gradients are computed elsewhere lie
-    /// on the processor as a whole.
+    /// on the processor as a whole, and so do those for which a GPU has no room: their weights would cross the bus at every step.
     ///
     /// # Errors
     /// When the weight of an expert cannot be read.
     pub fn parameters(&self) -> Result<Parameters> {
         let processor = Device::cpu();
-        let device = if self.block.stays() { &processor } else { self.run.device };
+        let device = if self.block.stays() || !self.block.fits(self.run.device) { &processor } else { self.run.device };
         let mut parameters = Parameters::copy_to_change(&self.block, device);
         if let (Some(tensors), Some(experts)) = (parameters.experts_mut(), &self.block.experts) {
             Holdings { device, ..self.holdings() }.fill(tensors, experts.shared.is_some())?;
@@ -270,7 +270,7 @@ impl Bench<'_> {
         let width = self.model.config.hidden;
         let entries: usize = windows.iter().map(|&window| self.hidden.tokens(window) * width).sum();
         let factor = 1.0 / entries as f64;
-        let mut loss = 0.0;
+        let mut losses = Vec::new();
         for windows in windows.chunk_by(|&a, &b| self.hidden.tokens(a) == self.hidden.tokens(b)) {
             let seq = self.hidden.tokens(windows[0]);
             let spec = Spec::new(&self.model.config, self.block.index, seq);
@@ -279,10 +279,11 @@ impl Bench<'_> {
                 let [x, target] = [self.hidden, streams.targets].map(|states| states.states_of(windows, &home));
                 let dropped = ((seq * width) as f64 * trim) as usize;
                 let mut judge = SquaredError { target: target?, factor, window: seq * width, dropped };
-                loss += backward::block(&spec, parameters, &x?, wanted, gradients, &mut judge)?;
+                losses.push(backward::block(&spec, parameters, &x?, wanted, gradients, &mut judge)?);
             }
         }
-        Ok(loss)
+        // Whoever waits for the first keeps a GPU from going on with the next.
+        Ok(losses.into_iter().map(Value::get).sum())
     }
 
     /// Windows of `seq` tokens that are differentiated side by side, where what they keep is small: as many as there are
@@ -290,9 +291,8 @@ impl Bench<'_> {
     fn side_by_side(&self, seq: usize) -> usize {
         let config = &self.model.config;
         let floats = seq * (9 * config.hidden + 8 * config.widest_mixed() + 6 * config.widest_middle());
-        let scores = if self.run.device.gpu.is_some() { 4 * config.heads * seq * seq } else { 0 };
         let most = if self.run.device.gpu.is_some() { usize::MAX } else { rayon::current_num_threads() };
-        (SIDE_BY_SIDE_BYTES / (4 * (floats + scores)).max(1)).clamp(1, most)
+        (SIDE_BY_SIDE_BYTES / (4 * floats).max(1)).clamp(1, most)
     }
 
     /// Runs a block with these tensors on a window of the compressed stream, beside the original block on the same
@@ -308,7 +308,8 @@ impl Bench<'_> {
         let reference = values(self.forward(original, seq, x.clone()));
         let spec = Spec::new(&self.model.config, self.block.index, seq);
         let wanted = Wanted { weights: false, norms: true, input: false, precision: Precision::Single };
-        backward::block(&spec, parameters, &x, wanted, gradients, &mut |y: &[f32], dy: &mut [f32]| loss(y, &reference, dy))
+        let mut judge = |y: &[f32], dy: &mut [f32]| loss(y, &reference, dy);
+        Ok(backward::block(&spec, parameters, &x, wanted, gradients, &mut judge)?.get())
     }
 
     /// The mean squared error of a block with these tensors against the float model's output on some windows.

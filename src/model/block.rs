@@ -272,6 +272,11 @@ impl Block {
         self.linears.iter().map(fits).collect()
     }
 
+    /// Whether all its own layers have room on the GPU of a device, if it has one.
+    pub fn fits(&self, device: &Device) -> bool {
+        device.gpu.is_none() || self.fit(device).into_iter().all(|fits| fits)
+    }
+
     /// Copies the weights that have room there to the GPU of a device, where [`Parameters::copy`] finds them.
     pub fn send(&self, device: &Device) {
         for (linear, _) in self.linears.iter().zip(self.fit(device)).filter(|(_, fits)| *fits) {
@@ -440,7 +445,9 @@ impl Parameters {
     pub fn refill(&mut self, slot: Slot, fill: impl FnOnce(&mut [f32])) {
         let place = self.at_mut(slot).unwrap_or_else(|| panic!("a block without {slot:?}"));
         let (shape, device) = (place.dims(), place.device());
-        let mut memory = values(std::mem::replace(place, Tensor::zeros([1, 1], &device)));
+        let old = std::mem::replace(place, Tensor::zeros([1, 1], &device));
+        // What lies elsewhere is not fetched to be overwritten.
+        let mut memory = if Floats::of(&old).is_some() { values(old) } else { vec![0.0; shape[0] * shape[1]] };
         fill(&mut memory);
         *place = tensor(memory, shape, &device);
     }

@@ -290,7 +290,7 @@ pub fn final_norm(config: &Config, x: &Tensor<2>, weight: &Tensor<1>) -> Tensor<
 
 /// Logits of normed hidden states for some rows of the head.
 pub fn logits(config: &Config, normed: Tensor<2>, head: Tensor<2>) -> Tensor<2> {
-    let mut logits = normed.matmul(head.transpose());
+    let mut logits = linear::linear(&normed, &head);
     if config.logits_factor != 1.0 {
         logits = logits * config.logits_factor;
     }

@@ -11,6 +11,30 @@ use crate::kernels::{Floats, dot_lanes, values, vectorized};
 /// Floats of a task.
 const CHUNK: usize = 1 << 13;
 
+/// The value of a loss.
+#[derive(Debug)]
+pub enum Value {
+    /// A number.
+    Here(f64),
+    /// The sum of these numbers, one per token, times a factor. A GPU may still be computing them.
+    There {
+        /// Tokens × 1.
+        tokens: Tensor<2>,
+        /// The factor.
+        factor: f64,
+    },
+}
+
+impl Value {
+    /// The number, after everything that it waits for.
+    pub fn get(self) -> f64 {
+        match self {
+            Self::Here(value) => value,
+            Self::There { tokens, factor } => factor * total(tokens),
+        }
+    }
+}
+
 /// A loss of a block's output.
 pub trait Loss {
     /// Given the output, writes the gradient and gives the value.
@@ -20,7 +44,7 @@ pub trait Loss {
     ///
     /// # Errors
     /// When a GPU fails.
-    fn judge_there(&mut self, _y: &Tensor<2>) -> Result<Option<(f64, Tensor<2>)>> {
+    fn judge_there(&mut self, _y: &Tensor<2>) -> Result<Option<(Value, Tensor<2>)>> {
         Ok(None)
     }
 }
@@ -51,7 +75,7 @@ impl Loss for SquaredError {
         trimmed_squared_error(target.slice(), self.factor, self.window, self.dropped)(y, dy)
     }
 
-    fn judge_there(&mut self, y: &Tensor<2>) -> Result<Option<(f64, Tensor<2>)>> {
+    fn judge_there(&mut self, y: &Tensor<2>) -> Result<Option<(Value, Tensor<2>)>> {
         let Some(gpu) = Gpu::of(&y.device()) else { return Ok(None) };
         let [tokens, width] = y.dims();
         let mut errors = y.clone() - self.target.clone().to_device(&y.device());
@@ -75,7 +99,7 @@ impl Loss for SquaredError {
         } else {
             errors = errors.zeros_like();
         }
-        Ok(Some((self.factor * squares(&errors), errors * (2.0 * self.factor) as f32)))
+        Ok(Some((Value::There { tokens: token_squares(&errors), factor: self.factor }, errors * (2.0 * self.factor) as f32)))
     }
 }
 
@@ -83,13 +107,18 @@ impl Loss for SquaredError {
 pub fn distance(y: &Tensor<2>, target: &Tensor<2>) -> f64 {
     match (Floats::of(y), Floats::of(target)) {
         (Some(y), Some(target)) => y.slice().iter().zip(target.slice()).map(|(y, target)| f64::from(y - target).powi(2)).sum(),
-        _ => squares(&(y.clone() - target.clone())),
+        _ => total(token_squares(&(y.clone() - target.clone()))),
     }
 }
 
-/// Σ of squares: tokens one by one in floats, and what they give in doubles.
-fn squares(errors: &Tensor<2>) -> f64 {
-    values((errors.clone() * errors.clone()).sum_dim(1)).into_iter().map(f64::from).sum()
+/// Σ of the squares of every token.
+fn token_squares(errors: &Tensor<2>) -> Tensor<2> {
+    (errors.clone() * errors.clone()).sum_dim(1)
+}
+
+/// Σ of floats in doubles.
+fn total(floats: Tensor<2>) -> f64 {
+    values(floats).into_iter().map(f64::from).sum()
 }
 
 /// The loss factor · Σ (y − target)².

@@ -9,8 +9,9 @@ use burn::tensor::Tensor;
 use rayon::prelude::*;
 
 use crate::checkpoint::decode::nonfinite;
+use crate::device::Buffer;
 use crate::error::{Error, Result};
-use crate::kernels::linear::units::all_finite;
+use crate::kernels::linear::units::{is_finite, largest_of};
 use crate::kernels::{Floats, tensor, values};
 use crate::model::Model;
 use crate::model::arrivals::Arrivals;
@@ -60,6 +61,18 @@ struct Given {
     values: Vec<f32>,
 }
 
+/// Runs that came to a GPU and were not looked at yet, at most.
+const UNSEEN: usize = 8;
+
+/// What comes out of a block, run by run.
+#[derive(Debug, Default)]
+struct Arriving {
+    /// The outputs of the first windows.
+    first: Vec<Vec<f32>>,
+    /// The largest magnitudes of those that were not looked at.
+    unseen: Vec<(Range<usize>, Buffer)>,
+}
+
 impl Passage<'_> {
     /// The surroundings of the block for windows of `seq` tokens.
     pub fn spec(&self, seq: usize) -> Spec<'_> {
@@ -91,7 +104,7 @@ impl Passage<'_> {
         if self.parameters.experts().is_some() {
             return self.advance_mixture(hidden, joined, progress);
         }
-        let mut first = Vec::new();
+        let mut arriving = Arriving::default();
         for runs in self.batches(hidden, false) {
             self.run.check_stop()?;
             let outputs = joined.unwrap_or(hidden).map(&runs, self.home(), |windows, x| {
@@ -101,10 +114,11 @@ impl Passage<'_> {
                     None => self.whole(seq, x, &mut |_, _| {}),
                 })
             })?;
-            self.arrived(hidden, &runs, outputs, &mut first)?;
+            self.arrived(hidden, &runs, outputs, &mut arriving)?;
             progress.within(runs.last().map_or(0, |windows| windows.end) as f64 / hidden.len() as f64);
         }
-        Ok(first)
+        self.look(hidden, &mut arriving)?;
+        Ok(arriving.first)
     }
 
     fn advance_mixture(&self, hidden: &mut Hidden, joined: Option<&Hidden>, progress: &Progress<'_>) -> Result<Vec<Vec<f32>>> {
@@ -119,14 +133,15 @@ impl Passage<'_> {
         let source: &Hidden = if self.model.config.family.places.parallel { hidden } else { joined };
         let arrivals = self.routes(source, false)?;
         let given = self.given(source, &arrivals, progress)?;
-        let mut first = Vec::new();
+        let mut arriving = Arriving::default();
         for runs in self.batches(hidden, false) {
             self.run.check_stop()?;
             let outputs = joined.map(&runs, self.home(), |windows, h| self.finish(h, &given, windows))?;
-            self.arrived(hidden, &runs, outputs, &mut first)?;
+            self.arrived(hidden, &runs, outputs, &mut arriving)?;
         }
+        self.look(hidden, &mut arriving)?;
         progress.within(1.0);
-        Ok(first)
+        Ok(arriving.first)
     }
 
     /// The residual stream of all windows after attention.
@@ -149,29 +164,38 @@ impl Passage<'_> {
     }
 
     /// Takes in the outputs of some runs.
-    fn arrived(&self, hidden: &mut Hidden, runs: &[Range<usize>], outputs: Vec<Tensor<2>>, first: &mut Vec<Vec<f32>>) -> Result<()> {
+    fn arrived(&self, hidden: &mut Hidden, runs: &[Range<usize>], outputs: Vec<Tensor<2>>, arriving: &mut Arriving) -> Result<()> {
         for (windows, y) in runs.iter().zip(outputs) {
-            if let Some(count) = self.wrong(&y)? {
-                return Err(Error::input(format!(
-                    "block {} gives {count} values that are NaN or infinite for window {} or after; the model is damaged or overflows",
-                    self.index, windows.start
-                )));
+            let there = self.run.device.gpu.as_ref().filter(|_| hidden.elsewhere());
+            match there.and_then(|gpu| Some((gpu, gpu.buffer(&y)?))) {
+                Some((gpu, buffer)) => arriving.unseen.push((windows.clone(), largest_of(gpu, &buffer))),
+                None => self.finite(windows, Floats::fetched(&y).slice())?,
             }
             hidden.put(windows.clone(), &y)?;
-            keep_first(first, windows, &y);
+            keep_first(&mut arriving.first, windows, &y);
+        }
+        if arriving.unseen.len() >= UNSEEN { self.look(hidden, arriving) } else { Ok(()) }
+    }
+
+    /// Looks whether the states that came last are finite: what lies on a GPU is looked at there, some runs at a time, because whoever
+    /// waits for an answer keeps it from going on.
+    fn look(&self, hidden: &Hidden, arriving: &mut Arriving) -> Result<()> {
+        for (windows, largest) in arriving.unseen.drain(..) {
+            if let Some(gpu) = &self.run.device.gpu
+                && !is_finite(gpu, &largest)?
+            {
+                self.finite(&windows, &hidden.read(windows.clone())?)?;
+            }
         }
         Ok(())
     }
 
-    /// How many values are NaN or infinite, where some are. What lies on a GPU is looked at there.
-    fn wrong(&self, y: &Tensor<2>) -> Result<Option<usize>> {
-        if let Some(gpu) = &self.run.device.gpu
-            && let Some(buffer) = gpu.buffer(y)
-            && all_finite(gpu, &buffer)?
-        {
-            return Ok(None);
-        }
-        Ok(nonfinite(Floats::fetched(y).slice()).map(|(_, count)| count))
+    fn finite(&self, windows: &Range<usize>, states: &[f32]) -> Result<()> {
+        let Some((_, count)) = nonfinite(states) else { return Ok(()) };
+        Err(Error::input(format!(
+            "block {} gives {count} values that are NaN or infinite for window {} or after; the model is damaged or overflows",
+            self.index, windows.start
+        )))
     }
 
     /// The outputs for the first windows alone.

@@ -8,8 +8,8 @@ use burn::tensor::Tensor;
 
 use crate::device::Gpu;
 use crate::error::{Error, Result};
-use crate::kernels::gram::gpu::Gram;
-use crate::kernels::gram::{self, add_column_squares, add_gram};
+use crate::kernels::gram::gpu::{Gram, Squares};
+use crate::kernels::gram::{add_column_squares, add_gram};
 use crate::kernels::{Floats, values};
 use crate::model::arrivals::Arrivals;
 use crate::model::away::Away;
@@ -392,7 +392,7 @@ type Watched = (Seen, Vec<Vec<f32>>, Option<Arrivals>);
 /// those see their own tokens one after the other, later, and there are no outputs.
 fn observe(passage: &Passage<'_>, hidden: &Hidden, (needs, everywhere): (Needs, bool), progress: &Progress<'_>) -> Result<Watched> {
     let (parameters, run) = (passage.parameters, passage.run);
-    let (mut seen, mut outputs, grams) = (Seen::default(), Vec::new(), Mutex::new(BTreeMap::new()));
+    let (mut seen, mut outputs, sums) = (Seen::default(), Vec::new(), Mutex::new(BTreeMap::new()));
     let mut source = parameters.experts().map(|_| hidden.like(passage.model.config.hidden, run)).transpose()?;
     for runs in passage.batches(hidden, needs >= Needs::Gram) {
         run.check_stop()?;
@@ -400,7 +400,7 @@ fn observe(passage: &Passage<'_>, hidden: &Hidden, (needs, everywhere): (Needs, 
             let mut sites = BTreeMap::new();
             let spec = passage.spec(hidden.tokens(windows.start));
             let mut watch = |site, input: &Tensor<2>, needs| {
-                sites.insert(site, statistics(site, input, needs, run.device.gpu.as_ref(), &grams));
+                sites.insert(site, statistics(site, input, needs, run.device.gpu.as_ref(), &sums));
             };
             let tap: Tap<'_> = &mut |point, input| {
                 if let Point::Site(site) = point {
@@ -428,8 +428,8 @@ fn observe(passage: &Passage<'_>, hidden: &Hidden, (needs, everywhere): (Needs, 
         }
         progress.within(runs.last().map_or(0, |windows| windows.end) as f64 / hidden.len() as f64);
     }
-    for (site, gram) in grams.into_inner().unwrap_or_else(PoisonError::into_inner) {
-        seen.sites.entry(site).or_default().gram = Some(gram.totals()?);
+    for (site, sums) in sums.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        sums.finish(seen.sites.entry(site).or_default())?;
     }
     let arrivals = source.map(|source| {
         let mut arrivals = passage.routes(&source, everywhere)?;
@@ -462,19 +462,44 @@ fn first_inputs(passage: &Passage<'_>, hidden: &Hidden) -> Result<BTreeMap<Site,
     Ok(inputs)
 }
 
-/// Statistics of an input of a site. Where it lies on a GPU its Gram matrix adds up there, in `grams`.
-fn statistics(site: Site, input: &Tensor<2>, needs: Needs, gpu: Option<&Gpu>, grams: &Mutex<BTreeMap<Site, Gram>>) -> Result<Statistics> {
+/// What adds up on a GPU while a block is observed.
+#[derive(Debug)]
+enum Sums {
+    Squares(Squares),
+    /// The squares stand on its diagonal.
+    Gram(Gram),
+}
+
+impl Sums {
+    fn new(gpu: &Gpu, columns: usize, needs: Needs) -> Option<Self> {
+        if needs >= Needs::Gram { Gram::new(gpu, columns).map(Self::Gram) } else { Some(Self::Squares(Squares::new(gpu, columns))) }
+    }
+
+    fn finish(self, statistics: &mut Statistics) -> Result<()> {
+        match self {
+            Self::Squares(squares) => statistics.squares = squares.totals()?,
+            Self::Gram(gram) => {
+                let (gram, columns) = (gram.totals()?, statistics.squares.len());
+                statistics.squares = (0..columns).map(|column| gram[column * columns + column]).collect();
+                statistics.gram = Some(gram);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Statistics of an input of a site. Where it lies on a GPU they add up there, in `sums`.
+fn statistics(site: Site, input: &Tensor<2>, needs: Needs, gpu: Option<&Gpu>, sums: &Mutex<BTreeMap<Site, Sums>>) -> Result<Statistics> {
     let [tokens, columns] = input.dims();
     let mut statistics = Statistics::new(tokens as u64, vec![0.0; columns], None);
     if let Some((gpu, buffer)) = gpu.and_then(|gpu| Some((gpu, gpu.buffer(input)?))) {
-        let mut grams = grams.lock().unwrap_or_else(PoisonError::into_inner);
-        let sum = (needs >= Needs::Gram).then(|| grams.remove(&site).or_else(|| Gram::new(gpu, columns))).flatten();
-        if needs < Needs::Gram || sum.is_some() {
-            gram::gpu::add_column_squares(gpu, &buffer, &mut statistics.squares)?;
-            if let Some(sum) = sum {
-                sum.add(&buffer);
-                grams.insert(site, sum);
+        let mut all = sums.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(mut own) = all.remove(&site).or_else(|| Sums::new(gpu, columns, needs)) {
+            match &mut own {
+                Sums::Squares(squares) => squares.add(&buffer)?,
+                Sums::Gram(gram) => gram.add(&buffer),
             }
+            all.insert(site, own);
             return Ok(statistics);
         }
     }

@@ -84,7 +84,7 @@ fn compare(what: &str, spec: &Spec<'_>, parameters: &Parameters, x: &Tensor<2>, 
     let exact = exact.backward();
     let mut gradients = Gradients::default();
     let target = values(target.clone());
-    let loss = backward::block(spec, parameters, x, ALL, &mut gradients, &mut squared_error(&target, 1.0)).unwrap();
+    let loss = backward::block(spec, parameters, x, ALL, &mut gradients, &mut squared_error(&target, 1.0)).unwrap().get();
     assert!((loss - exact_loss).abs() < 1e-4 * exact_loss, "{what}: loss {loss}, {exact_loss}");
     // With one token a window, the gradients of queries and keys are zero but for rounding.
     let floor = 0.01 * values(leaf.grad(&exact).unwrap()).iter().fold(1e-30f32, |largest, value| largest.max(value.abs()));
@@ -254,7 +254,7 @@ fn gradients_do_not_depend_on_the_number_of_threads() {
             let spec = Spec::new(&config, 0, 200);
             let mut gradients = Gradients::default();
             let mut loss = trimmed_squared_error(&target, 1e-3, 200 * config.hidden, 96);
-            let value = backward::block(&spec, &parameters, &x, ALL, &mut gradients, &mut loss).unwrap();
+            let value = backward::block(&spec, &parameters, &x, ALL, &mut gradients, &mut loss).unwrap().get();
             let all =
                 Role::ALL.iter().flat_map(|&role| gradients.weight(role)).chain(Place::ALL.iter().flat_map(|&place| gradients.norm(place)));
             let bits: Vec<u32> = all.chain(gradients.input()).map(|value| value.to_bits()).collect();

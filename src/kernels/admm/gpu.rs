@@ -5,6 +5,7 @@ use crate::error::Result;
 use crate::kernels::admm::{Rule, ramped};
 use crate::kernels::gemm::Sizes;
 use crate::kernels::linear::gpu::product_into;
+use crate::kernels::linear::units::{Exactness, Operand, Units, worthwhile};
 use crate::kernels::select::gpu::{Scored, keep_in_blocks, keep_largest, marked, words};
 use crate::weight::Pattern;
 
@@ -37,7 +38,10 @@ pub fn prune(
         Rule::Largest { ramp, .. } => ramp.min(iters),
     };
     let sizes = Sizes { m: rows, n: columns, k: columns };
-    let (start, sums, inverse) = (gpu.upload(exact), gpu.upload(exact), gpu.upload(inverse));
+    let units = Units::of(gpu).filter(|_| worthwhile([rows, columns, columns]));
+    let (start, mut sums, inverse) = (gpu.upload(exact), gpu.upload(exact), gpu.upload(inverse));
+    // The inverse is symmetric.
+    let by = Operand::new(&inverse, [columns, columns]);
     let (dual, right) = (gpu.empty(count), gpu.empty(count));
     let mut keep = match rule {
         Rule::Fixed(keep) => gpu.upload(&words(keep)),
@@ -53,7 +57,10 @@ pub fn prune(
             keep = choose(gpu, &sums, [rows, columns], share, pattern, iteration + 1 == ramp)?;
         }
         gpu.launch(&ADMM_SPLIT, count.div_ceil(64), &[&sums, &start, &keep, &dual, &right], &[count as u32]);
-        product_into(gpu, sizes, &right, &inverse, &sums);
+        match units.as_ref().and_then(|units| units.product(Operand::new(&right, [rows, columns]), by, Exactness::Split)) {
+            Some(product) => sums = product,
+            None => product_into(gpu, sizes, &right, &inverse, &sums),
+        }
         gpu.launch(&ADMM_COMBINE, count.div_ceil(64), &[&sums, &start, &dual, &keep], &[count as u32, rho.to_bits(), 0]);
     }
     gpu.launch(&ADMM_COMBINE, count.div_ceil(64), &[&sums, &start, &dual, &keep], &[count as u32, 0, 1]);

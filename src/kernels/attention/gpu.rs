@@ -2,7 +2,7 @@
 
 use burn::tensor::Tensor;
 
-use crate::device::{Buffer, Gpu, Shader};
+use crate::device::{Buffer, Constant, Gpu, Shader};
 use crate::kernels::attention::Attention;
 
 /// The forward.
@@ -13,6 +13,9 @@ pub static ATTENTION_QUERY_ADJOINT: Shader =
 /// The gradients by keys and values.
 pub static ATTENTION_KEY_ADJOINT: Shader =
     Shader { name: "attention_key_adjoint", source: include_str!("../../../shaders/attention_key_adjoint.wgsl") };
+
+/// Queries, or keys, of a workgroup.
+const ROWS: usize = 16;
 
 impl Attention<'_> {
     /// Whether the kernels of a GPU can do this attention over so many tokens.
@@ -25,6 +28,11 @@ impl Attention<'_> {
             && self.head_dim <= 256
             && self.head_dim.is_multiple_of(4)
             && gpu.rows_per_binding(1) >= bytes
+    }
+
+    /// Vectors of four floats of a thread, of which four share a row.
+    fn constants(&self) -> Constant {
+        ("FOURS", self.head_dim.div_ceil(16) as u32)
     }
 
     fn parameters(&self, tokens: usize) -> [u32; 8] {
@@ -44,8 +52,8 @@ impl Attention<'_> {
     pub fn run_on(&self, gpu: &Gpu, [q, k, v]: [&Buffer; 3]) -> [Buffer; 2] {
         let tokens = q.words() / (self.heads * self.head_dim);
         let (mixed, normaliser) = (gpu.empty(q.words()), gpu.empty(tokens * self.heads));
-        let workgroups = tokens / self.seq * self.heads * self.seq.div_ceil(64);
-        gpu.launch(&ATTENTION, workgroups, &[q, k, v, &mixed, &normaliser], &self.parameters(tokens));
+        let workgroups = tokens / self.seq * self.heads * self.seq.div_ceil(ROWS);
+        gpu.launch_with(&ATTENTION, self.constants(), workgroups, &[q, k, v, &mixed, &normaliser], &self.parameters(tokens));
         [mixed, normaliser]
     }
 
@@ -54,9 +62,15 @@ impl Attention<'_> {
     pub fn adjoint_on(&self, gpu: &Gpu, [q, k, v]: [&Buffer; 3], pairs: &Buffer, upstream: &Buffer) -> [Buffer; 3] {
         let tokens = q.words() / (self.heads * self.head_dim);
         let (dq, dk, dv) = (gpu.empty(q.words()), gpu.empty(k.words()), gpu.empty(v.words()));
-        let (blocks, parameters) = (tokens / self.seq * self.seq.div_ceil(64), self.parameters(tokens));
-        gpu.launch(&ATTENTION_QUERY_ADJOINT, blocks * self.heads, &[q, k, v, pairs, upstream, &dq], &parameters);
-        gpu.launch(&ATTENTION_KEY_ADJOINT, blocks * self.kv_heads, &[q, k, v, pairs, upstream, &dk, &dv], &parameters);
+        let (blocks, parameters) = (tokens / self.seq * self.seq.div_ceil(ROWS), self.parameters(tokens));
+        gpu.launch_with(&ATTENTION_QUERY_ADJOINT, self.constants(), blocks * self.heads, &[q, k, v, pairs, upstream, &dq], &parameters);
+        gpu.launch_with(
+            &ATTENTION_KEY_ADJOINT,
+            self.constants(),
+            blocks * self.kv_heads,
+            &[q, k, v, pairs, upstream, &dk, &dv],
+            &parameters,
+        );
         [dq, dk, dv]
     }
 

@@ -12,15 +12,50 @@ pub static GRAM: Shader = Shader { name: "gram", source: include_str!("../../../
 /// Tokens whose products add up in f32.
 const TOKENS: usize = 2048;
 
-/// As [`super::add_column_squares`], of tokens × columns floats on a GPU.
-///
-/// # Errors
-/// As [`Gpu::read`].
-pub fn add_column_squares(gpu: &Gpu, x: &Buffer, totals: &mut [f64]) -> Result<()> {
-    for sums in gpu.read::<f32>(&column_squares(gpu, x, totals.len()))?.chunks_exact(totals.len()) {
-        totals.iter_mut().zip(sums).for_each(|(total, &sum)| *total += f64::from(sum));
+/// Words of sums that may wait on the GPU.
+const WAITING: usize = 1 << 22;
+
+/// Σx² of columns that adds up as [`super::add_column_squares`] does. Sums of pieces wait on the GPU, because whoever fetches
+/// them keeps it from going on.
+#[derive(Debug)]
+pub struct Squares {
+    gpu: Gpu,
+    waiting: Vec<Buffer>,
+    totals: Vec<f64>,
+}
+
+impl Squares {
+    /// Zeros.
+    pub fn new(gpu: &Gpu, columns: usize) -> Self {
+        Self { gpu: gpu.clone(), waiting: Vec::new(), totals: vec![0.0; columns] }
     }
-    Ok(())
+
+    /// Adds those of tokens × columns floats.
+    ///
+    /// # Errors
+    /// As [`Gpu::read`].
+    pub fn add(&mut self, x: &Buffer) -> Result<()> {
+        self.waiting.push(column_squares(&self.gpu, x, self.totals.len()));
+        if self.waiting.iter().map(Buffer::words).sum::<usize>() > WAITING { self.fetch() } else { Ok(()) }
+    }
+
+    fn fetch(&mut self) -> Result<()> {
+        for waiting in self.waiting.drain(..) {
+            for sums in self.gpu.read::<f32>(&waiting)?.chunks_exact(self.totals.len().max(1)) {
+                self.totals.iter_mut().zip(sums).for_each(|(total, &sum)| *total += f64::from(sum));
+            }
+        }
+        Ok(())
+    }
+
+    /// The sums of all columns.
+    ///
+    /// # Errors
+    /// As [`Gpu::read`].
+    pub fn totals(mut self) -> Result<Vec<f64>> {
+        self.fetch()?;
+        Ok(self.totals)
+    }
 }
 
 /// Σx² of every column over every 64 tokens.
@@ -59,8 +94,8 @@ impl Gram {
         if gpu.rows_per_binding(4 * columns) < rows {
             return None;
         }
-        let zeros = vec![0.0f32; rows * columns];
-        Some(Self { gpu: gpu.clone(), rows, columns, symmetric, high: gpu.upload(&zeros), low: gpu.upload(&zeros) })
+        let [high, low] = [(); 2].map(|()| gpu.zeros(rows * columns));
+        Some(Self { gpu: gpu.clone(), rows, columns, symmetric, high, low })
     }
 
     /// Adds XᵀX of tokens × columns floats.

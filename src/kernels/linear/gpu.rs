@@ -11,6 +11,9 @@ pub static PRODUCT_INTS: Shader = Shader { name: "product_ints", source: include
 /// A Ŵᵀ from two trit-planes.
 pub static PRODUCT_TRITS: Shader = Shader { name: "product_trits", source: include_str!("../../../shaders/product_trits.wgsl") };
 
+/// Multiplications of a launch: less than half a second where a hundred thousand million are done in one.
+const MULTIPLICATIONS: usize = 1 << 35;
+
 /// Workgroups of a product: tiles of 64 × 64.
 fn tiles(Sizes { m, n, .. }: Sizes) -> usize {
     m.div_ceil(64) * n.div_ceil(64)
@@ -23,9 +26,24 @@ pub fn product(gpu: &Gpu, sizes: Sizes, a: &Buffer, b: &Buffer) -> Buffer {
     c
 }
 
-/// As [`product`], into room for m × n floats.
+/// As [`product`], into room for m × n floats. Large products are done some rows at a time, so that slow adapters do not look as if
+/// they hang.
 pub fn product_into(gpu: &Gpu, sizes: Sizes, a: &Buffer, b: &Buffer, c: &Buffer) {
-    gpu.launch(&PRODUCT, tiles(sizes), &[a, b, c], &[sizes.m as u32, sizes.n as u32, sizes.k as u32]);
+    product_in_parts(gpu, sizes, [a, b, c], MULTIPLICATIONS);
+}
+
+/// As [`product_into`], so many multiplications at a time.
+pub fn product_in_parts(gpu: &Gpu, Sizes { m, n, k }: Sizes, [a, b, c]: [&Buffer; 3], multiplications: usize) {
+    let rows = (multiplications / (n * k).max(1)).max(1).next_multiple_of(64);
+    for first in (0..m).step_by(rows) {
+        let count = rows.min(m - first);
+        let sizes = Sizes { m: count, n, k };
+        let (a, c) = (a.part(first * k..(first + count) * k), c.part(first * n..(first + count) * n));
+        gpu.launch(&PRODUCT, tiles(sizes), &[&a, b, &c], &[count as u32, n as u32, k as u32]);
+        if count < m {
+            gpu.submit();
+        }
+    }
 }
 
 /// Packed integers on a GPU.

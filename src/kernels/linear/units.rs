@@ -244,18 +244,22 @@ impl Units {
 
 /// The bits of the largest magnitude of so many floats.
 fn largest(gpu: &Gpu, floats: &Buffer, first: usize, count: usize) -> Buffer {
-    let largest = gpu.upload(&[0u32]);
+    let largest = gpu.zeros(1);
     gpu.launch(&LARGEST_MAGNITUDE, count.div_ceil(4096), &[floats, &largest], &[first as u32, count as u32]);
     largest
 }
 
-/// Whether no float is infinite or NaN.
+/// The bits of the largest magnitude of floats, for [`is_finite`].
+pub fn largest_of(gpu: &Gpu, floats: &Buffer) -> Buffer {
+    largest(gpu, floats, 0, floats.words())
+}
+
+/// Whether none of the floats is infinite or NaN whose largest magnitude this is.
 ///
 /// # Errors
 /// As [`Gpu::read`].
-pub fn all_finite(gpu: &Gpu, floats: &Buffer) -> Result<bool> {
-    let bits = gpu.read::<u32>(&largest(gpu, floats, 0, floats.words()))?;
-    Ok(bits[0] < f32::INFINITY.to_bits())
+pub fn is_finite(gpu: &Gpu, largest: &Buffer) -> Result<bool> {
+    Ok(gpu.read::<u32>(largest)?.iter().all(|&bits| bits < f32::INFINITY.to_bits()))
 }
 
 /// The product of halves over some places along k, on the processor.

@@ -99,10 +99,12 @@ pub fn column_squares(gpu: &Gpu) -> Result<Vec<Found>> {
     let mut all = Vec::new();
     for (tokens, columns) in [(1, 1), (63, 5), (65, 172), (200, 300)] {
         let x = Values::Tails.make(tokens * columns, 1);
-        let (mut got, mut expected) = (vec![3.0; columns], vec![3.0; columns]);
-        grams::gpu::add_column_squares(gpu, &gpu.upload(&x), &mut got)?;
-        grams::add_column_squares(&x, &mut expected);
-        all.push(found(format!("{tokens} x {columns}"), apart(&got, &expected), SUMS));
+        let (mut got, mut expected) = (grams::gpu::Squares::new(gpu, columns), vec![0.0; columns]);
+        for _ in 0..2 {
+            got.add(&gpu.upload(&x))?;
+            grams::add_column_squares(&x, &mut expected);
+        }
+        all.push(found(format!("{tokens} x {columns}"), apart(&got.totals()?, &expected), SUMS));
     }
     Ok(all)
 }
@@ -378,6 +380,9 @@ pub fn products(gpu: &Gpu) -> Result<Vec<Found>> {
         };
         let got: Vec<f32> = gpu.read(&linear::gpu::product(gpu, Sizes { m, n, k }, &uploaded, &gpu.upload(&b.data)))?;
         all.push(found(format!("dense {m} x {n} x {k}"), apart(&wide(&got), &exact(&b)), sums));
+        let (weight, parts) = (gpu.upload(&b.data), gpu.empty(m * n));
+        linear::gpu::product_in_parts(gpu, Sizes { m, n, k }, [&uploaded, &weight, &parts], 1);
+        all.push(found(format!("dense {m} x {n} x {k} in parts"), share(&gpu.read::<f32>(&parts)?, &got), 0.0));
         for symmetric in [true, false] {
             let grid = Grid { bits: 4, group: (k / 2).max(1), symmetric, scale_float: Float::F16 };
             let ints = quantize::round_to_nearest(&b, grid).0;

@@ -50,7 +50,7 @@ impl There {
     pub fn tensor(&self, windows: Range<usize>, tokens: impl Fn(usize) -> usize) -> Tensor<2> {
         let one = |window: usize| {
             let shape = [tokens(window), self.width];
-            let zeros = || self.gpu.upload(&vec![0.0f32; shape[0] * shape[1]]);
+            let zeros = || self.gpu.zeros(shape[0] * shape[1]);
             self.gpu.tensor(self.windows[window].clone().unwrap_or_else(zeros), shape)
         };
         match windows.len() {
