@@ -1,13 +1,13 @@
 // Adds YᵀX to totals that are kept as unevaluated sums of two floats. Twin of `add_gram` and `add_cross` in
 // src/kernels/gram.rs.
 //
-// y: tokens × rows. x: tokens × columns. high, low: rows × columns; of a Gram matrix, where y is x, only the tiles on and
-// right of the diagonal are written. One workgroup per tile of 32 × 32, one thread per 4 × 4; products of one launch add up in f32.
+// y, x: tokens × their widths, of which rows and columns are a part. high, low: rows × columns; of a Gram matrix, where y is x,
+// only the tiles on and right of the diagonal are written. One workgroup per tile of 32 × 32, one thread per 4 × 4; products of one launch add up in f32.
 @group(0) @binding(0) var<storage, read_write> y: array<f32>;
 @group(0) @binding(1) var<storage, read_write> x: array<f32>;
 @group(0) @binding(2) var<storage, read_write> high: array<f32>;
 @group(0) @binding(3) var<storage, read_write> low: array<f32>;
-// tokens, rows, columns, first token, zero, whether it is a Gram matrix
+// tokens, rows, columns, first row in y, first column in x, width of y, width of x, whether it is a Gram matrix, zero
 @group(0) @binding(4) var<storage, read_write> parameters: array<u32>;
 
 const TILE: u32 = 32u;
@@ -17,7 +17,7 @@ var<workgroup> right: array<f32, 512>;
 
 // The same float. Drivers cancel what is added and subtracted again, and cannot when a parameter stands between.
 fn opaque(value: f32) -> f32 {
-    return bitcast<f32>(bitcast<u32>(value) ^ parameters[4]);
+    return bitcast<f32>(bitcast<u32>(value) ^ parameters[8]);
 }
 
 @compute @workgroup_size(64, 1, 1)
@@ -29,12 +29,11 @@ fn main(
     let tokens = parameters[0];
     let rows = parameters[1];
     let columns = parameters[2];
-    let first = parameters[3];
     let tiles = (columns + TILE - 1u) / TILE;
     let at = group.y * groups.x + group.x;
     let tile_row = at / tiles;
     let tile_column = at % tiles;
-    let wanted = tile_row * TILE < rows && (parameters[5] == 0u || tile_column >= tile_row);
+    let wanted = tile_row * TILE < rows && (parameters[7] == 0u || tile_column >= tile_row);
     let row = local / 8u * 4u;
     let column = local % 8u * 4u;
     var sums: array<f32, 16>;
@@ -47,10 +46,10 @@ fn main(
             left[i] = 0.0;
             right[i] = 0.0;
             if (token < tokens && l < rows) {
-                left[i] = y[(first + token) * rows + l];
+                left[i] = y[token * parameters[5] + parameters[3] + l];
             }
             if (token < tokens && r < columns) {
-                right[i] = x[(first + token) * columns + r];
+                right[i] = x[token * parameters[6] + parameters[4] + r];
             }
         }
         workgroupBarrier();

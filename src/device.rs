@@ -50,6 +50,15 @@ pub struct Shader {
     pub source: &'static str,
 }
 
+/// What memory of a GPU is set aside for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// Hidden states between blocks.
+    States,
+    /// Sums over all tokens.
+    Sums,
+}
+
 /// The name of a constant of a shader, and another number for it.
 pub type Constant = (&'static str, u32);
 
@@ -212,6 +221,11 @@ impl Device {
     /// Bytes that hidden states may take on the GPU between blocks, all stores together; none on the processor.
     pub fn room_for_states(&self) -> u64 {
         if self.gpu.is_some() { self.memory() / 10 } else { 0 }
+    }
+
+    /// Bytes that Gram matrices and the like may take on the GPU while blocks are looked at.
+    pub fn room_for_sums(&self) -> u64 {
+        self.memory() / 10 * 4
     }
 
     /// Whether a tensor of so many bytes can be one buffer that a kernel binds.

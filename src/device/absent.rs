@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use burn::tensor::Tensor;
 
-use crate::device::{Adapter, Constant, Differentiable, Shader};
+use crate::device::{Adapter, Constant, Differentiable, Purpose, Shader};
 use crate::error::{Error, Result};
 
 /// A GPU, which this program cannot have.
@@ -85,7 +85,7 @@ impl Gpu {
     }
 
     /// Sets so many bytes aside.
-    pub fn reserve(&self, _: u64, _: u64) -> Option<Reserved> {
+    pub fn reserve(&self, _: Purpose, _: u64, _: u64) -> Option<Reserved> {
         match self.0 {}
     }
 

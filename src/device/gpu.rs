@@ -20,7 +20,7 @@ use cubecl::prelude::{CubeCount, ExecutionMode, KernelId};
 use cubecl::server::{Handle, KernelArguments, MetadataBindingInfo};
 use cubecl_environment::stream::{StreamPolicy, set_policy};
 
-use crate::device::{Adapter, Array, Constant, Shader};
+use crate::device::{Adapter, Array, Constant, Purpose, Shader};
 use crate::error::{Error, Result};
 
 /// Threads of a workgroup of every kernel.
@@ -32,20 +32,21 @@ pub struct Gpu {
     client: Client,
     device: burn::tensor::Device,
     adapter: Arc<Adapter>,
-    /// Bytes that are set aside for what stays.
-    reserved: Arc<AtomicU64>,
+    /// Bytes that are set aside, by [`Purpose`].
+    reserved: Arc<[AtomicU64; 2]>,
 }
 
 /// Memory of a GPU that is set aside while this lives.
 #[derive(Debug)]
 pub struct Reserved {
     bytes: u64,
-    of: Arc<AtomicU64>,
+    purpose: Purpose,
+    of: Arc<[AtomicU64; 2]>,
 }
 
 impl Drop for Reserved {
     fn drop(&mut self) {
-        self.of.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.of[self.purpose as usize].fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }
 
@@ -233,11 +234,11 @@ impl Gpu {
         Buffer { handle: self.client.create_from_slice(&whole), words: whole.len() / 4 }
     }
 
-    /// Sets so many bytes aside, if no more than `most` are set aside then in all.
-    pub fn reserve(&self, bytes: u64, most: u64) -> Option<Reserved> {
+    /// Sets so many bytes aside, if no more than `most` are set aside for this then.
+    pub fn reserve(&self, purpose: Purpose, bytes: u64, most: u64) -> Option<Reserved> {
         let more = |held: u64| held.checked_add(bytes).filter(|&held| held <= most);
-        self.reserved.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok()?;
-        Some(Reserved { bytes, of: self.reserved.clone() })
+        self.reserved[purpose as usize].fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok()?;
+        Some(Reserved { bytes, purpose, of: self.reserved.clone() })
     }
 
     /// Words that hold anything.

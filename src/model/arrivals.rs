@@ -7,6 +7,7 @@
 use burn::tensor::Tensor;
 use rayon::prelude::*;
 
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::kernels::gram::{add_column_squares, add_gram};
 use crate::kernels::routing::{Routed, Rule, route};
@@ -345,7 +346,7 @@ impl Bench<'_> {
                 let (a, f) = (readers[0].read(tokens, site, &own)?, readers[1].read(tokens, site, float)?);
                 let columns = a.len() / tokens.len();
                 let read = |x| Read { site: tensor(x, [tokens.len(), columns], &burn::tensor::Device::flex()), stream: None };
-                sums.get_or_insert_with(|| Sums::new(columns, 0, None)).add(read(a), read(f), 1.0);
+                sums.get_or_insert_with(|| Sums::new(columns, 0, &Device::cpu())).add(read(a), read(f), 1.0);
             }
             sums.map(Sums::finish).transpose()
         };

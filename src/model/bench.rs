@@ -413,7 +413,7 @@ impl Bench<'_> {
             let columns = compressed.site.dims()[1];
             let held = usize::from(hold && windows.start % HELD_OUT == HELD_OUT - 1);
             let rows = if writes { self.model.config.hidden } else { 0 };
-            let sums = sums[held].get_or_insert_with(|| Sums::new(columns, rows, self.run.device.gpu.as_ref()));
+            let sums = sums[held].get_or_insert_with(|| Sums::new(columns, rows, self.run.device));
             sums.add(compressed, float, self.model.config.residual_factor);
         }
         (self.streams, self.original) = (Some(streams), Some(original));

@@ -2,7 +2,7 @@
 
 use burn::tensor::Tensor;
 
-use crate::device::Gpu;
+use crate::device::{Device, Gpu};
 use crate::error::Result;
 use crate::kernels::gram::gpu::Gram;
 use crate::kernels::gram::{add_cross, add_gram};
@@ -47,21 +47,23 @@ struct There {
 }
 
 impl There {
-    /// Nothing where a matrix does not fit a binding.
-    fn new(gpu: &Gpu, columns: usize, outputs: usize) -> Option<Self> {
+    /// Nothing where there is no GPU, or no room on it.
+    fn new(device: &Device, columns: usize, outputs: usize) -> Option<Self> {
+        let (gpu, room) = (device.gpu.as_ref()?, device.room_for_sums());
         let residual = match outputs {
             0 => None,
-            outputs => Some(Gram::cross(gpu, outputs, columns)?),
+            outputs => Some(Gram::cross(gpu, [outputs, columns], room)?),
         };
-        Some(Self { gpu: gpu.clone(), gram: Gram::new(gpu, columns)?, cross: Gram::cross(gpu, columns, columns)?, residual })
+        let (gram, cross) = (Gram::new(gpu, columns, room)?, Gram::cross(gpu, [columns, columns], room)?);
+        Some(Self { gpu: gpu.clone(), gram, cross, residual })
     }
 }
 
 impl Sums {
     /// Nothing yet, for a site of `columns` columns whose layers write `outputs` columns into the residual stream (0 when
     /// they do not).
-    pub fn new(columns: usize, outputs: usize, gpu: Option<&Gpu>) -> Self {
-        let there = gpu.and_then(|gpu| There::new(gpu, columns, outputs));
+    pub fn new(columns: usize, outputs: usize, device: &Device) -> Self {
+        let there = There::new(device, columns, outputs);
         // What adds up there needs no room here.
         let zeros = |rows: usize| if there.is_some() { Vec::new() } else { vec![0.0; rows * columns] };
         let statistics = Statistics::new(0, vec![0.0; columns], Some(zeros(columns)));

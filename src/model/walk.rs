@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 
 use burn::tensor::Tensor;
 
-use crate::device::Gpu;
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::kernels::gram::gpu::{Gram, Squares};
 use crate::kernels::gram::{add_column_squares, add_gram};
@@ -400,7 +400,7 @@ fn observe(passage: &Passage<'_>, hidden: &Hidden, (needs, everywhere): (Needs, 
             let mut sites = BTreeMap::new();
             let spec = passage.spec(hidden.tokens(windows.start));
             let mut watch = |site, input: &Tensor<2>, needs| {
-                sites.insert(site, statistics(site, input, needs, run.device.gpu.as_ref(), &sums));
+                sites.insert(site, statistics(site, input, needs, run.device, &sums));
             };
             let tap: Tap<'_> = &mut |point, input| {
                 if let Point::Site(site) = point {
@@ -429,7 +429,7 @@ fn observe(passage: &Passage<'_>, hidden: &Hidden, (needs, everywhere): (Needs, 
         progress.within(runs.last().map_or(0, |windows| windows.end) as f64 / hidden.len() as f64);
     }
     for (site, sums) in sums.into_inner().unwrap_or_else(PoisonError::into_inner) {
-        sums.finish(seen.sites.entry(site).or_default())?;
+        merge(seen.sites.entry(site).or_default(), sums.finish()?);
     }
     let arrivals = source.map(|source| {
         let mut arrivals = passage.routes(&source, everywhere)?;
@@ -471,30 +471,31 @@ enum Sums {
 }
 
 impl Sums {
-    fn new(gpu: &Gpu, columns: usize, needs: Needs) -> Option<Self> {
-        if needs >= Needs::Gram { Gram::new(gpu, columns).map(Self::Gram) } else { Some(Self::Squares(Squares::new(gpu, columns))) }
+    fn new(device: &Device, columns: usize, needs: Needs) -> Option<Self> {
+        let (gpu, room) = (device.gpu.as_ref()?, device.room_for_sums());
+        if needs >= Needs::Gram { Gram::new(gpu, columns, room).map(Self::Gram) } else { Some(Self::Squares(Squares::new(gpu, columns))) }
     }
 
-    fn finish(self, statistics: &mut Statistics) -> Result<()> {
-        match self {
-            Self::Squares(squares) => statistics.squares = squares.totals()?,
+    /// The sums, of tokens that were counted before.
+    fn finish(self) -> Result<Statistics> {
+        Ok(match self {
+            Self::Squares(squares) => Statistics::new(0, squares.totals()?, None),
             Self::Gram(gram) => {
-                let (gram, columns) = (gram.totals()?, statistics.squares.len());
-                statistics.squares = (0..columns).map(|column| gram[column * columns + column]).collect();
-                statistics.gram = Some(gram);
+                let (columns, gram) = (gram.columns(), gram.totals()?);
+                let squares = (0..columns).map(|column| gram[column * columns + column]).collect();
+                Statistics::new(0, squares, Some(gram))
             }
-        }
-        Ok(())
+        })
     }
 }
 
 /// Statistics of an input of a site. Where it lies on a GPU they add up there, in `sums`.
-fn statistics(site: Site, input: &Tensor<2>, needs: Needs, gpu: Option<&Gpu>, sums: &Mutex<BTreeMap<Site, Sums>>) -> Result<Statistics> {
+fn statistics(site: Site, input: &Tensor<2>, needs: Needs, device: &Device, sums: &Mutex<BTreeMap<Site, Sums>>) -> Result<Statistics> {
     let [tokens, columns] = input.dims();
     let mut statistics = Statistics::new(tokens as u64, vec![0.0; columns], None);
-    if let Some((gpu, buffer)) = gpu.and_then(|gpu| Some((gpu, gpu.buffer(input)?))) {
+    if let Some(buffer) = device.gpu.as_ref().and_then(|gpu| gpu.buffer(input)) {
         let mut all = sums.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(mut own) = all.remove(&site).or_else(|| Sums::new(gpu, columns, needs)) {
+        if let Some(mut own) = all.remove(&site).or_else(|| Sums::new(device, columns, needs)) {
             match &mut own {
                 Sums::Squares(squares) => squares.add(&buffer)?,
                 Sums::Gram(gram) => gram.add(&buffer),

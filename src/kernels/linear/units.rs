@@ -200,7 +200,9 @@ impl Units {
     }
 
     fn largest(&self, x: Operand<'_>) -> Buffer {
-        largest(&self.gpu, x.floats, x.first, x.rows * x.columns)
+        // With what lies between, if its rows are parts of longer ones: a larger scale costs no more than its own digits.
+        let [rows, columns] = [x.rows, x.columns].map(|count| count.saturating_sub(1));
+        largest(&self.gpu, x.floats, x.first, rows * x.strides[0] + columns * x.strides[1] + 1)
     }
 
     fn halved(&self, x: Operand<'_>, largest: Buffer, exactness: Exactness, parts: u32) -> Halves {

@@ -1,5 +1,7 @@
 //! The comparisons.
 
+use half::f16;
+
 use crate::device::Gpu;
 use crate::error::Result;
 use crate::kernels::admm::{self, Rule};
@@ -16,6 +18,8 @@ use crate::kernels::{channels as channel, gram as grams, linear, precalibrate as
 use crate::matrix::Matrix;
 use crate::weight::{Float, Ints, Pattern, Weight};
 
+/// Bytes of a binding that holds 128 rows of 150 floats.
+const PANELS: u64 = 4 * 128 * 150;
 /// Rounding of sums whose order differs.
 const SUMS: f64 = 2e-6;
 /// Entries at which two roundings of a quotient may decide differently: none where division is exact.
@@ -116,7 +120,7 @@ pub fn gram(gpu: &Gpu) -> Result<Vec<Found>> {
         let mut expected = vec![0.0; columns * columns];
         grams::add_gram(&x, columns, &mut expected);
         grams::add_gram(&x, columns, &mut expected);
-        let Some(sum) = grams::gpu::Gram::new(gpu, columns) else { continue };
+        let Some(sum) = grams::gpu::Gram::new(gpu, columns, u64::MAX) else { continue };
         sum.add(&gpu.upload(&x));
         sum.add(&gpu.upload(&x));
         all.push(found(format!("{tokens} x {columns}"), apart(&sum.totals()?, &expected), SUMS));
@@ -125,13 +129,28 @@ pub fn gram(gpu: &Gpu) -> Result<Vec<Found>> {
         let (y, x) = (Values::Normal.make(tokens * rows, 24), Values::Normal.make(tokens * columns, 25));
         let mut expected = vec![0.0; rows * columns];
         grams::add_cross(&y, &x, [rows, columns], &mut expected);
-        let Some(sum) = grams::gpu::Gram::cross(gpu, rows, columns) else { continue };
+        let Some(sum) = grams::gpu::Gram::cross(gpu, [rows, columns], u64::MAX) else { continue };
         sum.add_cross(&gpu.upload(&y), &gpu.upload(&x));
         all.push(found(format!("cross {tokens}, {rows} x {columns}"), apart(&sum.totals()?, &expected), SUMS));
     }
+    // In panels, where bindings are as small as they can be.
+    let small = gpu.limited(gpu.adapter().workgroups, PANELS);
+    let (y, x) = (Values::Normal.make(2100 * 270, 24), Values::Normal.make(2100 * 150, 25));
+    let mut expected = vec![0.0; 270 * 150];
+    grams::add_cross(&y, &x, [270, 150], &mut expected);
+    if let Some(sum) = grams::gpu::Gram::cross(&small, [270, 150], u64::MAX).filter(|_| gpu.adapter().binding_bytes > PANELS) {
+        sum.add_cross(&gpu.upload(&y), &gpu.upload(&x));
+        all.push(found("cross in panels", apart(&sum.totals()?, &expected), SUMS));
+    }
+    let mut expected = vec![0.0; 150 * 150];
+    grams::add_gram(&x, 150, &mut expected);
+    if let Some(sum) = grams::gpu::Gram::new(&small, 150, u64::MAX).filter(|_| gpu.adapter().binding_bytes > PANELS) {
+        sum.add(&gpu.upload(&x));
+        all.push(found("in panels", apart(&sum.totals()?, &expected), SUMS));
+    }
     // Whole numbers whose total needs more digits than one float has.
     let x: Vec<f32> = (0..4 * 40).map(|i| if i < 40 { 4096.0 } else { 1.0 + (i % 3) as f32 }).collect();
-    let Some(sum) = grams::gpu::Gram::new(gpu, 40) else { return Ok(all) };
+    let Some(sum) = grams::gpu::Gram::new(gpu, 40, u64::MAX) else { return Ok(all) };
     let mut expected = vec![0.0; 1600];
     for row in x.chunks(40) {
         sum.add(&gpu.upload(row));
@@ -421,18 +440,29 @@ pub fn units(gpu: &Gpu) -> Result<Vec<Found>> {
                 all.push(found(format!("{case}, transposed"), apart(&wide(&gpu.read::<f32>(&got)?), &wide(&exact)), tolerance));
             }
         }
-        let (y, x) = (Values::Normal.make(2100 * 40, 28), Values::Normal.make(2100 * 150, 29));
+        // Times one, what a half holds of a float.
+        let (a, one) = (Values::Tails.make(40 * 64, 30), (0..64 * 64).map(|at| f32::from(at % 65 == 0)).collect::<Vec<_>>());
+        let largest = a.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
+        let scale = 2.0f32.powi(14 - largest.log2().floor() as i32);
+        let rounded: Vec<f32> = a.iter().map(|value| f16::from_f32(value * scale).to_f32() / scale).collect();
+        let (left, right) = (gpu.upload(&a), gpu.upload(&one));
+        if let Some(got) = units.product(Operand::new(&left, [40, 64]), Operand::new(&right, [64, 64]), Exactness::Half) {
+            all.push(found(format!("halves {name}"), share(&gpu.read::<f32>(&got)?, &rounded), 0.0));
+        }
+        let (y, x) = (Values::Normal.make(2000 * 40, 28), Values::Normal.make(2000 * 150, 29));
         let mut expected = vec![0.0; 40 * 150];
         grams::add_cross(&y, &x, [40, 150], &mut expected);
         let (y, x) = (gpu.upload(&y), gpu.upload(&x));
-        if let Some(sum) = grams::gpu::Gram::cross(gpu, 40, 150).filter(|sum| sum.add_on(&units, &y, &x)) {
+        if let Some(sum) = grams::gpu::Gram::cross(gpu, [40, 150], u64::MAX).filter(|sum| sum.add_on(&units, &y, &x)) {
             all.push(found(format!("cross sums {name}"), apart(&sum.totals()?, &expected), SUMS));
         }
         let mut expected = vec![0.0; 150 * 150];
         let host: Vec<f32> = gpu.read(&x)?;
         grams::add_gram(&host, 150, &mut expected);
-        if let Some(sum) = grams::gpu::Gram::new(gpu, 150).filter(|sum| sum.add_on(&units, &x, &x)) {
-            all.push(found(format!("sums {name}"), apart(&sum.totals()?, &expected), SUMS));
+        for (name, gpu) in [(name, gpu), ("in panels", &gpu.limited(gpu.adapter().workgroups, PANELS))] {
+            if let Some(sum) = grams::gpu::Gram::new(gpu, 150, u64::MAX).filter(|sum| sum.add_on(&units, &x, &x)) {
+                all.push(found(format!("sums {name}"), apart(&sum.totals()?, &expected), SUMS));
+            }
         }
     }
     Ok(all)

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use burn::tensor::Tensor;
 
-use crate::device::{Buffer, Device, Gpu, Reserved};
+use crate::device::{Buffer, Device, Gpu, Purpose, Reserved};
 use crate::error::Result;
 
 /// States of windows on a GPU. A buffer is never written once it is there, so tensors may share it.
@@ -21,7 +21,7 @@ impl There {
     /// A store for so many windows of `tokens` tokens in all; nothing where the device is none or has no room for them.
     pub fn new(device: &Device, windows: usize, tokens: usize, width: usize) -> Option<Self> {
         let gpu = device.gpu.as_ref()?;
-        let reserved = gpu.reserve(4 * (tokens * width) as u64, device.room_for_states())?;
+        let reserved = gpu.reserve(Purpose::States, 4 * (tokens * width) as u64, device.room_for_states())?;
         Some(Self { gpu: gpu.clone(), width, windows: vec![None; windows], _reserved: reserved })
     }
 
