@@ -23,7 +23,7 @@ use drawknife::model::backward::{self, Gradients, Wanted};
 use drawknife::model::block::{Parameters, Place, Role};
 use drawknife::model::config::Config;
 use drawknife::model::forward::Spec;
-use drawknife::model::loss::SquaredError;
+use drawknife::model::loss::{SquaredError, Value};
 use drawknife::weight::{Float, Weight};
 
 fn main() {
@@ -166,7 +166,7 @@ impl Bench<'_> {
         let rule = Rule { group: 128, residual_start: false, max_iters: 10, epsilon: 1e-3, absolute: false };
         let packed = PackedTrits::new(gpu, &fit_free(&Weight::Dense(host), rule, None).0);
         show("product from trit-planes", self.time(|| drop(packed.product(gpu, &a, n))), flops);
-        if let Some(sum) = Gram::new(gpu, n) {
+        if let Some(sum) = Gram::new(gpu, n, u64::MAX) {
             show("gram matrix, half of it computed", self.time(|| sum.add(&a)), flops / 2.0);
         }
     }
@@ -204,7 +204,7 @@ impl Bench<'_> {
                 let mut loss = SquaredError { target: target.clone(), factor: 1e-6, window: seq * hidden, dropped: seq * hidden / 1000 };
                 values.push(backward::block(&spec, &parameters, x, wanted, &mut gradients, &mut loss).expect("a step"));
             }
-            values.into_iter().for_each(|value| drop(value.get()));
+            std::hint::black_box(values.into_iter().map(Value::get).sum::<f64>());
             for (role, layer) in learned.iter().flatten() {
                 if let Some(gradient) = gradients.weight_buffer(*role, self.gpu) {
                     layer.step(&gradient, 0.005, 0.005);

@@ -33,7 +33,11 @@ fn main(
         return;
     }
     let to = parameters[3] * columns + at;
-    let value = opaque(product[at / columns * parameters[2] + at % columns] * unscaled(left[0]) * unscaled(right[0]));
+    var value = opaque(product[at / columns * parameters[2] + at % columns] * unscaled(left[0]) * unscaled(right[0]));
+    // What is no number has no half that says so.
+    if (max(left[0], right[0]) >= 0x7f800000u) {
+        value = bitcast<f32>(0x7fc00000u ^ parameters[5]);
+    }
     if (parameters[4] == 0u) {
         high[to] = value;
         return;

@@ -2,7 +2,8 @@
 // src/kernels/gram.rs.
 //
 // y, x: tokens × their widths, of which rows and columns are a part. high, low: rows × columns; of a Gram matrix, where y is x,
-// only the tiles on and right of the diagonal are written. One workgroup per tile of 32 × 32, one thread per 4 × 4; products of one launch add up in f32.
+// only the tiles on and right of the diagonal are written. One workgroup per tile of 32 × 32, one thread per 4 × 4; products of one
+// launch add up in f32.
 @group(0) @binding(0) var<storage, read_write> y: array<f32>;
 @group(0) @binding(1) var<storage, read_write> x: array<f32>;
 @group(0) @binding(2) var<storage, read_write> high: array<f32>;

@@ -84,8 +84,8 @@ pub fn doctor(arguments: &Doctor, invocation: &Invocation) -> Result<()> {
             temporary.display()
         ));
     }
-    match examined.into_iter().find_map(|examined| examined.failure) {
-        Some(failure) => Err(Error::run(format!("{failure}; use --device cpu"))),
+    match examined.into_iter().find_map(|examined| Some((examined.adapter, examined.failure?))) {
+        Some((adapter, failure)) => Err(Error::run(format!("gpu:{adapter}: {failure}; use --device cpu"))),
         None => Ok(()),
     }
 }
@@ -133,7 +133,7 @@ struct Examined {
 impl std::fmt::Display for Examined {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match &self.failure {
-            Some(failure) => write!(f, "FAILED: {failure}"),
+            Some(failure) => write!(f, "gpu:{}: FAILED: {failure}", self.adapter),
             None => {
                 let Self { adapter, shaders, kernels, comparisons, seconds, .. } = self;
                 write!(

@@ -1,7 +1,8 @@
 //! A wgpu adapter that computes: which there are, what they can, buffers on them, and launches of WGSL kernels.
 //!
 //! Kernels run through the tensor library's client, so that they share its queue and its memory with tensors. Buffers are
-//! pieces of shared pages: shaders declare every binding `read_write`. Parameters are words in one more buffer, the last.
+//! pieces of shared pages: shaders declare every binding `read_write`. Parameters are words in one more buffer, the last, which
+//! launches with the same words share: no shader writes there.
 //! An error of a launch shows when its outcome is read.
 #![allow(unsafe_code)]
 

@@ -154,8 +154,8 @@ impl Gradients {
 type Record = BTreeMap<Point, Floats>;
 
 /// Runs the block on `x` (tokens × hidden, whole windows), lets `loss` judge the output, and adds the gradients that are
-/// wanted. Gives the value of the loss, which a GPU need not have computed yet. Where the parameters do not lie on the processor, automatic differentiation of the
-/// forward does the work there.
+/// wanted. Gives the value of the loss, which a GPU need not have computed yet. Where the parameters do not lie on the processor,
+/// automatic differentiation of the forward does the work there.
 ///
 /// # Errors
 /// When a GPU fails.

@@ -19,7 +19,7 @@ pub enum Value {
     /// The sum of these numbers, one per token, times a factor. A GPU may still be computing them.
     There {
         /// Tokens × 1.
-        tokens: Tensor<2>,
+        tokens: Box<Tensor<2>>,
         /// The factor.
         factor: f64,
     },
@@ -30,7 +30,7 @@ impl Value {
     pub fn get(self) -> f64 {
         match self {
             Self::Here(value) => value,
-            Self::There { tokens, factor } => factor * total(tokens),
+            Self::There { tokens, factor } => factor * total(*tokens),
         }
     }
 }
@@ -99,7 +99,7 @@ impl Loss for SquaredError {
         } else {
             errors = errors.zeros_like();
         }
-        Ok(Some((Value::There { tokens: token_squares(&errors), factor: self.factor }, errors * (2.0 * self.factor) as f32)))
+        Ok(Some((Value::There { tokens: Box::new(token_squares(&errors)), factor: self.factor }, errors * (2.0 * self.factor) as f32)))
     }
 }
 

@@ -167,11 +167,14 @@ impl Passage<'_> {
     fn arrived(&self, hidden: &mut Hidden, runs: &[Range<usize>], outputs: Vec<Tensor<2>>, arriving: &mut Arriving) -> Result<()> {
         for (windows, y) in runs.iter().zip(outputs) {
             let there = self.run.device.gpu.as_ref().filter(|_| hidden.elsewhere());
-            match there.and_then(|gpu| Some((gpu, gpu.buffer(&y)?))) {
-                Some((gpu, buffer)) => arriving.unseen.push((windows.clone(), largest_of(gpu, &buffer))),
-                None => self.finite(windows, Floats::fetched(&y).slice())?,
+            if let Some((gpu, buffer)) = there.and_then(|gpu| Some((gpu, gpu.buffer(&y)?))) {
+                arriving.unseen.push((windows.clone(), largest_of(gpu, &buffer)));
+                hidden.put(windows.clone(), &y)?;
+            } else {
+                let states = Floats::fetched(&y);
+                self.finite(windows, states.slice())?;
+                hidden.write(windows.clone(), states.slice())?;
             }
-            hidden.put(windows.clone(), &y)?;
             keep_first(&mut arriving.first, windows, &y);
         }
         if arriving.unseen.len() >= UNSEEN { self.look(hidden, arriving) } else { Ok(()) }

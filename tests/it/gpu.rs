@@ -76,6 +76,11 @@ fn every_shader_is_valid_and_translates() {
     let wrong: Vec<_> = SHADERS.iter().filter_map(|shader| Some(format!("{}: {}", shader.name, fault(shader.source)?))).collect();
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     assert!(fault("@compute @workgroup_size(64) fn main() { let x: u32 = 1.5; }").is_some());
+    // Launches share parameters.
+    for shader in &SHADERS {
+        let written = shader.source.lines().filter(|line| line.trim_start().starts_with("parameters["));
+        assert_eq!(written.count(), 0, "{} writes parameters", shader.name);
+    }
     // Whatever the width of heads.
     for shader in SHADERS.iter().filter(|shader| shader.source.contains("const FOURS: u32 = ")) {
         for fours in 1..=16 {

@@ -21,8 +21,8 @@ impl Attention<'_> {
     /// Whether the kernels of a GPU can do this attention over so many tokens.
     pub fn fits(&self, gpu: &Gpu, tokens: usize) -> bool {
         let bytes = 4 * tokens * self.heads * self.head_dim.max(2);
-        // A key's adjoint goes over all queries of all heads that read it, with two loops over vectors of four.
-        let iterations = self.heads / self.kv_heads * self.seq * (1 + self.head_dim / 2);
+        // A key's adjoint goes over all queries of all heads that read it, with two loops over a thread's vectors.
+        let iterations = self.heads / self.kv_heads * self.seq * (2 + 2 * self.head_dim.div_ceil(16));
         self.sinks.is_none()
             && gpu.adapter().iterates(iterations)
             && self.head_dim <= 256

@@ -151,7 +151,8 @@ impl Units {
         let values = |count: usize, by: usize| (0..count).map(|at| ((at * by) % 61) as f32 - 30.0).collect::<Vec<f32>>();
         let (a, b) = (values(m * k, 7), values(n * k, 13));
         let mut expected = vec![0.0; m * n];
-        product(Sizes { m, n, k }, &mut expected, n, false, 1.0, View::rows(&a, k), View::transposed(&b, k), true);
+        // By this thread alone: while it waits for others it could be given work that asks for matrix units.
+        product(Sizes { m, n, k }, &mut expected, n, false, 1.0, View::rows(&a, k), View::transposed(&b, k), false);
         let (a, b) = (self.gpu.upload(&a), self.gpu.upload(&b));
         let got = self.product(Operand::new(&a, [m, k]), Operand::new(&b, [n, k]), Exactness::Half);
         // Whole numbers, all of which halves hold and floats add exactly.

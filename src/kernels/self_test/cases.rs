@@ -449,6 +449,11 @@ pub fn units(gpu: &Gpu) -> Result<Vec<Found>> {
         if let Some(got) = units.product(Operand::new(&left, [40, 64]), Operand::new(&right, [64, 64]), Exactness::Half) {
             all.push(found(format!("halves {name}"), share(&gpu.read::<f32>(&got)?, &rounded), 0.0));
         }
+        let left = gpu.upload(&[a, vec![f32::INFINITY; 64]].concat());
+        if let Some(got) = units.product(Operand::new(&left, [41, 64]), Operand::new(&gpu.zeros(64), [1, 64]), Exactness::Split) {
+            let finite: Vec<bool> = gpu.read::<f32>(&got)?.iter().map(|value| value.is_finite()).collect();
+            all.push(found(format!("no number {name}"), share(&finite, &[false; 41]), 0.0));
+        }
         let (y, x) = (Values::Normal.make(2000 * 40, 28), Values::Normal.make(2000 * 150, 29));
         let mut expected = vec![0.0; 40 * 150];
         grams::add_cross(&y, &x, [40, 150], &mut expected);
