@@ -92,8 +92,14 @@ fn compare(what: &str, spec: &Spec<'_>, parameters: &Parameters, x: &Tensor<2>, 
         let found = difference(found, &exact, floor);
         assert!(found < 1e-4, "{what}, {name}: {found}");
     };
-    for role in parameters.roles() {
-        check(role.name(), gradients.weight(role), values(tracked.weight(role).grad(&exact).unwrap()));
+    let slopes: Vec<_> = parameters.roles().map(|role| (role, values(tracked.weight(role).grad(&exact).unwrap()))).collect();
+    let steepest = slopes.iter().flat_map(|(_, slope)| slope).fold(1e-30f32, |largest, value| largest.max(value.abs()));
+    for (role, slope) in slopes {
+        let nothing = spec.seq == 1 && matches!(role, Role::Query | Role::Key);
+        // How large rounding is depends on the processor, and on what it is rounding of: here the slopes of all weights.
+        let floor = if nothing { floor.max(0.01 * steepest) } else { floor };
+        let found = difference(gradients.weight(role), &slope, floor);
+        assert!(found < 1e-4, "{what}, {}: {found}", role.name());
     }
     for place in Place::ALL {
         match tracked.norm(place) {
