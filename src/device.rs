@@ -176,8 +176,7 @@ impl Device {
         }
     }
 
-    /// Picks the device. `auto` is the first real GPU that opens, of those of a kind the one with the most memory, else the
-    /// processor; a software adapter must be asked for.
+    /// Picks the device. `auto` is the first real GPU that opens, else the processor; a software adapter must be asked for.
     ///
     /// # Errors
     /// When the GPU asked for is not there or fails, or the program was built without GPU support.
@@ -186,13 +185,8 @@ impl Device {
             Choice::Cpu => Ok(Self::cpu()),
             Choice::Gpu(number) => Self::gpu(number),
             Choice::Auto => {
-                let mut real = installed();
-                real.retain(|adapter| !adapter.software);
-                // Adapters come by kind; the order of equals stays.
-                let kinds: Vec<String> = real.iter().map(|adapter| adapter.kind.clone()).collect();
-                let kind = |adapter: &Adapter| kinds.iter().position(|kind| *kind == adapter.kind);
-                real.sort_by_key(|adapter| (kind(adapter), std::cmp::Reverse(adapter.memory_bytes)));
-                Ok(real.iter().find_map(|adapter| Self::gpu(adapter.number).ok()).unwrap_or_else(Self::cpu))
+                let real = installed().into_iter().filter(|adapter| !adapter.software);
+                Ok(real.map(|adapter| Self::gpu(adapter.number)).find_map(Result::ok).unwrap_or_else(Self::cpu))
             }
         }
     }
@@ -223,7 +217,8 @@ impl Device {
         if self.gpu.is_some() { self.memory() / 10 } else { 0 }
     }
 
-    /// Bytes that Gram matrices and the like may take on the GPU while blocks are looked at.
+    /// Bytes that Gram matrices and the like may take on the GPU, four tenths of its memory: while they add up nothing is learned, and
+    /// of the weights two blocks lie there. What does not fit adds up on the processor.
     pub fn room_for_sums(&self) -> u64 {
         self.memory() / 10 * 4
     }

@@ -8,6 +8,7 @@
 
 mod differentiable;
 
+use std::cmp::Reverse;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -83,17 +84,20 @@ impl Buffer {
     }
 }
 
-/// The instance, and its adapters in a fixed order: real ones first.
+/// The instance, and its adapters in a fixed order: real ones first, of a kind those with more memory first.
 fn enumerate() -> (wgpu::Instance, Vec<wgpu::Adapter>) {
     let backends = wgpu::Backends::VULKAN;
     let instance = wgpu::Instance::new(wgpu::InstanceDescriptor { backends, ..wgpu::InstanceDescriptor::new_without_display_handle() });
     let mut adapters = block_on(instance.enumerate_adapters(backends));
-    adapters.sort_by_key(|adapter| match adapter.get_info().device_type {
-        wgpu::DeviceType::DiscreteGpu => 0,
-        wgpu::DeviceType::IntegratedGpu => 1,
-        wgpu::DeviceType::VirtualGpu => 2,
-        wgpu::DeviceType::Other => 3,
-        wgpu::DeviceType::Cpu => 4,
+    adapters.sort_by_key(|adapter| {
+        let kind = match adapter.get_info().device_type {
+            wgpu::DeviceType::DiscreteGpu => 0,
+            wgpu::DeviceType::IntegratedGpu => 1,
+            wgpu::DeviceType::VirtualGpu => 2,
+            wgpu::DeviceType::Other => 3,
+            wgpu::DeviceType::Cpu => 4,
+        };
+        (kind, Reverse(memory_of(adapter)))
     });
     (instance, adapters)
 }

@@ -1,4 +1,5 @@
-//! Hidden states that lie on a GPU, a buffer per window: they go through block after block there and never cross the bus.
+//! Hidden states that lie on a GPU, a buffer per window: they go through block after block there. Only copies that are saved, so
+//! that an interrupted run can go on, cross the bus.
 
 use std::ops::Range;
 
